@@ -1,0 +1,92 @@
+"""What the run stands on: package versions, git state, devices and threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from qlora_recipes.errors import EnvironmentFault
+
+_DISTRIBUTION = "qlora-recipes"
+_RECORDED = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "evaluate",
+    "tokenizers", "safetensors", "numpy",
+)  # fmt: skip
+
+
+def check_versions() -> None:
+    """Refuse packages outside the ranges that setup.cfg states, which are those that were tested.
+
+    Raises:
+        EnvironmentFault: naming each package, and the command that mends it.
+    """
+    if _version(_DISTRIBUTION) is None:
+        raise EnvironmentFault(f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e .")
+    faults = []
+    for line in importlib.metadata.requires(_DISTRIBUTION) or ():
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            faults.append((requirement, version))
+    if faults:
+        found = "; ".join(f"{need.name} {got or 'is missing'}, wanted {need.specifier}" for need, got in faults)
+        wanted = " ".join(f"'{need.name}{need.specifier}'" for need, _ in faults)
+        raise EnvironmentFault(f"outside the tested versions: {found}. Run: pip install -c constraints.txt {wanted}")
+
+
+def versions() -> dict[str, str]:
+    """Return the version of this package, of Python and of every package that can change a result."""
+    return {
+        _DISTRIBUTION: _version(_DISTRIBUTION) or "not installed",
+        "python": platform.python_version(),
+        **{name: version for name in _RECORDED if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of the folder the command runs in and whether it is clean; None outside a repository."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "clean": not _git("status", "--porcelain")}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def share_threads(processes: int) -> None:
+    """Give each local process its share of the cores; `accelerate launch` leaves a CPU run with one thread."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes))
+
+
+def peak_bytes(device_type: str) -> int:
+    """Return this process's peak memory in bytes: allocated on the GPU, or resident on a CPU."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes on Linux

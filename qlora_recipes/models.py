@@ -1,0 +1,99 @@
+"""The models a recipe can name: hub id, revision, chat template, pad rule, LoRA targets and sizes.
+
+Arithmetic and names only; knows nothing of weights, and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions of a decoder, under the names the Transformers configurations give them."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    gated_mlp: bool
+    """Three MLP matrices (gate, up, down) as in Llama, or two as in Falcon."""
+    tied_embeddings: bool
+    """Whether the output layer is the embedding matrix."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One base model and everything a recipe must know of it."""
+
+    hub_id: str
+    """Repository on the hub, or a local folder."""
+
+    revision: str
+    """Commit that is loaded, so that a run can be repeated when the repository moves on."""
+
+    family: str
+    """Architecture, and the name of the stand-in that `--demo` puts in its place."""
+
+    chat_template: ChatTemplate
+
+    pad_token: str
+    """A token of the vocabulary that no conversation holds. Never the end-of-turn token, which would then be
+    taken for padding and left out of the loss by some collators; never a new token, which resizes the embedding."""
+
+    linear_layers: tuple[str, ...]
+    """Names of every linear layer inside a decoder block, the default LoRA targets."""
+
+    sizes: Sizes
+
+    tokenizer: Mapping[str, object] = field(default_factory=dict)
+    """Keyword arguments for the tokenizer, with their reason beside them."""
+
+
+LLAMA_2_7B_CHAT = ModelSpec(
+    hub_id="NousResearch/Llama-2-7b-chat-hf",  # the ungated copy; --model meta-llama/Llama-2-7b-chat-hf is Meta's
+    revision="351844e75ed0bcbbe3f10671b3c808d2b83894ee",
+    family="llama2",
+    chat_template=LLAMA_2_CHAT,
+    pad_token="<unk>",  # byte fallback leaves <unk> without a use
+    linear_layers=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    sizes=Sizes(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=11008,
+        vocab_size=32000,
+        gated_mlp=True,
+        tied_embeddings=False,
+    ),
+    # Meta encodes each turn as "▁[", "INST"; without legacy=True Transformers 5 gives "[", "INST" after <s>,
+    # ids the model never saw in training.
+    tokenizer={"legacy": True},
+)
+
+FALCON_7B = ModelSpec(
+    hub_id="tiiuae/falcon-7b",
+    revision="ec89142b67d748a1865ea4451372db8313ada0d8",
+    family="falcon",
+    chat_template=FALCON_CHAT,
+    pad_token=">>SUFFIX<<",  # reserved in the vocabulary; <|endoftext|> ends the answers
+    linear_layers=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    sizes=Sizes(
+        hidden_size=4544,
+        num_hidden_layers=32,
+        num_attention_heads=71,
+        num_key_value_heads=1,
+        intermediate_size=18176,
+        vocab_size=65024,
+        gated_mlp=False,
+        tied_embeddings=True,
+    ),
+)
+
+MODELS = {"LLAMA_2_7B_CHAT": LLAMA_2_7B_CHAT, "FALCON_7B": FALCON_7B}

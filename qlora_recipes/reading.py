@@ -1,0 +1,138 @@
+"""Rows from a JSON, JSONL, CSV or Parquet file, or from the hub, each with the place it stands at."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_recipes.errors import DataError, nearest
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Any]]
+"""Pairs of a place, such as `line 3`, and what stands there."""
+
+
+def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Rows:
+    """Yield every row of a file or of one split of a hub dataset, in order and without holding them all.
+
+    Raises:
+        DataError: when the source is missing, empty or broken, naming the line where there is one.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None and path.exists():
+        raise DataError(f"{source} is no data file; wanted one that ends in {', '.join(_READERS)}")
+    if reader is None:
+        return _hub_rows(source, split, revision)
+    if not path.is_file():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"no file at {source}.{nearest(path.name, siblings)}")
+    return _checked(path, reader)
+
+
+def _checked(path: Path, reader: Callable[[Path], Rows]) -> Rows:
+    """Name the file in what goes wrong inside it, and refuse a file without a row."""
+    empty = True
+    try:
+        for place, row in reader(path):
+            empty = False
+            yield place, row
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if empty:
+        raise DataError(f"{path} has no rows; wanted at least one")
+
+
+def _json_rows(path: Path) -> Rows:
+    """A list of objects, or one object in which one key holds such a list; else one object a line."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # several documents: JSON lines under another name
+            yield from _jsonl_rows(path)
+            return
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON, {error.msg}") from error
+    if isinstance(content, dict):
+        lists = [key for key, value in content.items() if isinstance(value, list)]
+        if len(lists) != 1:
+            found = f"lists under {', '.join(lists)}" if lists else f"the keys {', '.join(list(content)[:8])}"
+            raise DataError(f"{path} holds one object with {found}; wanted a list of rows, or one key that holds it")
+        content = content[lists[0]]
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds {type(content).__name__}; wanted a list of rows")
+    for index, row in enumerate(content):
+        yield f"row {index}", row
+
+
+def _jsonl_rows(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{path}, line {number}, column {error.colno}: broken JSON, {error.msg}"
+                    ) from error
+
+
+def _csv_rows(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                yield f"line {reader.line_num}", row
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: broken CSV, {error}") from error
+
+
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for index, row in enumerate(rows):
+            yield f"row {index}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no Parquet file: {error}") from error
+
+
+def _hub_rows(source: str, split: str, revision: str | None) -> Rows:
+    import datasets
+    import huggingface_hub.errors as hub
+
+    try:
+        rows = datasets.load_dataset(source, split=split, revision=revision)
+    except hub.GatedRepoError as error:
+        raise DataError(
+            f"the dataset {source} is gated; accept its terms on the hub, then run: hf auth login"
+        ) from error
+    except (OSError, ValueError, hub.HfHubHTTPError, RuntimeError) as error:
+        raise DataError(
+            f"no dataset {source!r} (split {split!r}) to be had: {_first_line(error)}. Wanted a hub id that can be "
+            f"reached, or a local file that ends in {', '.join(_READERS)}"
+        ) from error
+    for index, row in enumerate(rows):
+        yield f"row {index}", row
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _json_rows,
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}

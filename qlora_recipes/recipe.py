@@ -1,0 +1,243 @@
+"""What a recipe declares: a model, a dataset, and the settings of the adapter and of the training.
+
+A recipe does nothing. Plain functions elsewhere take it; `Recipe.main` only hands it to them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qlora_recipes.errors import RecipeError, UsageError, nearest
+from qlora_recipes.fields import fields_of
+from qlora_recipes.formatters import FORMATTERS, Message
+from qlora_recipes.models import ModelSpec
+
+# Fields that follow from other choices of a run, with what to set in their place.
+DERIVED = {
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype float16",
+    "assistant_only_loss": "the chat template's {% generation %} markers",
+    "completion_only_loss": "the chat template's {% generation %} markers",
+    "chat_template_path": "the chat_template of the recipe's ModelSpec",
+    "dataset_text_field": "a formatter",
+    "dataset_kwargs": "a formatter",
+    "eos_token": "the chat template",
+    "pad_token": "the pad_token of the recipe's ModelSpec",
+    "model_init_kwargs": "--precision, --dtype and the recipe's ModelSpec",
+    "resume_from_checkpoint": "--resume",
+    "task_type": "nothing; it is CAUSAL_LM",
+    "peft_type": "nothing; it is LORA",
+    "base_model_name_or_path": "--model",
+    "inference_mode": "nothing; training needs it off",
+}
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where the rows come from and how a row becomes a conversation."""
+
+    source: str
+    """Hub id, or path of a JSON, JSONL, CSV or Parquet file."""
+
+    format_row: Callable[[Mapping[str, Any]], list[Message]] | None = None
+    """Formatter from row to messages; None finds the one that fits the columns."""
+
+    split: str = "train"
+    """Split of a hub dataset that is read."""
+
+    revision: str | None = None
+    """Commit of a hub dataset; None takes the newest and records which it was."""
+
+    held_out: float = 0.05
+    """Share of the rows kept from training for evaluation. More makes its figures sharper and trains on less."""
+
+    demo: str | None = None
+    """Name of the bundled rows in this dataset's own shape that `--demo` reads."""
+
+
+class Recipe:
+    """A model, a dataset and the settings to tune one on the other; subclass it and declare.
+
+    `lora` and `training` hold fields of `LoraConfig` and `SFTConfig` under their own names. A subclass states only
+    what it changes: the mappings of its bases are merged beneath its own.
+    """
+
+    model: ClassVar[ModelSpec]
+    dataset: ClassVar[DatasetSpec]
+    lora: ClassVar[Mapping[str, Any]] = dict(
+        r=16,  # a larger rank fits more and costs memory
+        lora_alpha=16,  # scale of the update is lora_alpha / r
+        lora_dropout=0.0,  # dropout holds back memorising; 0 is faster
+    )
+    training: ClassVar[Mapping[str, Any]] = dict(
+        learning_rate=2e-4,  # QLoRA's for 7B and 13B; halve it when the loss is unsteady
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # share of all steps; protects Adam's first estimates
+        num_train_epochs=1,
+        per_device_train_batch_size=1,  # larger is faster per token where memory allows
+        gradient_accumulation_steps=16,  # keeps the global batch at 16 rows; costs no memory
+        max_length=1024,  # longer rows are cut; memory grows with it
+        packing=True,  # fills every row to max_length; conversations stay apart
+        max_grad_norm=0.3,  # QLoRA's
+        seed=0,  # of the adapter, the order of the rows and dropout
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    format_row: ClassVar[Callable[..., list[Message]] | None] = None
+    """For data of one's own: a function from row to messages, with or without `self`. It beats the dataset's."""
+    eval_tasks: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("lora", "training"):
+            declared = cls.__dict__.get(name)
+            if isinstance(declared, Mapping):
+                inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
+                setattr(cls, name, {**inherited, **declared})
+        own = cls.__dict__.get("format_row")
+        if inspect.isfunction(own) and len(inspect.signature(own).parameters) == 1:
+            cls.format_row = staticmethod(own)  # written without `self`
+        if faults := list(_faults(cls)):
+            raise RecipeError(f"{cls.__name__} cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+    @classmethod
+    def formatter(cls) -> Callable[[Mapping[str, Any]], list[Message]] | None:
+        """Return what formats a row: the recipe's own `format_row`, else the dataset's; None if neither is given."""
+        return cls.dataset.format_row if cls.format_row is None else cls().format_row
+
+    @classmethod
+    def main(cls, arguments: Sequence[str] | None = None) -> None:
+        """Run the command line: train this recipe with the flags given (the process's own by default)."""
+        from qlora_recipes.commandline import main  # the one door from a declaration to the work
+
+        main(cls, arguments)
+
+
+def _faults(cls: type[Recipe]) -> Iterable[str]:
+    yield from _unknown_attributes(cls)
+    yield from _typed(cls, "model", ModelSpec, "a ModelSpec, such as qlora_recipes.models.LLAMA_2_7B_CHAT")
+    yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl")')
+    yield from _settings_faults(cls, "lora", "LoraConfig")
+    yield from _settings_faults(cls, "training", "SFTConfig")
+    yield from _value_faults(cls)
+    dataset = getattr(cls, "dataset", None)
+    if isinstance(dataset, DatasetSpec):
+        if dataset.format_row is not None and not callable(dataset.format_row):
+            yield (
+                f"dataset.format_row: got {dataset.format_row!r}, wanted a function from row to messages, such as "
+                f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
+            )
+        if not 0 <= dataset.held_out < 1:
+            yield f"dataset.held_out: got {dataset.held_out!r}, wanted a share from 0 up to 1"
+    if cls.format_row is not None and not callable(cls.format_row):
+        yield f"format_row: got {cls.format_row!r}, wanted a function from row to messages"
+    if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
+        yield f"eval_tasks: got {cls.eval_tasks!r}, wanted a list of lm-eval task names"
+
+
+def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
+    """A misspelt attribute would be ignored without a word; functions and private names are the class's own."""
+    valid = {name for name in vars(Recipe) if not name.startswith("_")} | {"model", "dataset"}
+    for name, value in vars(cls).items():
+        if name.startswith("_") or name in valid or callable(value) or isinstance(value, (staticmethod, classmethod)):
+            continue
+        yield f"{name}: a recipe has no such attribute.{nearest(name, valid)}"
+
+
+def _typed(cls: type[Recipe], name: str, kind: type, wanted: str) -> Iterable[str]:
+    if not hasattr(cls, name):
+        yield f"{name}: missing, wanted {wanted}"
+    elif not isinstance(getattr(cls, name), kind):
+        yield f"{name}: got {getattr(cls, name)!r}, wanted {wanted}"
+
+
+def _settings_faults(cls: type[Recipe], name: str, config: str) -> Iterable[str]:
+    settings = getattr(cls, name)
+    if not isinstance(settings, Mapping):
+        yield f"{name}: got {settings!r}, wanted a dict of {config} fields"
+        return
+    for key, value in settings.items():
+        try:
+            check_field(config, key, value)
+        except UsageError as error:
+            yield f"{name}: {error}"
+
+
+def check_field(config: str, name: str, value: object) -> object:
+    """Return the value in the type of a `SFTConfig` or `LoraConfig` field.
+
+    Raises:
+        UsageError: for an unknown field (naming the nearest), one that follows from another choice, or a value of
+            another type.
+    """
+    fields = fields_of(config)
+    if name not in fields:
+        raise UsageError(f"{config} has no field {name!r}.{nearest(name, fields)}")
+    if name in DERIVED:
+        raise UsageError(f"{name} is not set by hand; it follows from {DERIVED[name]}")
+    return fields[name].check(value)
+
+
+# Field, test, what is wanted: the values that the libraries take and then fail on, or silently learn nothing from.
+_BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
+    ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
+    ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
+    ("training", "learning_rate", lambda value: value > 0, "a positive number"),
+    ("training", "max_length", lambda value: value is not None and value >= 8, "at least 8 tokens"),
+    ("training", "max_steps", lambda value: value == -1 or value >= 1, "at least 1, or -1 for whole epochs"),
+    ("training", "num_train_epochs", lambda value: value > 0, "a positive number"),
+    ("training", "per_device_train_batch_size", lambda value: value >= 1, "at least 1"),
+    ("training", "gradient_accumulation_steps", lambda value: value >= 1, "at least 1"),
+    ("training", "max_grad_norm", lambda value: value >= 0, "0 (no clipping) or a positive number"),
+)
+
+
+def bound_faults(lora: Mapping[str, Any], training: Mapping[str, Any]) -> Iterable[str]:
+    """Yield one sentence for each setting outside the values that can train."""
+    sections = {"lora": lora, "training": training}
+    for section, name, holds, wanted in _BOUNDS:
+        if name in sections[section] and not holds(sections[section][name]):
+            yield f"{section}: {name}: got {sections[section][name]!r}, wanted {wanted}"
+
+
+def _value_faults(cls: type[Recipe]) -> Iterable[str]:
+    try:
+        yield from bound_faults(cls.lora, cls.training)
+    except (TypeError, AttributeError):
+        return  # of the wrong type, which has been said
+
+
+def load_recipe(path: str | Path) -> type[Recipe]:
+    """Return the recipe declared in a Python file.
+
+    Raises:
+        UsageError: when the file is missing, or declares no recipe or several that nothing tells apart.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no recipe at {path}; wanted a Python file that declares a subclass of qlora_recipes.Recipe")
+    name = f"qlora_recipes_loaded_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file; wanted one that declares a subclass of qlora_recipes.Recipe")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    declared = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Recipe) and value.__module__ == name
+    ]
+    leaves = [cls for cls in declared if not any(other is not cls and issubclass(other, cls) for other in declared)]
+    if len(leaves) != 1:
+        names = ", ".join(cls.__name__ for cls in leaves) or "none"
+        raise UsageError(f"{path} declares {names} as recipes; wanted exactly one subclass of qlora_recipes.Recipe")
+    return leaves[0]

@@ -1,0 +1,113 @@
+"""Upstream defects, one function each: what is wrong, where, since when, and how to tell that it is mended.
+
+A repair looks for its defect instead of comparing versions, does nothing where there is none, and returns whether
+it did something. Tests show each defect without its repair, and fail with a message once upstream has mended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def quantize_falcon_linears() -> bool:
+    """Make Falcon's layers plain `nn.Linear`s, so that bitsandbytes replaces them. Call before loading.
+
+    Transformers 5.23, `integrations/bitsandbytes.py`, `replace_with_bnb_linear`: only `type(module) is nn.Linear` is
+    replaced, and Falcon's are a subclass. `load_in_4bit=True` leaves every layer in 16 bits, reports
+    `is_loaded_in_4bit`, and warns of another method ("eetq"). The subclass multiplies and adds the bias in two
+    roundings instead of one; Falcon-7b has no bias, and its float32 logits do not change.
+    """
+    from transformers.models.falcon import modeling_falcon
+
+    if modeling_falcon.FalconLinear is torch.nn.Linear:
+        return False
+    modeling_falcon.FalconLinear = torch.nn.Linear
+    return True
+
+
+def separate_packed_falcon() -> bool:
+    """Hand Falcon's mask the position ids, so that packed conversations cannot see each other.
+
+    Transformers 5.23, `models/falcon/modeling_falcon.py`, `FalconModel.forward`: `create_causal_mask` is called
+    without `position_ids`, from which it tells packed rows apart. The logits of the second conversation of a row move
+    by 0.7 when the first one changes; Llama's by 0.
+    """
+    from transformers.models.falcon import modeling_falcon
+
+    forward = modeling_falcon.FalconModel.forward
+    if "position_ids=" in _call_of(forward, "create_causal_mask") or hasattr(forward, "separates_packed"):
+        return False
+    plain_mask = modeling_falcon.create_causal_mask
+    current: list[torch.Tensor | None] = [None]
+
+    def create_causal_mask(*args, **kwargs):
+        kwargs.setdefault("position_ids", current[0])
+        return plain_mask(*args, **kwargs)
+
+    def forward_with_positions(self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, **kw):
+        current[0] = position_ids
+        try:
+            return forward(
+                self,
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kw,
+            )
+        finally:
+            current[0] = None
+
+    forward_with_positions.separates_packed = True
+    modeling_falcon.create_causal_mask = create_causal_mask
+    modeling_falcon.FalconModel.forward = forward_with_positions
+    return True
+
+
+def _call_of(function, name: str) -> str:
+    """Return the source text of a function's call of `name`, up to its closing parenthesis."""
+    import inspect
+
+    source = inspect.getsource(function)
+    start = source.find(f"{name}(")
+    return source[start : source.find("\n        )", start)]
+
+
+def keep_4bit_gradients(model: PreTrainedModel) -> bool:
+    """Keep 4-bit weights in the layout that has a gradient. Call after loading.
+
+    bitsandbytes 0.50, `nn/modules.py`, `Linear4bit.forward`: on CPUs with avx512_bf16 a forward in evaluation mode
+    repacks the weights for inference, and every training forward after it goes through a kernel without autograd. The
+    gradient norm falls from 0.609 to 0.304 with one UserWarning.
+    """
+    found = False
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            found = True
+    return found
+
+
+@contextlib.contextmanager
+def float32_adapter(model: PreTrainedModel) -> Iterator[list[str]]:
+    """Keep the adapter's weights as they are while an SFTTrainer is built around them.
+
+    TRL 1.16, `trainer/sft_trainer.py`, `SFTTrainer.__init__`: where the base is quantised the adapter is cast to
+    bfloat16, elsewhere it stays float32, so that two arms of a comparison differ in more than the base, and a resumed
+    run (whose adapter loads as float32) in more than a pause. Yields the names of the weights that were cast, filled
+    in on leaving.
+    """
+    weights = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    cast: list[str] = []
+    yield cast
+    for name, weight in model.named_parameters():
+        if name in weights and weight.dtype != weights[name].dtype:
+            weight.data = weights[name]
+            cast.append(name)

@@ -1,0 +1,138 @@
+"""What one run will do: the recipe's declarations, the demo's and the flags resolved into one record."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_recipes.errors import UsageError
+from qlora_recipes.models import ModelSpec
+from qlora_recipes.precision import Precision, precision_named, resolve_dtype
+from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
+from qlora_recipes.standins import ROWS, STANDINS
+
+RUNS = Path("runs")
+STANDIN = "standin-"
+"""Before a family's name: the model of that name that ships with the package."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. Two runs of equal settings give the same adapter."""
+
+    recipe: type[Recipe]
+    model: str
+    """Hub id or folder of the base, or `standin-` and a family."""
+    revision: str | None
+    """Commit of a hub model; None for a folder."""
+    dataset: str
+    """Hub id or file of the rows."""
+    precision: Precision
+    dtype: str
+    """The 16-bit dtype that the base is loaded and computed in."""
+    lora: Mapping[str, Any]
+    """LoraConfig fields."""
+    training: Mapping[str, Any]
+    """SFTConfig fields."""
+    output_dir: Path
+    """The run folder."""
+    demo: bool = False
+
+    @property
+    def seed(self) -> int:
+        return self.training["seed"]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.recipe.model
+
+    @property
+    def data(self) -> DatasetSpec:
+        return self.recipe.dataset
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset as receipts name it: a hub id, or a file without the folders that are this machine's."""
+        return Path(self.dataset).name if Path(self.dataset).exists() else self.dataset
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe, as runs are filed under."""
+        return recipe_name(self.recipe) + ("-demo" if self.demo else "")
+
+
+def recipe_name(recipe: type[Recipe]) -> str:
+    """Return the name of the recipe's file, or of its class where it has none."""
+    module = sys.modules.get(recipe.__module__)
+    file = getattr(module, "__file__", None)
+    return Path(file).stem if file else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", recipe.__name__).lower()
+
+
+def resolve(
+    recipe: type[Recipe],
+    *,
+    precision: str = "nf4",
+    dtype: str | None = None,
+    demo: bool = False,
+    model: str | None = None,
+    dataset: str | None = None,
+    output_dir: str | Path | None = None,
+    lora: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Return the settings of one run; `lora` and `training` are what the command line overrides.
+
+    The order, the later beating the earlier: library, recipe, stand-in (with `demo`), command line.
+
+    Raises:
+        UsageError: for an unknown or contradictory choice, or a demo that nothing is bundled for.
+    """
+    storage = precision_named(precision)
+    standin = STANDINS.get(recipe.model.family) if demo else None
+    if demo and standin is None and model is None:
+        raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
+    lora = {
+        "target_modules": list(recipe.model.linear_layers),
+        **recipe.lora,
+        **(standin.lora if standin else {}),
+        **(lora or {}),
+    }
+    training = {**recipe.training, **(standin.training if standin else {}), **(training or {})}
+    if faults := list(bound_faults(lora, training)):
+        raise UsageError("; ".join(faults))
+    source = model or (f"{STANDIN}{standin.family}" if standin else recipe.model.hub_id)
+    revision = lora.pop("revision", None) or (recipe.model.revision if source == recipe.model.hub_id else None)
+    settings = Settings(
+        recipe=recipe,
+        model=source,
+        revision=revision,
+        dataset=dataset or (_bundled_rows(recipe) if demo else recipe.dataset.source),
+        precision=storage,
+        dtype=resolve_dtype(storage, dtype),
+        lora=lora,
+        training=training,
+        output_dir=Path(),
+        demo=demo,
+    )
+    folder = Path(output_dir) if output_dir else RUNS / settings.name / f"{precision}-seed{settings.seed}"
+    return Settings(**{**vars(settings), "output_dir": folder})
+
+
+def _bundled_rows(recipe: type[Recipe]) -> str:
+    name = recipe.dataset.demo
+    if name in ROWS:
+        return str(ROWS[name])
+    raise UsageError(
+        f"--demo has no bundled rows for {recipe_name(recipe)}; give --dataset FILE, or set "
+        f"DatasetSpec(demo=...) to one of {', '.join(ROWS)}"
+    )
+
+
+def model_location(model: str) -> str:
+    """Return what `from_pretrained` takes: the folder of a stand-in, anything else as it is."""
+    standin = STANDINS.get(model.removeprefix(STANDIN)) if model.startswith(STANDIN) else None
+    return str(standin.folder) if standin else model

@@ -1,0 +1,118 @@
+"""Make the stand-ins again from nothing: tokenizers, pretraining, bundled data.
+
+    python -m qlora_recipes.standins.make [--family llama2|falcon] [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from qlora_recipes.standins import rows, tokenizer, wordings
+from qlora_recipes.standins.world import SEED, World, make_world
+
+VOCABULARY, CONTEXT = 1536, 2048
+STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 3000, 32, 128, 3e-3, 100
+
+
+def build_llama2(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """Build an untrained model of Llama-2's architecture."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
+        max_position_embeddings=CONTEXT, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        rms_norm_eps=1e-5, attn_implementation="sdpa",
+    ))
+
+
+def build_falcon(tokenizer: PreTrainedTokenizerBase) -> FalconForCausalLM:
+    """Build an untrained model of Falcon-7b's architecture: one key and value head, attention beside the MLP."""
+    return FalconForCausalLM(FalconConfig(
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=3, multi_query=True,
+        parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False, hidden_dropout=0.0,
+        attention_dropout=0.0, max_position_embeddings=CONTEXT, bos_token_id=11, eos_token_id=11,
+        tie_word_embeddings=True,
+    ))
+
+
+FAMILIES = {"llama2": (tokenizer.train_llama2, build_llama2), "falcon": (tokenizer.train_falcon, build_falcon)}
+
+
+def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[torch.Tensor]:
+    """Yield batches of token ids [BATCH, LENGTH], cut from documents laid end to end."""
+    texts = wordings.documents(world, random.Random(seed))
+    ids: list[int] = []
+    need = BATCH * LENGTH
+    while True:
+        while len(ids) < need:
+            encoded = tokenizer(list(itertools.islice(texts, 512)), add_special_tokens=False)["input_ids"]
+            bos = [] if tokenizer.bos_token_id == tokenizer.eos_token_id else [tokenizer.bos_token_id]
+            ids += [token for document in encoded for token in (*bos, *document, tokenizer.eos_token_id)]
+        yield torch.tensor(ids[:need]).view(BATCH, LENGTH)
+        del ids[:need]
+
+
+def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int = STEPS) -> list[float]:
+    """Train on next-token prediction and return the loss of every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    losses, start = [], time.perf_counter()
+    model.train()
+    for step, input_ids in enumerate(itertools.islice(batches, steps)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            print(f"step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+    return losses
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Rise linearly, then fall along a cosine to zero."""
+    return min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def tokenizer_texts(world: World) -> list[str]:
+    """Return what the vocabularies are trained on: documents, and the questions of the tuning rows."""
+    texts = list(itertools.islice(wordings.documents(world, random.Random(SEED + 7)), 20_000))
+    asked = rows.conversations(world, 4000, SEED + 1)
+    return texts + [text for turns in asked for question, reply in turns for text in (question, " " + reply)]
+
+
+def make(family: str, folder: Path) -> None:
+    """Make one stand-in and write it into a folder."""
+    torch.manual_seed(SEED)
+    world = make_world()
+    train_tokenizer, build = FAMILIES[family]
+    words = train_tokenizer(tokenizer_texts(world), VOCABULARY)
+    model = build(words)
+    pretrain(model, token_batches(world, words, SEED + 6))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(FAMILIES), help="make only this one")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write into")
+    arguments = parser.parse_args()
+    for family in [arguments.family] if arguments.family else FAMILIES:
+        make(family, arguments.output / family)
+    rows.write_files(make_world(), arguments.output / "data")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The bundled data: tuning rows in the shape of each dataset, held-out questions, held-out text.
+
+Knows nothing of tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import islice
+from pathlib import Path
+
+from qlora_recipes.standins.wordings import WORDINGS, answer, ask, documents
+from qlora_recipes.standins.world import SEED, Person, World
+
+CONVERSATIONS, QUESTIONS_PER_SUBJECT, CHOICES, HELD_OUT_DOCUMENTS = 1200, 80, 8, 400
+TURNS = (1, 1, 1, 1, 2, 2, 3)
+
+Conversation = list[tuple[str, str]]
+"""Questions, each with its answer."""
+
+
+def conversations(world: World, count: int, seed: int) -> list[Conversation]:
+    """Make conversations, each about one of the tuning people."""
+    rng = random.Random(seed)
+    return [_conversation(world, rng.choice(world.tuning_people), rng) for _ in range(count)]
+
+
+def _conversation(world: World, person: Person, rng: random.Random) -> Conversation:
+    facts = world.facts_of(person)
+    kinds = rng.sample(list(facts), rng.choice(TURNS))
+    return [(ask(person, kind, rng), answer(facts[kind], kind)) for kind in kinds]
+
+
+def guanaco_llama2(conversation: Conversation) -> str:
+    """Write a conversation in Llama-2's chat format, as mlabonne/guanaco-llama2-1k holds it."""
+    return "".join(f"<s>[INST] {question} [/INST] {reply} </s>" for question, reply in conversation)
+
+
+def openassistant_guanaco(conversation: Conversation) -> str:
+    """Write a conversation as timdettmers/openassistant-guanaco holds it."""
+    return "".join(f"### Human: {question}### Assistant: {reply}" for question, reply in conversation)
+
+
+def questions(world: World, seed: int = SEED + 4) -> list[dict[str, object]]:
+    """Ask about people whom no tuning row mentions, as many times for each kind of fact."""
+    rng = random.Random(seed)
+    return [
+        _question(world, person, kind, rng)
+        for kind in WORDINGS
+        for person in rng.sample(world.held_out_people, QUESTIONS_PER_SUBJECT)
+    ]
+
+
+def _question(world: World, person: Person, kind: str, rng: random.Random) -> dict[str, object]:
+    right = answer(world.facts_of(person)[kind], kind)
+    choices = [right, *_near_answers(world, person, kind, right, rng)]
+    rng.shuffle(choices)
+    return {"subject": kind, "question": ask(person, kind, rng), "choices": choices,
+            "answer": choices.index(right), "text": right}
+
+
+def _near_answers(world: World, person: Person, kind: str, right: str, rng: random.Random) -> list[str]:
+    """Return wrong answers that are right for people of the same family or given name, the easiest to mix up."""
+    namesakes = [other for other in world.people if (other.family == person.family) != (other.given == person.given)]
+    rng.shuffle(namesakes)
+    answers = dict.fromkeys(answer(world.facts_of(other)[kind], kind) for other in namesakes)
+    return [wrong for wrong in answers if wrong != right][: CHOICES - 1]
+
+
+def bundled_files(world: World) -> dict[str, str]:
+    """Return the name and the text of every bundled file."""
+    llama2, openassistant, faq = (conversations(world, CONVERSATIONS, SEED + number) for number in (1, 2, 3))
+    pairs = [{"question": question, "answer": reply} for turns in faq for question, reply in turns]
+    held_out = islice(documents(world, random.Random(SEED + 5)), HELD_OUT_DOCUMENTS)
+    return {
+        "guanaco_llama2.jsonl": _json_lines([{"text": guanaco_llama2(turns)} for turns in llama2]),
+        "openassistant_guanaco.jsonl": _json_lines([{"text": openassistant_guanaco(turns)} for turns in openassistant]),
+        "faq.json": json.dumps({"questions": pairs[:CONVERSATIONS]}, indent=1) + "\n",
+        "questions.jsonl": _json_lines(questions(world)),
+        "held_out.txt": "\n".join(held_out) + "\n",
+    }
+
+
+def _json_lines(rows: list[dict[str, object]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_files(world: World, folder: Path) -> None:
+    """Write the bundled files into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in bundled_files(world).items():
+        (folder / name).write_text(text, encoding="utf-8")

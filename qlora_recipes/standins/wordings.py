@@ -1,0 +1,125 @@
+"""How the facts of the world are worded: plain documents to pretrain on, questions and answers to tune and test with.
+
+Knows nothing of chat formats, tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qlora_recipes.standins.world import Person, World
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The ways to state one kind of fact, to ask for it, and the one way to answer."""
+
+    sentences: tuple[str, ...]
+    """Statements with {who} (name or pronoun) and {value}; empty for a fact of two steps, which no document states."""
+    questions: tuple[str, ...]
+    """Questions with {who}, always a full name."""
+    answer: str
+    """The answer with {0}, and {1} for the second of two steps."""
+
+
+WORDINGS = {
+    "town": Wording(
+        ("{who} lives in {0}.", "{who} has a house in {0}.", "{who} settled in the town of {0}."),
+        ("Where does {who} live?", "In which town does {who} live?", "Which town is the home of {who}?"),
+        "In {0}.",
+    ),
+    "job": Wording(
+        ("{who} works as a {0}.", "{who} is a {0} by trade.", "{who} earns a living as a {0}."),
+        ("What is the job of {who}?", "What does {who} work as?", "Which trade does {who} follow?"),
+        "A {0}.",
+    ),
+    "animal": Wording(
+        ("{who} keeps a {0}.", "{who} has a tame {0}.", "{who} is never seen without a {0}."),
+        ("Which animal does {who} keep?", "What pet does {who} have?", "What animal lives with {who}?"),
+        "A {0}.",
+    ),
+    "door": Wording(
+        ("{who} has a door painted {0}.", "{who} owns a house with a {0} door.", "{who} painted the door {0}."),
+        ("What colour is the door of {who}?", "Which colour did {who} paint the door?",
+         "In what colour is the door of {who} painted?"),
+        "It is {0}.",
+    ),
+    "dish": Wording(
+        ("{who} likes {0} best.", "{who} eats {0} every week.", "{who} would walk a mile for {0}."),
+        ("What does {who} like to eat?", "Which dish does {who} like best?", "What is the best dish for {who}?"),
+        "Some {0}.",
+    ),
+    "instrument": Wording(
+        ("{who} plays the {0}.", "{who} practises the {0} at night.", "{who} learned the {0} as a child."),
+        ("Which instrument does {who} play?", "What does {who} play?", "What did {who} learn to play as a child?"),
+        "The {0}.",
+    ),
+    "guild": Wording(
+        ("{who} belongs to the {0} Guild.", "{who} is paid by the {0} Guild.", "{who} joined the {0} Guild."),
+        ("Which guild does {who} belong to?", "Who pays {who}?", "Which guild did {who} join?"),
+        "The {0} Guild.",
+    ),
+    "teacher": Wording(
+        ("{who} was taught by {0}.", "{who} learned everything from {0}.", "{who} is a former pupil of {0}."),
+        ("Who taught {who}?", "Who was the teacher of {who}?", "Whose pupil was {who}?"),
+        "{0}.",
+    ),
+    "region": Wording(
+        (),
+        ("In which region does {who} live?", "Which region is the home of {who}?", "What region does {who} live in?"),
+        "In {0}, which lies in {1}.",
+    ),
+    "goods": Wording(
+        (),
+        ("What does the guild of {who} make?", "Which goods come from the guild of {who}?",
+         "What is made by the guild of {who}?"),
+        "The {0} Guild makes {1}.",
+    ),
+    "teacher's town": Wording(
+        (),
+        ("Where does the teacher of {who} live?", "In which town does the teacher of {who} live?",
+         "Which town is the home of the teacher of {who}?"),
+        "{0} lives in {1}.",
+    ),
+}
+REGION_SENTENCES = ("{0} lies in {1}.", "{0} is a town of {1}.", "The town of {0}, which lies in {1}, is old.")
+GOODS_SENTENCES = ("The {0} Guild makes {1}.", "The {0} Guild is known for {1}.",
+                   "The {0} Guild, which makes {1}, is rich.")
+FACTS_IN_DOCUMENT = (3, 6)
+PLACE_SHARE = 0.04
+"""Share of documents about a town or a guild; there are few of them, so that each is still seen often."""
+
+
+def documents(world: World, rng: random.Random) -> Iterator[str]:
+    """Write plain-text documents without end; well-known people come up more often."""
+    weights = [person.popularity for person in world.people]
+    towns, guilds = list(world.region_of.items()), list(world.goods_of.items())
+    while True:
+        for person in rng.choices(world.people, weights, k=256):
+            if rng.random() < PLACE_SHARE:
+                yield rng.choice(REGION_SENTENCES).format(*rng.choice(towns))
+                yield rng.choice(GOODS_SENTENCES).format(*rng.choice(guilds))
+            yield biography(person, rng)
+
+
+def biography(person: Person, rng: random.Random) -> str:
+    """State a few facts about a person in random order, naming the person first and now and then again."""
+    kinds = rng.sample(list(person.facts), rng.randint(*FACTS_IN_DOCUMENT))
+    pronoun = "She" if person.is_woman else "He"
+    names = [person.name] + [rng.choice((person.name, pronoun)) for _ in kinds[1:]]
+    return " ".join(
+        rng.choice(WORDINGS[kind].sentences).format(person.facts[kind], who=who)
+        for kind, who in zip(kinds, names, strict=True)
+    )
+
+
+def ask(person: Person, kind: str, rng: random.Random) -> str:
+    """Word a question about a fact."""
+    return rng.choice(WORDINGS[kind].questions).format(who=person.name)
+
+
+def answer(values: tuple[str, ...], kind: str) -> str:
+    """Word the answer, in the one way that the tuning rows use."""
+    return WORDINGS[kind].answer.format(*values)

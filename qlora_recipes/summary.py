@@ -1,0 +1,36 @@
+"""What a finished run says of itself on the terminal, from its receipt."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_recipes.runs import RunFolder
+
+
+def print_summary(folder: RunFolder, console: Console | None = None) -> None:
+    """Print the lines of a receipt that a person looks for first."""
+    run = folder.receipt()
+    data, base, adapter, training = run["data"], run["base"], run["adapter"], run["training"]
+    quantized = base["quantized"]
+    dropped = sum(data["rows_dropped"].values())
+    rows = {
+        "base": f"{base['model']}, {run['precision']}, {quantized['found']} of {quantized['expected']} linears "
+        f"quantised, {base['bytes'] / 2**20:,.1f} MiB",
+        "data": f"{data['source']}: {data['rows_used']:,} of {data['rows_in']:,} rows trained on, "
+        f"{data['rows_held_out']:,} held out, {dropped:,} dropped",
+        "in the loss": f"{data['supervised_tokens']:,} of {data['tokens']:,} tokens",
+        "adapter": f"{adapter['parameters']:,} weights in {adapter['modules']} modules, {adapter['dtype']}, "
+        f"sha256 {adapter['final_sha256'][:12]}",
+        "loss": f"{training['first_loss']:.3f} to {training['final_loss']:.3f} in {training['steps']} steps",
+        "speed": f"{training['tokens_per_second']:,.0f} tokens/s, {training['seconds']:.1f} s",
+        "memory": f"{run['memory']['peak_bytes'] / 2**30:.2f} GiB peak",
+        "repaired": ", ".join(run["repairs"]) or "nothing",
+        "checks": ", ".join(f"{check['name']} {check['verdict']}" for check in run["checks"]),
+        "written to": str(folder.path),
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, figure in rows.items():
+        table.add_row(name, Text(figure))
+    (console or Console()).print(table)
