@@ -87,7 +87,9 @@ class ConversationEncoder:
             if marker := self.template.forged_marker(message["content"]):
                 raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text holds {marker!r}")
             if found := re.search("[\ufdd0-\ufdef]", message["content"]):
-                raise RowError(Reason.UNENCODABLE, f"the {message['role']}'s text holds the noncharacter {found.group()!a}")
+                raise RowError(
+                    Reason.UNENCODABLE, f"the {message['role']}'s text holds the noncharacter {found.group()!a}"
+                )
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         try:
@@ -129,9 +131,7 @@ class ConversationEncoder:
         """Return, for each text, its tokens as (id, offset of the first character), no string being special."""
         if not texts:
             return []
-        batch = self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
+        batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         return [
             [(token, begin) for token, (begin, _) in zip(ids, offsets, strict=True)]
             for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True)

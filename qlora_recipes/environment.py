@@ -27,7 +27,9 @@ def check_versions() -> None:
         EnvironmentFault: naming each package, and the command that mends it.
     """
     if _version(_DISTRIBUTION) is None:
-        raise EnvironmentFault(f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e .")
+        raise EnvironmentFault(
+            f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e ."
+        )
     faults = []
     for line in importlib.metadata.requires(_DISTRIBUTION) or ():
         requirement = Requirement(line)

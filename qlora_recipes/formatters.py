@@ -80,9 +80,7 @@ def check_messages(messages: object, source: str = "format_row") -> list[Message
     them empty. `source` names who made the messages. Raises RowError for anything else.
     """
     if not isinstance(messages, list | tuple):
-        raise RowError(
-            Reason.NOT_MESSAGES, f"{source} gave {_SHORT.repr(messages)}, wanted a list of messages"
-        )
+        raise RowError(Reason.NOT_MESSAGES, f"{source} gave {_SHORT.repr(messages)}, wanted a list of messages")
     checked = [_check_message(message, f"{source}, message {i}") for i, message in enumerate(messages)]
     _check_order([message["role"] for message in checked], source)
     return checked
@@ -108,9 +106,7 @@ def _check_text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise RowError(Reason.NOT_TEXT, f"{where} is {_SHORT.repr(value)}, wanted text")
     if found := re.search("[\0\ud800-\udfff]", value):
-        raise RowError(
-            Reason.UNENCODABLE, f"{where} holds the character {found.group()!r} at {found.start()}"
-        )
+        raise RowError(Reason.UNENCODABLE, f"{where} holds the character {found.group()!r} at {found.start()}")
     return value
 
 
@@ -122,13 +118,9 @@ def _check_order(roles: list[str], source: str) -> None:
     for i, role in enumerate(roles[start:]):
         wanted = ("user", "assistant")[i % 2]
         if role != wanted:
-            raise RowError(
-                Reason.ROLES_OUT_OF_ORDER, f"{source}, message {i + start} is {role}, wanted {wanted}"
-            )
+            raise RowError(Reason.ROLES_OUT_OF_ORDER, f"{source}, message {i + start} is {role}, wanted {wanted}")
     if roles[-1] != "assistant":
-        raise RowError(
-            Reason.NO_LAST_ANSWER, f"{source}, message {len(roles) - 1} is the last, and a question"
-        )
+        raise RowError(Reason.NO_LAST_ANSWER, f"{source}, message {len(roles) - 1} is the last, and a question")
 
 
 def guanaco_llama2(row: Row) -> list[Message]:
@@ -156,9 +148,7 @@ def _llama2_turn(turn: str) -> list[Message]:
     """Split `<s>[INST] question [/INST] answer`, without its `</s>`; the spaces stay."""
     question, closed, answer = turn.removeprefix("<s>[INST]").partition("[/INST]")
     if not turn.startswith("<s>[INST]") or not closed:
-        raise RowError(
-            Reason.DOES_NOT_PARSE, f"a turn is {_SHORT.repr(turn)}, wanted <s>[INST] ... [/INST] ..."
-        )
+        raise RowError(Reason.DOES_NOT_PARSE, f"a turn is {_SHORT.repr(turn)}, wanted <s>[INST] ... [/INST] ...")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -228,9 +218,7 @@ def sharegpt(row: Row) -> list[Message]:
 def _sharegpt_message(turn: object) -> dict[str, Any]:
     """Return a turn under our own keys; a speaker without a role here keeps the name and is refused later."""
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-        raise RowError(
-            Reason.NOT_MESSAGES, f"a turn is {_SHORT.repr(turn)}, wanted an object with from and value"
-        )
+        raise RowError(Reason.NOT_MESSAGES, f"a turn is {_SHORT.repr(turn)}, wanted an object with from and value")
     speaker = turn["from"]
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     return {"role": role, "content": turn["value"]}
@@ -307,9 +295,7 @@ def detect(row: Row) -> Formatter:
 
 def _fits(row: Row, shape: Mapping[str, str]) -> bool:
     values = {name: _column(row, name) for name in shape}
-    return all(
-        value is not None and str(value).lstrip().startswith(shape[name]) for name, value in values.items()
-    )
+    return all(value is not None and str(value).lstrip().startswith(shape[name]) for name, value in values.items())
 
 
 def _describe(shape: Mapping[str, str]) -> str:

@@ -79,9 +79,7 @@ def _jsonl_rows(path: Path) -> Rows:
                 try:
                     yield f"line {number}", json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{path}, line {number}, column {error.colno}: broken JSON, {error.msg}"
-                    ) from error
+                    raise DataError(f"{path}, line {number}, column {error.colno}: broken JSON, {error.msg}") from error
 
 
 def _csv_rows(path: Path) -> Rows:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
-from qlora_recipes.errors import RecipeError, UsageError, nearest
+from qlora_recipes.errors import EXIT_CODE, RecipeError, UsageError, nearest
 from qlora_recipes.fields import fields_of
 from qlora_recipes.formatters import FORMATTERS, Message
 from qlora_recipes.models import ModelSpec
@@ -105,7 +105,7 @@ class Recipe:
         if inspect.isfunction(own) and len(inspect.signature(own).parameters) == 1:
             cls.format_row = staticmethod(own)  # written without `self`
         if faults := list(_faults(cls)):
-            raise RecipeError(f"{cls.__name__} cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))
+            _refuse(cls, f"{cls.__name__} cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
     @classmethod
     def formatter(cls) -> Callable[[Mapping[str, Any]], list[Message]] | None:
@@ -118,6 +118,14 @@ class Recipe:
         from qlora_recipes.commandline import main  # the one door from a declaration to the work
 
         main(cls, arguments)
+
+
+def _refuse(cls: type[Recipe], message: str) -> NoReturn:
+    """Raise RecipeError, or where the recipe is the program itself, end it with the message alone."""
+    if cls.__module__ == "__main__" and hasattr(sys.modules["__main__"], "__file__"):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    raise RecipeError(message)
 
 
 def _faults(cls: type[Recipe]) -> Iterable[str]:

@@ -51,7 +51,9 @@ def separate_packed_falcon() -> bool:
         kwargs.setdefault("position_ids", current[0])
         return plain_mask(*args, **kwargs)
 
-    def forward_with_positions(self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, **kw):
+    def forward_with_positions(
+        self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, **kw
+    ):
         current[0] = position_ids
         try:
             return forward(

@@ -55,8 +55,7 @@ TEXTS = [
     (
         LLAMA_2_CHAT,
         [SYSTEM, *TWO_TURNS],
-        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi there [/INST] Yes.\n\n  So. </s>"
-        "<s>[INST] Bye [/INST] Ciao </s>",
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi there [/INST] Yes.\n\n  So. </s><s>[INST] Bye [/INST] Ciao </s>",
     ),
     (FALCON_CHAT, ONE_TURN, "User: Hi there\nAssistant: Yes.\n\n  So.<|endoftext|>"),
     (

@@ -41,9 +41,7 @@ def conversation(*contents: str, system: str | None = None) -> list[Message]:
 
 
 def render_llama2(turns: list[Message]) -> str:
-    rendered, _ = render_jinja_template(
-        [turns], chat_template=LLAMA_2_CHAT.source, bos_token="<s>", eos_token="</s>"
-    )
+    rendered, _ = render_jinja_template([turns], chat_template=LLAMA_2_CHAT.source, bos_token="<s>", eos_token="</s>")
     return rendered[0]
 
 
@@ -233,9 +231,7 @@ BAD_ROWS: list[tuple[Callable[..., list[Message]], object, str]] = [
 
 
 @pytest.mark.parametrize(("formatter", "row", "reason"), BAD_ROWS)
-def test_bad_row_is_refused_with_its_reason(
-    formatter: Callable[..., list[Message]], row: object, reason: str
-) -> None:
+def test_bad_row_is_refused_with_its_reason(formatter: Callable[..., list[Message]], row: object, reason: str) -> None:
     with pytest.raises(RowError) as error:
         formatter(row)
     assert error.value.reason == reason
@@ -285,9 +281,7 @@ def test_formatters_are_listed_under_their_names() -> None:
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 fragments = st.sampled_from([*CONTROL_STRINGS, *SEPARATORS, " ", "\n", "a", "\u3000", "\0", "\ud800"])
 any_text = st.one_of(st.text(), st.lists(fragments, max_size=12).map("".join))
-near_misses = st.sampled_from(
-    ["<", "s>", "</", "/s>", "[", "INST]", "[/", "<<", "SYS>>", "#", "### ", " ", "\n", "a"]
-)
+near_misses = st.sampled_from(["<", "s>", "</", "/s>", "[", "INST]", "[/", "<<", "SYS>>", "#", "### ", " ", "\n", "a"])
 words = (st.text(characters, min_size=1) | st.lists(near_misses, max_size=8).map("".join)).filter(
     lambda text: text.strip() and not any(control in text for control in (*CONTROL_STRINGS, *SEPARATORS))
 )

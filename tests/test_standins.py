@@ -40,8 +40,15 @@ def test_config_is_of_the_family(family: str) -> None:
     config = AutoConfig.from_pretrained(STANDINS[family].folder)
     real = {
         "llama2": {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 2048},
-        "falcon": {"model_type": "falcon", "tie_word_embeddings": True, "multi_query": True, "parallel_attn": True,
-                   "new_decoder_architecture": False, "alibi": False, "bias": False},
+        "falcon": {
+            "model_type": "falcon",
+            "tie_word_embeddings": True,
+            "multi_query": True,
+            "parallel_attn": True,
+            "new_decoder_architecture": False,
+            "alibi": False,
+            "bias": False,
+        },
     }[family]
     assert {name: getattr(config, name) for name in real} == real
     assert config.vocab_size == len(load_tokenizer(family))

@@ -62,7 +62,7 @@ class Comparison:
     n_clusters: int
     """Subjects; every document is its own where none were given."""
     n_needed: int | None
-    """When inconclusive, the documents that would bring a verdict; None where more would not."""
+    """When inconclusive, the documents that would bring a verdict; None where there are so many already."""
     seed_differences: tuple[float, ...]
     """Mean of a - b of each seed."""
     seed_interval: Interval | None
@@ -112,9 +112,7 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
     samples = [_sample(task, f"task {name}: ") for name, task in tasks.items()]
     seeds = {name: len(sample.differences) for name, sample in zip(tasks, samples, strict=True)}
     if len(set(seeds.values())) != 1:
-        raise ComparisonError(
-            f"got tasks with {seeds} seeds, wanted as many of each; evaluate those that miss"
-        )
+        raise ComparisonError(f"got tasks with {seeds} seeds, wanted as many of each; evaluate those that miss")
     return _judge(samples, margin, limited)
 
 
@@ -154,9 +152,7 @@ def _widest(readings: list[_Reading]) -> _Reading:
     intervals, intervals_95, p_equivalence, p_difference = zip(*readings, strict=True)
     lows, highs = zip(*intervals, strict=True)
     lows_95, highs_95 = zip(*intervals_95, strict=True)
-    return _Reading(
-        (min(lows), max(highs)), (min(lows_95), max(highs_95)), max(p_equivalence), max(p_difference)
-    )
+    return _Reading((min(lows), max(highs)), (min(lows_95), max(highs_95)), max(p_equivalence), max(p_difference))
 
 
 def _over_documents(samples: list[_Sample], margin: float) -> list[_Reading]:
@@ -216,7 +212,7 @@ def _rare_events(events: np.ndarray, span: float, margin: float) -> _Reading:
     """The score test of gains against losses, as two Poisson counts among as many documents.
 
     With few flips the t interval is too short: at 272 documents and a true loss of one point, all of it right
-    to wrong, it is inside a margin of one point in 24 %, the score interval in 6.6 %. Events of unequal size
+    to wrong, it is inside a margin of one point in 24 %, the score interval in 6.5 %. Events of unequal size
     are counted in units of sum(d^2) / sum(|d|), which keeps mean and variance (the scaled Poisson
     distribution of Bohm and Zech 2014, arXiv 1309.1287); of 0/1 scores that is flips.
     """
@@ -237,7 +233,7 @@ def _rare_events(events: np.ndarray, span: float, margin: float) -> _Reading:
 def _documents_for_a_verdict(readings: list[_Reading], n: int, margin: float) -> int:
     """Where the half widths at 90 and at 95 % add up to the margin, no outcome is inconclusive any more.
 
-    The t interval shrinks with the root of the documents, that of rare events with their number.
+    The t interval shrinks with the root of the documents, that of rare events about with their number.
     """
     student, widest = (
         float(np.ptp(reading.interval) + np.ptp(reading.interval_95)) / 2
@@ -247,9 +243,7 @@ def _documents_for_a_verdict(readings: list[_Reading], n: int, margin: float) ->
     return max(needed_documents(sd, margin, power=0.95), math.ceil(n * widest / margin))
 
 
-def needed_documents(
-    sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8
-) -> int:
+def needed_documents(sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8) -> int:
     """Say how many documents it takes to show equivalence when the true difference is `difference`.
 
     `sd` is that of one document's difference. The number is ((z(1 - alpha) + z((1 + power) / 2)) sd /
@@ -328,8 +322,8 @@ def bits_per_byte_difference(
     a, b, sizes = _numbers(bits_a, "bits a"), _numbers(bits_b, "bits b"), _numbers(n_bytes, "bytes")
     if not a.shape == b.shape == sizes.shape == (a.size,) or a.size < FEWEST_TEXTS or sizes.min() <= 0:
         raise ComparisonError(
-            f"got bits of shape {a.shape} and {b.shape} and sizes of shape {sizes.shape}, wanted (documents,) "
-            f"with at least {FEWEST_TEXTS} of them none empty; cut long texts into pieces"
+            f"got bits of shape {a.shape} and {b.shape} and bytes of shape {sizes.shape}, wanted one of each "
+            f"for at least {FEWEST_TEXTS} texts, none of them empty; cut long texts into pieces"
         )
     drawn = _bootstrap_ratio(a - b, sizes, resamples, seed)
     of_a, of_b = float(a.sum() / sizes.sum()), float(b.sum() / sizes.sum())
@@ -346,9 +340,7 @@ def _bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, resamples: int, seed: 
     # 100 resamples at a time: BCa's jackknife at once is documents^2 numbers, 0.8 GB for 10,000.
     kind = {"paired": True, "vectorized": True, "method": "BCa", "batch": 100}
     rng = np.random.default_rng(seed)
-    first = stats.bootstrap(
-        (top, bottom), ratio, n_resamples=resamples, confidence_level=0.9, rng=rng, **kind
-    )
+    first = stats.bootstrap((top, bottom), ratio, n_resamples=resamples, confidence_level=0.9, rng=rng, **kind)
     second = stats.bootstrap((top, bottom), ratio, n_resamples=0, bootstrap_result=first, **kind)
     return [tuple(map(float, drawn.confidence_interval)) for drawn in (first, second)]
 
@@ -429,18 +421,19 @@ def _sample(task: TaskScores, where: str = "") -> _Sample:
     a, b = (np.atleast_2d(_numbers(x, f"{where}scores {arm}")) for arm, x in (("a", task.a), ("b", task.b)))
     if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
         raise ComparisonError(
-            f"{where}got scores of shape {a.shape} and {b.shape}, wanted the same (seeds, documents) for both "
-            "and at least 2 documents; align the runs first"
+            f"{where}got scores of shape {a.shape} and {b.shape}, wanted the same (seeds, documents) of "
+            "both, at least 2 documents; align the runs first"
         )
-    labels = range(a.shape[1]) if task.clusters is None else task.clusters
-    numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    if len(labels) != a.shape[1] or len(numbers) < 2:
+    span = float(max(a.max(), b.max(), 0.0) - min(a.min(), b.min(), 0.0))
+    if task.clusters is None:
+        return _Sample(a - b, np.arange(a.shape[1]), span)
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(task.clusters))}
+    if len(task.clusters) != a.shape[1] or len(numbers) < 2:
         raise ComparisonError(
-            f"{where}got {len(labels)} cluster labels, {len(numbers)} of them distinct, for {a.shape[1]} "
-            "documents, wanted one each and 2 distinct; leave clusters out where there is a single subject"
+            f"{where}got {len(task.clusters)} cluster labels, {len(numbers)} of them distinct, for "
+            f"{a.shape[1]} documents, wanted one each and 2 distinct; leave clusters out where there is a single subject"
         )
-    span = max(a.max(), b.max(), 0.0) - min(a.min(), b.min(), 0.0)
-    return _Sample(a - b, np.array([numbers[label] for label in labels]), float(span))
+    return _Sample(a - b, np.array([numbers[label] for label in task.clusters]), span)
 
 
 def _numbers(values: ArrayLike, what: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Make the stand-ins again from nothing: tokenizers, pretraining, bundled data.
 
-    python -m qlora_recipes.standins.make [--family llama2|falcon] [--output FOLDER]
+python -m qlora_recipes.standins.make [--family llama2|falcon] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -26,21 +26,44 @@ STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 3000, 32, 128, 3e-3, 100
 
 def build_llama2(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """Build an untrained model of Llama-2's architecture."""
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
-        max_position_embeddings=CONTEXT, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-        rms_norm_eps=1e-5, attn_implementation="sdpa",
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+            rms_norm_eps=1e-5,
+            attn_implementation="sdpa",
+        )
+    )
 
 
 def build_falcon(tokenizer: PreTrainedTokenizerBase) -> FalconForCausalLM:
     """Build an untrained model of Falcon-7b's architecture: one key and value head, attention beside the MLP."""
-    return FalconForCausalLM(FalconConfig(
-        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=3, multi_query=True,
-        parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False, hidden_dropout=0.0,
-        attention_dropout=0.0, max_position_embeddings=CONTEXT, bos_token_id=11, eos_token_id=11,
-        tie_word_embeddings=True,
-    ))
+    return FalconForCausalLM(
+        FalconConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            multi_query=True,
+            parallel_attn=True,
+            new_decoder_architecture=False,
+            alibi=False,
+            bias=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=11,
+            eos_token_id=11,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 FAMILIES = {"llama2": (tokenizer.train_llama2, build_llama2), "falcon": (tokenizer.train_falcon, build_falcon)}

@@ -56,8 +56,13 @@ def _question(world: World, person: Person, kind: str, rng: random.Random) -> di
     right = answer(world.facts_of(person)[kind], kind)
     choices = [right, *_near_answers(world, person, kind, right, rng)]
     rng.shuffle(choices)
-    return {"subject": kind, "question": ask(person, kind, rng), "choices": choices,
-            "answer": choices.index(right), "text": right}
+    return {
+        "subject": kind,
+        "question": ask(person, kind, rng),
+        "choices": choices,
+        "answer": choices.index(right),
+        "text": right,
+    }
 
 
 def _near_answers(world: World, person: Person, kind: str, right: str, rng: random.Random) -> list[str]:

@@ -53,7 +53,10 @@ def train_falcon(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(_with_chat_words(texts), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
 
 

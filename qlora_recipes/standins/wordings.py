@@ -42,8 +42,11 @@ WORDINGS = {
     ),
     "door": Wording(
         ("{who} has a door painted {0}.", "{who} owns a house with a {0} door.", "{who} painted the door {0}."),
-        ("What colour is the door of {who}?", "Which colour did {who} paint the door?",
-         "In what colour is the door of {who} painted?"),
+        (
+            "What colour is the door of {who}?",
+            "Which colour did {who} paint the door?",
+            "In what colour is the door of {who} painted?",
+        ),
         "It is {0}.",
     ),
     "dish": Wording(
@@ -73,20 +76,29 @@ WORDINGS = {
     ),
     "goods": Wording(
         (),
-        ("What does the guild of {who} make?", "Which goods come from the guild of {who}?",
-         "What is made by the guild of {who}?"),
+        (
+            "What does the guild of {who} make?",
+            "Which goods come from the guild of {who}?",
+            "What is made by the guild of {who}?",
+        ),
         "The {0} Guild makes {1}.",
     ),
     "teacher's town": Wording(
         (),
-        ("Where does the teacher of {who} live?", "In which town does the teacher of {who} live?",
-         "Which town is the home of the teacher of {who}?"),
+        (
+            "Where does the teacher of {who} live?",
+            "In which town does the teacher of {who} live?",
+            "Which town is the home of the teacher of {who}?",
+        ),
         "{0} lives in {1}.",
     ),
 }
 REGION_SENTENCES = ("{0} lies in {1}.", "{0} is a town of {1}.", "The town of {0}, which lies in {1}, is old.")
-GOODS_SENTENCES = ("The {0} Guild makes {1}.", "The {0} Guild is known for {1}.",
-                   "The {0} Guild, which makes {1}, is rich.")
+GOODS_SENTENCES = (
+    "The {0} Guild makes {1}.",
+    "The {0} Guild is known for {1}.",
+    "The {0} Guild, which makes {1}, is rich.",
+)
 FACTS_IN_DOCUMENT = (3, 6)
 PLACE_SHARE = 0.04
 """Share of documents about a town or a guild; there are few of them, so that each is still seen often."""

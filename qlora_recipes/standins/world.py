@@ -27,8 +27,11 @@ pigeon parrot finch""".split()
 COLOURS = """red orange yellow green blue purple pink brown black white grey gold silver copper bronze scarlet
 crimson maroon amber ochre olive lime jade teal turquoise indigo violet lilac mauve lavender cream ivory beige
 tan rust sand slate charcoal coral peach""".split()
-DISHES = [f"{what} {dish}" for what in "plum onion barley mushroom walnut pepper apple cabbage".split()
-          for dish in "soup pie stew bread cake".split()]
+DISHES = [
+    f"{what} {dish}"
+    for what in "plum onion barley mushroom walnut pepper apple cabbage".split()
+    for dish in "soup pie stew bread cake".split()
+]
 INSTRUMENTS = """flute lute harp drum fiddle viola cello zither bagpipe trumpet horn trombone tuba oboe clarinet
 bassoon recorder whistle guitar banjo mandolin dulcimer organ piano harpsichord bell gong cymbal tambourine
 triangle xylophone marimba accordion concertina harmonica lyre sitar kettledrum piccolo bugle""".split()
@@ -102,8 +105,16 @@ def make_world(seed: int = SEED) -> World:
     towns, regions, guilds = _take(words, TOWNS), _take(words, REGIONS), _take(words, GUILDS)
     pairs = rng.sample([(first, last) for first in given for last in family], PEOPLE)
     teachers = [f"{first} {last}" for first, last in pairs[:TEACHERS]]
-    values = {"town": towns, "job": JOBS, "animal": ANIMALS, "door": COLOURS, "dish": DISHES,
-              "instrument": INSTRUMENTS, "guild": guilds, "teacher": teachers}
+    values = {
+        "town": towns,
+        "job": JOBS,
+        "animal": ANIMALS,
+        "door": COLOURS,
+        "dish": DISHES,
+        "instrument": INSTRUMENTS,
+        "guild": guilds,
+        "teacher": teachers,
+    }
     return World(
         people=tuple(_invent_person(rng, *pair, values) for pair in pairs),
         region_of={town: rng.choice(regions) for town in towns},
