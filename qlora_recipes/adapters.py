@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,44 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / WEIGHTS).is_file():
         raise ModelError(f"no adapter at {folder}: {WEIGHTS} is missing. Wanted the adapter/ folder of a finished run")
     try:
-        return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, use_safetensors=True)
+        # Trainable, so that `adapter_tensors` sees the weights and their hash can be held against the receipt.
+        return PeftModel.from_pretrained(
+            base, str(folder), adapter_name=ADAPTER, is_trainable=True, use_safetensors=True
+        )
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end: int,
+    pad: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Continue prompts greedily, as one batch, and return what was added to each.
+
+    An answer that ended by itself ends with the id `end`; one that was cut at `max_new_tokens` does not.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    return [_up_to(answer, end) for answer in output[:, width:].tolist()]
+
+
+def _up_to(ids: list[int], end: int) -> list[int]:
+    """Return the ids up to the first `end`, which stays; padding comes after it."""
+    return ids[: ids.index(end) + 1] if end in ids else ids

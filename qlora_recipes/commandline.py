@@ -30,7 +30,8 @@ _OWN_FLAGS: dict[str, dict[str, Any]] = {
     "model": dict(metavar="ID_OR_FOLDER", help="another source of the base"),
     "dataset": dict(metavar="ID_OR_FILE", help="another source of the rows"),
     "output_dir": dict(metavar="FOLDER", help="run folder (default: runs/<recipe>/<precision>-seed<seed>)"),
-    "plan": dict(flag=True, help="print what would be done, and train nothing"),
+    "plan": dict(flag=True, help="print what would be done and what was checked, and train nothing"),
+    "skip_checks": dict(names=True, metavar="NAME", help="checks to go without; the receipt says which"),
     "resume": dict(flag=True, help="go on from the newest checkpoint in the run folder"),
     "overwrite": dict(flag=True, help="replace the run that is in the run folder"),
     "config": dict(metavar="FILE.yaml", help="flags from a file; those on the command line beat it"),
@@ -78,8 +79,10 @@ def _run(recipe: type[Recipe], arguments: Sequence[str]) -> None:
     _quiet_libraries()
     if flags.get("plan"):
         from qlora_recipes.plan import print_plan
+        from qlora_recipes.training import prepare_run
 
         print_plan(settings)
+        prepare_run(settings, skip_checks=flags.get("skip_checks", ()))
         return
     from qlora_recipes.summary import print_summary
     from qlora_recipes.training import train
@@ -89,6 +92,7 @@ def _run(recipe: type[Recipe], arguments: Sequence[str]) -> None:
         command=_without_secrets([recipe_name(recipe), *arguments]),
         overwrite=flags.get("overwrite", False),
         resume=flags.get("resume", False),
+        skip_checks=flags.get("skip_checks", ()),
     )
     print_summary(folder)
 
@@ -141,6 +145,8 @@ def _parser(recipe: type[Recipe]) -> _Parser:
         options = dict(options)
         if options.pop("flag", False):
             options.update(nargs="?", const="true", metavar="true|false")
+        if options.pop("names", False):
+            options.update(nargs="+")
         own.add_argument(f"--{name}", action=_Once, **options)
     for config in _CONFIGS:
         group = parser.add_argument_group(f"{config}, every field under its own name")
@@ -163,6 +169,8 @@ def _field_options(field: Field) -> dict[str, Any]:
 
 def _value(name: str, words: Any) -> Any:
     """Turn the words of the command line into a value of the flag's type."""
+    if name in _OWN_FLAGS and _OWN_FLAGS[name].get("names"):
+        return _own_value(name, words)
     if isinstance(words, list):
         words = words[0] if len(words) == 1 else f"[{', '.join(words)}]"
     if name in _OWN_FLAGS:
@@ -176,6 +184,10 @@ def _own_value(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise UsageError(f"--{name}: got {value!r}, wanted true or false")
         return value
+    if _OWN_FLAGS[name].get("names"):
+        if not isinstance(value, list):
+            raise UsageError(f"--{name}: got {value!r}, wanted a list of names")
+        return [str(item) for item in value]
     return str(value)
 
 

@@ -147,11 +147,8 @@ def describe_base(
     expected = sum(1 for _ in _linears(blueprint, nn.Linear)) if precision.quantized else 0
     found = sum(_is_stored_as(module, precision) for module in _linears(base, nn.Linear)) if precision.quantized else 0
     storage: Counter[str] = Counter()
-    digest = hashlib.sha256()
-    for name, tensor in stored_tensors(base):
+    for _, tensor in stored_tensors(base):
         storage[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
-        digest.update(name.encode())
-        digest.update(raw_bytes(tensor))
     return BaseReceipt(
         model=model,
         revision=getattr(base.config, "_commit_hash", None) or revision,
@@ -161,7 +158,7 @@ def describe_base(
         parameters=sum(parameter.numel() for parameter in blueprint.parameters()),
         bytes=storage.total(),
         bytes_by_storage=dict(storage),
-        sha256=digest.hexdigest(),
+        sha256=base_sha256(base),
     )
 
 
@@ -199,8 +196,10 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         state = getattr(tensor, "quant_state", None)
         if state is not None:
             yield from ((f"{name}.{key}", part) for key, part in _constants(state))
-        elif getattr(tensor, "SCB", None) is not None:
-            yield f"{name}.SCB", tensor.SCB
+        elif tensor.dtype == torch.int8:
+            scales = row_scales(model.get_submodule(name.rpartition(".")[0]))
+            if scales is not None:
+                yield f"{name}.SCB", scales
 
 
 def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -210,6 +209,38 @@ def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield "state2.absmax", state.state2.absmax
         yield "state2.code", state.state2.code
         yield "offset", state.offset
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Return the hash over the stored bytes of a base, the same with an adapter around it and without."""
+    digest = hashlib.sha256()
+    for name, tensor in stored_tensors(model):
+        digest.update(base_name(name).encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def base_name(name: str) -> str:
+    """Return the name that a base's module or tensor has without an adapter around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def dequantized(module: nn.Linear) -> torch.Tensor:
+    """Return a linear layer's weight as it is multiplied with, whatever it is stored as."""
+    from bitsandbytes import functional
+
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    if weight.dtype == torch.int8:
+        return functional.int8_vectorwise_dequant(weight.data, row_scales(module))
+    return weight.data
+
+
+def row_scales(module: nn.Module) -> torch.Tensor | None:
+    """Return the scales of an int8 layer, which move from its weight to its state with the first pass."""
+    found = getattr(module.weight, "SCB", None)
+    return found if found is not None else getattr(getattr(module, "state", None), "SCB", None)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

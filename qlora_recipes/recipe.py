@@ -93,6 +93,8 @@ class Recipe:
     format_row: ClassVar[Callable[..., list[Message]] | None] = None
     """For data of one's own: a function from row to messages, with or without `self`. It beats the dataset's."""
     eval_tasks: ClassVar[Sequence[str]] = ()
+    checks: ClassVar[Sequence[Callable[[Any], Any]]] = ()
+    """Checks of one's own before training: functions of the run that return what `preflight.fail_unless` makes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -148,6 +150,8 @@ def _faults(cls: type[Recipe]) -> Iterable[str]:
         yield f"format_row: got {cls.format_row!r}, wanted a function from row to messages"
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
         yield f"eval_tasks: got {cls.eval_tasks!r}, wanted a list of lm-eval task names"
+    if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):
+        yield f"checks: got {cls.checks!r}, wanted a list of functions from a run to a Check"
 
 
 def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:

@@ -13,7 +13,7 @@ from qlora_recipes.errors import RunFolderError
 
 SCHEMA_VERSION = 1
 RECEIPT = "run.json"
-_OWN = {RECEIPT, "adapter", "checkpoints", "metrics.jsonl", "loss.png", "held_out.json", "evaluation"}
+_OWN = {RECEIPT, "adapter", "checkpoints", "metrics.jsonl", "loss.png", "held_out.json", "answers.json", "evaluation"}
 
 
 @dataclass
@@ -219,6 +219,11 @@ class RunFolder:
         return self.path / "held_out.json"
 
     @property
+    def answers(self) -> Path:
+        """Greedy answers to a few held-out questions, right after training."""
+        return self.path / "answers.json"
+
+    @property
     def evaluation(self) -> Path:
         """lm-eval's results and per-document scores."""
         return self.path / "evaluation"
@@ -274,11 +279,15 @@ class RunFolder:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON aside, sync it, and rename it into place, so that a reader never sees half of it."""
+    """Write JSON, whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file aside, sync it, and rename it into place, so that a reader never sees half of it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.preflight.table import tally
+from qlora_recipes.runs import Check, RunFolder
 
 
 def print_summary(folder: RunFolder, console: Console | None = None) -> None:
@@ -27,7 +28,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         "speed": f"{training['tokens_per_second']:,.0f} tokens/s, {training['seconds']:.1f} s",
         "memory": f"{run['memory']['peak_bytes'] / 2**30:.2f} GiB peak",
         "repaired": ", ".join(run["repairs"]) or "nothing",
-        "checks": ", ".join(f"{check['name']} {check['verdict']}" for check in run["checks"]),
+        "checks": tally([Check(**check) for check in run["checks"]]),
         "written to": str(folder.path),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -1,12 +1,13 @@
-"""Train one run: prepare, load, verify, hand it to SFTTrainer, write the run folder."""
+"""Train one run: prepare, load, verify, hand it to SFTTrainer, verify what came out, write the run folder."""
 
 from __future__ import annotations
 
 import datetime
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,7 +16,7 @@ from rich.console import Console
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_recipes import environment, repairs
+from qlora_recipes import environment, preflight, repairs
 from qlora_recipes.adapters import (
     ADAPTER,
     WEIGHTS,
@@ -26,12 +27,12 @@ from qlora_recipes.adapters import (
 )
 from qlora_recipes.data import PreparedData, prepare
 from qlora_recipes.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.errors import CheckError, RunFolderError, UsageError
+from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.loading import load_base, load_tokenizer
+from qlora_recipes.preflight import LoadedRun, ReadRun, ReadyRun, TrainedRun
 from qlora_recipes.progress import MetricsFile, ProgressDisplay, plot_loss
 from qlora_recipes.runs import (
     AdapterReceipt,
-    BaseReceipt,
     Check,
     MemoryReceipt,
     Receipt,
@@ -40,10 +41,6 @@ from qlora_recipes.runs import (
     write_json,
 )
 from qlora_recipes.settings import Settings
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -76,37 +73,54 @@ class CountingTrainer(SFTTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-@dataclass
-class Prepared:
-    """A run up to its first step: everything that can be refused has been looked at."""
-
-    settings: Settings
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    base: BaseReceipt
-    model: PeftModel
-    repairs: list[str]
-    base_bytes: int
-    """Peak memory when the base was loaded."""
-
-
-def prepare_run(settings: Settings) -> Prepared:
-    """Read the data, load and verify the base, and attach the adapter; writes nothing.
+def prepare_run(
+    settings: Settings, *, skip_checks: Sequence[str] = (), console: Console | None = None
+) -> tuple[ReadyRun, list[Check]]:
+    """Do everything that comes before the first step, print what was checked of it, and write nothing.
 
     Raises:
         RecipesError: for anything that would make the run fail or mean something else than it says.
     """
-    environment.check_versions()
-    state = PartialState()
-    environment.share_threads(state.num_processes)
+    preflight.check_names(skip_checks, preflight.names(settings.recipe))
+    read = _read(settings)
+    checks = preflight.run_checks(preflight.BEFORE_LOADING, read, skip_checks)
+    _refuse_failed(checks, console)  # loading a base takes minutes
+    loaded = _load(read)
+    run = ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(settings.output_dir)))
+    own = [*preflight.BEFORE_TRAINING, *settings.recipe.checks]
+    checks += preflight.run_checks(own, run, skip_checks)
+    _show(checks, "Before training", console)
+    preflight.refuse_failed(checks)
+    return run, checks
+
+
+def _read(settings: Settings) -> ReadRun:
+    environment.share_threads(PartialState().num_processes)
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision)
-    data = prepare(settings, ConversationEncoder(tokenizer, settings.spec.chat_template))
+    encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
+    return ReadRun(settings, tokenizer, encoder, prepare(settings, encoder))
+
+
+def _load(run: ReadRun) -> LoadedRun:
+    settings, device = run.settings, PartialState().device
     base, receipt, made = load_base(
-        settings.model, settings.revision, settings.precision, settings.dtype, device=state.device
+        settings.model, settings.revision, settings.precision, settings.dtype, device=device
     )
-    base_bytes = environment.peak_bytes(state.device.type)
+    base_bytes = environment.peak_bytes(device.type)
     model = attach(base, settings.lora, settings.seed)
-    return Prepared(settings, tokenizer, data, receipt, model, made, base_bytes)
+    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, base_bytes=base_bytes)
+
+
+def _refuse_failed(checks: Sequence[Check], console: Console | None) -> None:
+    """Show the checks when one of them failed, and raise."""
+    if any(check.verdict == "fail" for check in checks):
+        _show(checks, "Before loading the base", console)
+    preflight.refuse_failed(checks)
+
+
+def _show(checks: Sequence[Check], title: str, console: Console | None) -> None:
+    if PartialState().is_main_process:
+        preflight.print_checks(checks, title, console or Console())
 
 
 def train(
@@ -115,36 +129,36 @@ def train(
     command: Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
+    skip_checks: Sequence[str] = (),
     console: Console | None = None,
 ) -> RunFolder:
     """Train one run and return its folder, which has a receipt when and only when everything in it is proven.
 
+    `skip_checks` names checks to go without; the receipt says which.
+
     Raises:
         RecipesError: for anything that would make the run fail or mean something else than it says.
     """
-    started = datetime.datetime.now(datetime.timezone.utc)
+    started = datetime.datetime.now(datetime.UTC)
     folder = RunFolder(settings.output_dir)
     checkpoint = _newest_checkpoint(folder) if resume else None
     if not resume:
         folder.check_free(overwrite=overwrite)
-    run = prepare_run(settings)
+    run, checks = prepare_run(settings, skip_checks=skip_checks, console=console)
+    trainer = run.trainer
     main = PartialState().is_main_process
     if main and not resume:
         folder.claim(overwrite=overwrite)
     PartialState().wait_for_everyone()
     initial = adapter_sha256(run.model)
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
-    trainer = build_trainer(run, folder)
     if main:
         trainer.add_callback(ProgressDisplay(console or Console()))
         trainer.add_callback(MetricsFile(folder.metrics))
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    adapter = _describe_adapter(run, trainer, initial, before)
-    checks = _checks(run, adapter)
+    adapter = _describe_adapter(run, initial, before)
     training = _describe_training(trainer, outcome.metrics["train_runtime"])
-    if failed := [check for check in checks if check.verdict == "fail"]:
-        raise CheckError("; ".join(f"{check.name}: {check.figure}. {check.advice}" for check in failed))
-    _save_adapter(trainer, run, folder)
+    checks += _prove(TrainedRun(**vars(run), adapter=adapter, folder=folder), skip_checks, console)
     if main:
         adapter.bytes = (folder.adapter / WEIGHTS).stat().st_size
         receipt = Receipt(
@@ -180,31 +194,36 @@ def train(
     return folder
 
 
-def build_trainer(run: Prepared, folder: RunFolder) -> CountingTrainer:
+def build_trainer(run: LoadedRun, folder: RunFolder) -> CountingTrainer:
     """Return the SFTTrainer of a run, with float32 adapter weights whatever the base."""
     held_out = run.data.held_out if run.settings.training.get("eval_strategy", "no") != "no" else None
-    with repairs.float32_adapter(run.model) as cast, warnings.catch_warnings():
+    with (
+        repairs.float32_adapter(run.model) as cast,
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as aside,  # the Trainer makes its output folder at once; nothing is written yet
+    ):
         # Raised for every model that TRL did not load itself; the loss mask is ours and is counted.
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = CountingTrainer(
             model=run.model,
-            args=_sft_config(run.settings, folder),
+            args=_sft_config(run.settings, aside),
             train_dataset=PreparedData.dataset(run.data.train),
             eval_dataset=PreparedData.dataset(held_out) if held_out else None,
             processing_class=run.tokenizer,
         )
+    trainer.args.output_dir = str(folder.checkpoints)
     if cast:
         run.repairs.append("float32_adapter")
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _sft_config(settings: Settings, folder: RunFolder) -> SFTConfig:
+def _sft_config(settings: Settings, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
     try:
         return SFTConfig(
             **settings.training,
-            output_dir=str(folder.checkpoints),
+            output_dir=folder,
             bf16=settings.dtype == "bfloat16",
             fp16=settings.dtype == "float16",
             use_cpu=PartialState().device.type == "cpu",
@@ -228,7 +247,7 @@ def _newest_checkpoint(folder: RunFolder) -> str:
 
 
 def _describe_adapter(
-    run: Prepared, trainer: CountingTrainer, initial: str, before: Mapping[str, torch.Tensor]
+    run: ReadyRun, initial: str, before: Mapping[str, torch.Tensor]
 ) -> AdapterReceipt:
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
@@ -245,34 +264,16 @@ def _describe_adapter(
     )
 
 
-def _checks(run: Prepared, adapter: AdapterReceipt) -> list[Check]:
-    quantized, template = run.base.quantized, run.data.template
-    verdict = {True: "pass", False: "fail"}
-    return [
-        Check("quantised linears", "pass", f"{quantized.found} of {quantized.expected}"),  # refused on loading if not
-        Check(
-            "end of turn in the loss",
-            verdict[template.end_token_trained],
-            template.end_token,
-            "Put the end-of-turn token inside the template's {% generation %} block.",
-        ),
-        Check("adapter in float32", verdict[adapter.dtype == "float32"], adapter.dtype, "Report this as a bug."),
-        Check(
-            "adapter finite",
-            verdict[adapter.all_finite],
-            "all tensors" if adapter.all_finite else "NaN or infinite weights",
-            "Lower --learning_rate; metrics.jsonl shows where grad_norm left the ground.",
-        ),
-        _adapter_changed(adapter),
-    ]
-
-
-def _adapter_changed(adapter: AdapterReceipt) -> Check:
-    """B starts at zero and moves at once; A has no gradient before B has moved, which takes a few steps."""
-    stuck = [name for name in adapter.unchanged if "lora_A" not in name]
-    verdict = "fail" if stuck else "warn" if adapter.unchanged else "pass"
-    figure = f"{len(adapter.unchanged)} unchanged, {adapter.unchanged[0]} first" if adapter.unchanged else "all tensors"
-    return Check("adapter changed", verdict, figure, "Train for more steps, or leave these modules out of the targets.")
+def _prove(run: TrainedRun, skip_checks: Sequence[str], console: Console | None) -> list[Check]:
+    """Check what was trained, save it, and check what was saved; raises where one fails, and no receipt is written."""
+    checks = preflight.run_checks(preflight.AFTER_TRAINING, run, skip_checks)
+    _refuse_failed(checks, console)
+    _save_adapter(run.trainer, run.folder)
+    PartialState().wait_for_everyone()
+    checks += preflight.run_checks(preflight.AFTER_SAVING, run, skip_checks)
+    _show(checks, "After training", console)
+    preflight.refuse_failed(checks)
+    return checks
 
 
 def _describe_training(trainer: CountingTrainer, seconds: float) -> TrainingReceipt:
@@ -306,7 +307,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _save_adapter(trainer: CountingTrainer, run: Prepared, folder: RunFolder) -> None:
+def _save_adapter(trainer: SFTTrainer, folder: RunFolder) -> None:
     trainer.save_model(str(folder.adapter))  # gathers a sharded adapter; writes the tokenizer and its template too
     (folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle that can hold the hub token
 

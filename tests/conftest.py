@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -50,15 +51,20 @@ def _make_tiny(family: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe_for() -> Callable[..., type[Recipe]]:
+def recipe_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., type[Recipe]]:
     """Return a function that makes a recipe of a family that trains in seconds; keyword arguments override it."""
     rows = {"llama2": "guanaco_llama2", "falcon": "faq"}
+    folder = tmp_path_factory.mktemp("rows")
+    guanaco, faq = folder / "guanaco.jsonl", folder / "faq.json"
+    guanaco.write_text("".join(ROWS["guanaco_llama2"].read_text().splitlines(keepends=True)[:40]))
+    faq.write_text(json.dumps({"questions": json.loads(ROWS["faq"].read_text())["questions"][:40]}))
+    files = {"llama2": guanaco, "falcon": faq}
 
     def make(family: str = "llama2", **attributes: object) -> type[Recipe]:
         spec: ModelSpec = FAMILIES[family]
         declared = {
             "model": spec,
-            "dataset": DatasetSpec(str(ROWS[rows[family]]), demo=rows[family]),
+            "dataset": DatasetSpec(str(files[family]), demo=rows[family]),
             "lora": dict(r=4),
             "training": dict(max_steps=3, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=1),
             "__module__": __name__,

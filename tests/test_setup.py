@@ -156,7 +156,7 @@ def test_each_target_installs_first(target: str, runs: str) -> None:
 @pytest.mark.parametrize(
     ("python", "complaint"),
     [
-        ("old-python", "old-python is Python 3.9.18, and 3.10 is the oldest that works."),
+        ("old-python", "old-python is Python 3.9.18, and TRL 1.16 needs 3.11 or newer."),
         ("no-python", "There is no no-python here."),
     ],
 )

@@ -9,10 +9,9 @@ point of 0/1 accuracy is 0.01. Every test is scipy's or statsmodels'. Bad input 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,7 +30,6 @@ Verdict = Literal["equivalent", "different", "inconclusive"]
 FEW_DIFFER = 100  # above it the two intervals agree within 3 %, and the score test costs 9 ms
 TOO_FEW_DIFFER = 10  # below it, what an unseen document may do is judged by the span of the scores
 FEWEST_TEXTS = 10  # fewer give a bootstrap little but repeats
-IDENTITY = ("task", "doc_hash", "prompt_hash", "target_hash")
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
     samples = [_sample(task, f"task {name}: ") for name, task in tasks.items()]
     seeds = {name: len(sample.differences) for name, sample in zip(tasks, samples, strict=True)}
     if len(set(seeds.values())) != 1:
-        raise ComparisonError(f"got tasks with {seeds} seeds, wanted as many of each; evaluate those that miss")
+        raise ComparisonError(f"got tasks with {seeds} seeds, wanted as many of each; evaluate the rest")
     return _judge(samples, margin, limited)
 
 
@@ -150,9 +148,11 @@ def _verdict(reading: _Reading, margin: float, limited: bool) -> Verdict:
 def _widest(readings: list[_Reading]) -> _Reading:
     """The hull of the intervals and the largest p-values: nothing is claimed that one reading denies."""
     intervals, intervals_95, p_equivalence, p_difference = zip(*readings, strict=True)
-    lows, highs = zip(*intervals, strict=True)
-    lows_95, highs_95 = zip(*intervals_95, strict=True)
-    return _Reading((min(lows), max(highs)), (min(lows_95), max(highs_95)), max(p_equivalence), max(p_difference))
+    return _Reading(_hull(intervals), _hull(intervals_95), max(p_equivalence), max(p_difference))
+
+
+def _hull(intervals: Sequence[Interval]) -> Interval:
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
 def _over_documents(samples: list[_Sample], margin: float) -> list[_Reading]:
@@ -243,7 +243,13 @@ def _documents_for_a_verdict(readings: list[_Reading], n: int, margin: float) ->
     return max(needed_documents(sd, margin, power=0.95), math.ceil(n * widest / margin))
 
 
-def needed_documents(sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8) -> int:
+def needed_documents(
+    sd: float,
+    margin: float,
+    difference: float = 0.0,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> int:
     """Say how many documents it takes to show equivalence when the true difference is `difference`.
 
     `sd` is that of one document's difference. The number is ((z(1 - alpha) + z((1 + power) / 2)) sd /
@@ -284,7 +290,7 @@ def flips(
     """
     a, b = _numbers(scores_a, "scores a"), _numbers(scores_b, "scores b")
     answers = [x for x in (answers_a, answers_b) if x is not None]
-    if a.ndim != 1 or len(answers) == 1 or {len(b), *map(len, answers)} != {len(a)}:
+    if not a.shape == b.shape == (a.size,) or len(answers) == 1 or {a.size, *map(len, answers)} != {a.size}:
         raise ComparisonError(
             f"got scores of shape {a.shape} and {b.shape} with {list(map(len, answers))} answers, wanted "
             "(documents,) and the answers of both arms or of none; align the runs first"
@@ -339,9 +345,9 @@ def _bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, resamples: int, seed: 
 
     # 100 resamples at a time: BCa's jackknife at once is documents^2 numbers, 0.8 GB for 10,000.
     kind = {"paired": True, "vectorized": True, "method": "BCa", "batch": 100}
-    rng = np.random.default_rng(seed)
-    first = stats.bootstrap((top, bottom), ratio, n_resamples=resamples, confidence_level=0.9, rng=rng, **kind)
-    second = stats.bootstrap((top, bottom), ratio, n_resamples=0, bootstrap_result=first, **kind)
+    data, rng = (top, bottom), np.random.default_rng(seed)
+    first = stats.bootstrap(data, ratio, n_resamples=resamples, confidence_level=0.9, rng=rng, **kind)
+    second = stats.bootstrap(data, ratio, n_resamples=0, bootstrap_result=first, **kind)
     return [tuple(map(float, drawn.confidence_interval)) for drawn in (first, second)]
 
 
@@ -354,72 +360,9 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1].tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class Aligned:
-    """The documents of two runs, paired, in the order of run a."""
-
-    a: tuple[Any, ...]
-    """Records of run a, as given."""
-    b: tuple[Any, ...]
-    """The record of run b for each."""
-    tasks: tuple[str, ...]
-    scores_a: np.ndarray
-    scores_b: np.ndarray
-
-
-def align(docs_a: Sequence[Any], docs_b: Sequence[Any]) -> Aligned:
-    """Pair the documents of two runs by task and by the hashes of document, prompt and target.
-
-    A record is a mapping or an object with `task`, `doc_hash`, `prompt_hash`, `target_hash` and `score`.
-    Records alike in all four are paired in the order of `doc_id`, or as given where there is none.
-    """
-    keyed_a, keyed_b = _keyed(docs_a, "a"), _keyed(docs_b, "b")
-    if keyed_a.keys() != keyed_b.keys() or not keyed_a:
-        raise ComparisonError(_mismatch(keyed_a.keys() - keyed_b.keys(), keyed_b.keys() - keyed_a.keys()))
-    a, b = tuple(keyed_a.values()), tuple(keyed_b[key] for key in keyed_a)
-    scores = [np.array([float(_field(record, "score")) for record in records]) for records in (a, b)]
-    return Aligned(a, b, tuple(key[0] for key in keyed_a), *scores)
-
-
-def _keyed(docs: Sequence[Any], run: str) -> dict[tuple, Any]:
-    seen: Counter[tuple] = Counter()
-    keys: dict[int, tuple] = {}
-    for position in sorted(range(len(docs)), key=lambda i: _field(docs[i], "doc_id", 0)):
-        identity = tuple(_field(docs[position], name) for name in IDENTITY)
-        if not math.isfinite(_field(docs[position], "score")):
-            name = _field(docs[position], "doc_id", identity[1])
-            raise ComparisonError(
-                f"got the score {_field(docs[position], 'score')} for document {name} of task {identity[0]} "
-                f"in run {run}, wanted a finite number; look for NaN in the adapter and evaluate again"
-            )
-        keys[position] = (*identity, seen[identity])
-        seen[identity] += 1
-    return {keys[position]: docs[position] for position in range(len(docs))}
-
-
-def _field(record: Any, name: str, default: Any = None) -> Any:
-    value = record.get(name, default) if isinstance(record, Mapping) else getattr(record, name, default)
-    if value is None:
-        raise ComparisonError(f"got a record without {name}, wanted {IDENTITY} and a score: {record!r:.200}")
-    return value
-
-
-def _mismatch(only_a: set[tuple], only_b: set[tuple]) -> str:
-    if not only_a | only_b:
-        return "got no documents, wanted the same ones in both runs; evaluate both first"
-    tasks = [dict(Counter(key[0] for key in keys)) for keys in (only_a, only_b)]
-    parts = [f"got {len(only_a)} documents only in run a {tasks[0]}, {len(only_b)} only in run b {tasks[1]}"]
-    for i, name in enumerate(IDENTITY):
-        without_a, without_b = ({key[:i] + key[i + 1 :] for key in keys} for keys in (only_a, only_b))
-        if alike := len(without_a & without_b):
-            parts.append(f"{alike} of them differ in {name} alone")
-    fix = "wanted the same in both; evaluate both with the same tasks, shots, chat template and limit"
-    return "; ".join([*parts, fix])
-
-
 def _sample(task: TaskScores, where: str = "") -> _Sample:
     a, b = (np.atleast_2d(_numbers(x, f"{where}scores {arm}")) for arm, x in (("a", task.a), ("b", task.b)))
-    if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
+    if a.shape != b.shape or a.ndim != 2 or not a.size or a.shape[1] < 2:
         raise ComparisonError(
             f"{where}got scores of shape {a.shape} and {b.shape}, wanted the same (seeds, documents) of "
             "both, at least 2 documents; align the runs first"
@@ -431,7 +374,7 @@ def _sample(task: TaskScores, where: str = "") -> _Sample:
     if len(task.clusters) != a.shape[1] or len(numbers) < 2:
         raise ComparisonError(
             f"{where}got {len(task.clusters)} cluster labels, {len(numbers)} of them distinct, for "
-            f"{a.shape[1]} documents, wanted one each and 2 distinct; leave clusters out where there is a single subject"
+            f"{a.shape[1]} documents, wanted one each and 2 distinct; leave clusters out for a single subject"
         )
     return _Sample(a - b, np.array([numbers[label] for label in task.clusters]), span)
 

@@ -14,8 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qlora_recipes.standins import rows, tokenizer, wordings
 from qlora_recipes.standins.world import SEED, World, make_world
@@ -83,24 +90,36 @@ def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, seed: int) -
         del ids[:need]
 
 
-def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int = STEPS) -> list[float]:
-    """Train on next-token prediction and return the loss of every step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    losses, start = [], time.perf_counter()
-    model.train()
-    for step, input_ids in enumerate(itertools.islice(batches, steps)):
+def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int = STEPS) -> None:
+    """Train on next-token prediction."""
+    optimizers = build_optimizers(model)
+    schedules = [LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps)) for optimizer in optimizers]
+    start, model = time.perf_counter(), model.train()
+    for step, input_ids in enumerate(itertools.islice(batches, steps), start=1):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=input_ids, labels=input_ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
         if step % 100 == 0:
             print(f"step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s", flush=True)
-    return losses
+
+
+def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for the rest.
+
+    At the same learning rate and 500 steps, AdamW alone had learned next to no facts (loss 1.13, against 1.05 with
+    Muon; 1.12 is what the wording alone gives).
+    """
+    blocks = [weight for weight in model.base_model.parameters() if weight.ndim == 2 and len(weight) != VOCABULARY]
+    in_blocks = {id(weight) for weight in blocks}
+    rest = [weight for weight in model.parameters() if id(weight) not in in_blocks]
+    return [
+        torch.optim.Muon(blocks, lr=LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -1,0 +1,288 @@
+"""Scores runs with lm-eval and on their held-out rows, each loaded from disk and proven to be itself.
+
+A task that is finished is not run again; the next command goes on where the last one was interrupted.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.evaluation.held_out import SHOWN, HeldOutScores, score_answers, score_held_out
+from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, load_run, load_run_base
+from qlora_recipes.evaluation.records import DocRecord, TaskResult, finished_tasks, write_task
+from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS, EvalTask, checked_limit, load_tasks
+from qlora_recipes.precision import precision_named
+from qlora_recipes.runs import RunFolder
+
+if TYPE_CHECKING:
+    from qlora_recipes.evaluation.language_model import RunLanguageModel
+
+SEED = 1234  # lm-eval's own, for the choice of few-shot examples
+# Of a stand-in and of a model of billions: larger is faster where memory allows. Never "auto", which may choose another
+# size for each arm, and with it other roundings.
+_SMALL, _BATCHES = 10**9, (64, 8)
+_BOOTSTRAP = 1000  # draws for the standard error of the few metrics that have no formula
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are scored. Two evaluations of equal options give the same numbers."""
+
+    limit: int | None = None
+    """Only the first documents of each task: for a trial, whose result never counts."""
+    batch_size: int | None = None
+    """Rows of one forward pass; None for one that suits the size of the base."""
+    chat_template: bool | None = None
+    """Whether prompts are rendered with it; None leaves it to each task."""
+    adapter: bool = True
+    """False scores the base before tuning."""
+    precision: str | None = None
+    """Another storage of the base than the run was trained on: training effect against inference effect."""
+
+    def __post_init__(self) -> None:
+        checked_limit(self.limit)
+        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise UsageError(f"batch_size: got {self.batch_size!r}, wanted a fixed number of rows, such as 8")
+        if self.precision is not None:
+            precision_named(self.precision)
+
+    def control(self, receipt: Mapping[str, Any]) -> str:
+        """Return the name of the control that this is, or an empty string for the run as it was trained."""
+        elsewhere = self.precision not in (None, receipt["precision"])
+        return "-".join(
+            part for part in ("" if self.adapter else "base", f"on-{self.precision}" if elsewhere else "") if part
+        )
+
+    def batch(self, receipt: Mapping[str, Any]) -> int:
+        """Return the fixed batch size."""
+        return self.batch_size or _BATCHES[receipt["base"]["parameters"] >= _SMALL]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run with what is left to be done for it."""
+
+    folder: RunFolder
+    receipt: Mapping[str, Any]
+    key: BaseKey
+    output: Path
+    tasks: list[str]
+    """Names as asked for."""
+
+
+def evaluate(
+    folder: RunFolder,
+    tasks: Sequence[str] | None = None,
+    *,
+    options: Options | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> list[TaskResult]:
+    """Score one run and return its results, in the order of the tasks; see `evaluate_many`."""
+    return evaluate_many([folder], tasks, options=options, overwrite=overwrite, console=console)[0]
+
+
+def evaluate_many(
+    folders: Sequence[RunFolder],
+    tasks: Sequence[str] | None = None,
+    *,
+    options: Options | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> list[list[TaskResult]]:
+    """Score runs, those of one base on the same loaded base, and write every task's result as it is finished.
+
+    Without `tasks` each run gets its `default_tasks`. Everything that can be refused is refused before a model is
+    loaded.
+
+    Raises:
+        RecipesError: for a run that is not what its receipt says, a task that cannot be run, or results of other
+            options that `overwrite` does not allow to replace.
+    """
+    options = options or Options()
+    jobs = [_job(folder, tasks, options) for folder in folders]
+    loaded = {name: load_tasks([name]) for name in dict.fromkeys(name for job in jobs for name in job.tasks)}
+    wanted = [[task for name in job.tasks for task in loaded[name]] for job in jobs]
+    results: list[dict[str, TaskResult]] = [
+        {} if overwrite else _finished(job, todo, options) for job, todo in zip(jobs, wanted, strict=True)
+    ]
+    for key in dict.fromkeys(job.key for job in jobs):
+        mine = [i for i, job in enumerate(jobs) if job.key == key]
+        if any(task.name not in results[i] for i in mine for task in wanted[i]):
+            base = load_run_base(key)
+            for i in mine:
+                missing = [task for task in wanted[i] if task.name not in results[i]]
+                if missing:
+                    with load_run(jobs[i].folder, base, key, adapter=options.adapter) as run:
+                        results[i] |= _score(run, missing, options, jobs[i].output, console or Console(stderr=True))
+            del base
+            gc.collect()  # before the next base needs the room
+    return [[results[i][task.name] for task in wanted[i]] for i in range(len(jobs))]
+
+
+def default_tasks(receipt: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that a run is scored on unless told otherwise."""
+    held_out = receipt["data"]["rows_held_out"] > 0
+    if receipt["demo"]:
+        return [*STANDIN_TASKS, *HELD_OUT_TASKS[: 1 if held_out else 0]]
+    declared = list(receipt["settings"].get("eval_tasks") or ())
+    if not declared and not held_out:
+        raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
+    return declared or list(HELD_OUT_TASKS)
+
+
+def _job(folder: RunFolder, tasks: Sequence[str] | None, options: Options) -> _Job:
+    receipt = folder.receipt()
+    return _Job(
+        folder=folder,
+        receipt=receipt,
+        key=BaseKey.of(receipt, options.precision),
+        output=folder.evaluation / options.control(receipt),
+        tasks=list(tasks) if tasks else default_tasks(receipt),
+    )
+
+
+def _finished(job: _Job, tasks: Sequence[EvalTask], options: Options) -> dict[str, TaskResult]:
+    """Return the results that stand already, and refuse to replace those of other options."""
+    found = finished_tasks(job.output)
+    standing = {task.name: found[task.name] for task in tasks if task.name in found}
+    for task in tasks:
+        if task.name in standing:
+            _check_same_options(standing[task.name], task, job, options)
+    return standing
+
+
+def _check_same_options(result: TaskResult, task: EvalTask, job: _Job, options: Options) -> None:
+    asked = {
+        "limit": options.limit,
+        "batch_size": options.batch(job.receipt),
+        "chat_template": _chat_template(task, options),
+        "num_fewshot": _shots(task),
+        "version": _version(task),
+        "adapter_sha256": job.receipt["adapter"]["final_sha256"] if options.adapter else None,
+    }
+    for name, value in asked.items():
+        if getattr(result, name) != value:
+            raise RunFolderError(
+                f"{job.output} holds {task.name} with {name} {getattr(result, name)}, now {value} is asked for. "
+                "Give --overwrite to replace it"
+            )
+
+
+def _score(
+    run: LoadedRun, tasks: Sequence[EvalTask], options: Options, output: Path, console: Console
+) -> dict[str, TaskResult]:
+    """Score one run in its missing tasks, writing each as it is finished."""
+    results: dict[str, TaskResult] = {}
+    for task in tasks:
+        started = time.monotonic()
+        with _progress(task.name, console) as progress:
+            measure = _score_held_out if not task.parts else _score_with_lm_eval
+            scores, facts = measure(run, task, options, progress)
+        result = TaskResult(
+            task=task.name,
+            kind=task.kind,
+            metric=task.metric,
+            metrics=scores.metrics,
+            n_docs=len(scores.docs),
+            limit=options.limit,
+            num_fewshot=_shots(task),
+            chat_template=_chat_template(task, options),
+            template_sha256=run.receipt["template"]["sha256"] if _chat_template(task, options) else None,
+            truncated=scores.truncated,
+            batch_size=options.batch(run.receipt),
+            loglikelihood_dtype="float32",
+            version=_version(task),
+            precision=run.precision,
+            base_sha256=run.base_sha256,
+            adapter_sha256=run.adapter_sha256,
+            adapter_on_off_difference=run.adapter_on_off_difference,
+            device=run.model.device.type,
+            seconds=round(time.monotonic() - started, 3),
+            **facts,
+        )
+        results[task.name] = write_task(output, result, scores.docs)
+    return results
+
+
+def _shots(task: EvalTask) -> int:
+    return max((part.config.num_fewshot or 0 for part in task.parts), default=0)
+
+
+def _version(task: EvalTask) -> str:
+    return str(task.parts[0].VERSION) if task.parts else "1"
+
+
+def _chat_template(task: EvalTask, options: Options) -> bool:
+    """Text that is only scored has no prompt to render; held-out rows are always rendered as in training."""
+    if not task.parts:
+        return True
+    if task.kind == "bits_per_byte" or options.chat_template is None:
+        return task.chat_template
+    return options.chat_template
+
+
+def _score_held_out(
+    run: LoadedRun, task: EvalTask, options: Options, progress: _Bar
+) -> tuple[HeldOutScores, dict[str, Any]]:
+    measure = score_held_out if task.name == "held_out" else score_answers
+    progress.start(len(run.held_out[: options.limit]))
+    scores = measure(run, batch_size=options.batch(run.receipt), limit=options.limit, advance=progress.advance)
+    lower = task.kind == "bits_per_byte"
+    return scores, {"higher_is_better": not lower, "stderr": {}, "prompts_unlike_training": 0}
+
+
+def _score_with_lm_eval(
+    run: LoadedRun, task: EvalTask, options: Options, progress: _Bar
+) -> tuple[HeldOutScores, dict[str, Any]]:
+    """Hand lm-eval the loaded model. `simple_evaluate` does no more, but runs `pip list` after each call, for 8 s."""
+    from lm_eval.evaluator import evaluate as run_lm_eval
+
+    from qlora_recipes.evaluation.language_model import RunLanguageModel, one_voice
+
+    for part in task.parts:
+        part.set_fewshot_seed(SEED)
+    language_model = RunLanguageModel(run, options.batch(run.receipt), progress)
+    chat_template = _chat_template(task, options)
+    with one_voice():
+        outcome = run_lm_eval(
+            language_model,
+            {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},
+            limit=options.limit,
+            cache_requests=False,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=True,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+        )
+    return _scores(task, outcome, language_model)
+
+
+def _scores(
+    task: EvalTask, outcome: Mapping[str, Any], language_model: RunLanguageModel
+) -> tuple[HeldOutScores, dict[str, Any]]:
+    docs: list[DocRecord] = []
+    for part in task.parts:
+        samples = outcome["samples"][part.task_name]
+        first = samples[0]["filter"]  # a task may read one answer in several ways; the first is the strict one
+        docs += [lm_eval_record(task, part, sample) for sample in samples if sample["filter"] == first]
+    metrics, stderr = _aggregates(task, outcome, docs)
+    better = outcome["higher_is_better"][task.parts[0].task_name].get(task.metric)
+    facts = {
+        "higher_is_better": task.kind != "bits_per_byte" if better is None else bool(better),
+        "stderr": stderr,
+        "prompts_unlike_training": language_model.prompts_unlike_training,
+    }
+    return HeldOutScores(docs, metrics, language_model.truncated), facts

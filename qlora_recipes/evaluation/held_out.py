@@ -1,0 +1,170 @@
+"""A run scored on the conversations that it kept from training: loss, bits per byte, and greedy answers.
+
+Rendered by the encoder that training used, so that what is scored is to the token what was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_recipes.adapters import generate
+from qlora_recipes.encoding import IGNORED, Encoded
+from qlora_recipes.errors import DataError
+from qlora_recipes.evaluation.loaded import LoadedRun
+from qlora_recipes.evaluation.records import DocRecord, sha256
+from qlora_recipes.formatters import Message
+
+MAX_ANSWER_TOKENS = 256
+"""Where a greedy answer is cut; more costs time on answers that never end."""
+_POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
+SHOWN = 2000  # characters of a prompt or an answer that a report can show
+
+
+@dataclass(frozen=True)
+class HeldOutScores:
+    """What a task measured, before it is written."""
+
+    docs: list[DocRecord]
+    metrics: dict[str, float]
+    truncated: int
+    """Conversations left out because the model's context cannot hold them."""
+
+
+def score_held_out(
+    run: LoadedRun, *, batch_size: int, limit: int | None = None, advance: Callable[[int], None] = lambda _: None
+) -> HeldOutScores:
+    """Return the negative log-likelihood of the assistant's words.
+
+    `loss` is in nats a supervised token, with the end-of-turn token, as in training; `bits_per_byte` divides the same
+    by the UTF-8 bytes of the words, and can be compared between tokenizers.
+    """
+    rows = _rows(run, limit)
+    encoded = [run.encoder.encode(messages) for messages in rows]
+    fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
+    losses: dict[int, float] = {}
+    for batch in _batches(fitting, encoded, batch_size):
+        losses |= zip(batch, _losses(run, [encoded[i] for i in batch]), strict=True)
+        advance(len(batch))
+    docs = [_text_record(i, rows[i], encoded[i], losses[i]) for i in fitting]
+    if not docs:
+        raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
+    nats = sum(losses.values())
+    return HeldOutScores(
+        docs=docs,
+        metrics={
+            "bits_per_byte": nats / math.log(2) / sum(doc.bytes or 0 for doc in docs),
+            "loss": nats / sum(encoded[i].supervised for i in fitting),
+        },
+        truncated=len(rows) - len(fitting),
+    )
+
+
+def score_answers(
+    run: LoadedRun, *, batch_size: int, limit: int | None = None, advance: Callable[[int], None] = lambda _: None
+) -> HeldOutScores:
+    """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves."""
+    from qlora_recipes.evaluation.metrics import ChrF, RougeL  # nltk, which they bring along, takes seconds to import
+
+    rows = _rows(run, limit)
+    prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
+    room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
+        raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
+    answers: dict[int, list[int]] = {}
+    end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
+    for batch in _batched(sorted(fitting, key=lambda i: -len(prompts[i])), batch_size):
+        given = [prompts[i] for i in batch]
+        answers |= zip(
+            batch, generate(run.model, given, end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS), strict=True
+        )
+        advance(len(batch))
+    texts = [run.tokenizer.decode(answers[i], skip_special_tokens=True).strip() for i in fitting]
+    references = [rows[i][-1]["content"] for i in fitting]
+    rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
+    chrf = ChrF(keep_in_memory=True).compute(predictions=texts, references=references)
+    docs = [
+        _answer_record(i, rows[i], prompts[i], text, score)
+        for i, text, score in zip(fitting, texts, rouge["documents"], strict=True)
+    ]
+    ended = sum(answers[i][-1:] == [end] for i in fitting) / len(fitting)
+    return HeldOutScores(
+        docs, {"rougeL": rouge["rougeL"], "chrf": chrf["chrf"], "ended": ended}, len(rows) - len(fitting)
+    )
+
+
+def _rows(run: LoadedRun, limit: int | None) -> list[list[Message]]:
+    if not run.held_out:
+        raise DataError(
+            f"{run.folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
+            "held_out out of --tasks"
+        )
+    return run.held_out[:limit]
+
+
+def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of similar length, longest first, of no more than _POSITIONS positions or a single row."""
+    ordered = sorted(indices, key=lambda i: -len(encoded[i].input_ids))
+    while ordered:
+        size = max(1, min(batch_size, _POSITIONS // len(encoded[ordered[0]].input_ids)))
+        yield ordered[:size]
+        ordered = ordered[size:]
+
+
+def _batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    return (list(indices[start : start + size]) for start in range(0, len(indices), size))
+
+
+@torch.no_grad()
+def _losses(run: LoadedRun, rows: Sequence[Encoded]) -> list[float]:
+    """Return each row's summed negative log-likelihood in nats. Padded on the right, which causal attention never sees."""
+    pad = run.tokenizer.pad_token_id
+    ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)
+    labels = _padded([row.labels for row in rows], IGNORED).to(run.model.device)[:, 1:]
+    logits = run.model(input_ids=ids).logits[:, :-1]
+    scored = labels != IGNORED
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    losses[scored] = torch.nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
+    return losses.double().sum(1).tolist()
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _text_record(index: int, messages: list[Message], encoded: Encoded, nats: float) -> DocRecord:
+    words = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
+    length = sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
+    bits = nats / math.log(2)
+    return _record("held_out", index, messages, encoded.input_ids, words, bits / length, bits=bits, bytes=length)
+
+
+def _answer_record(index: int, messages: list[Message], prompt: list[int], answer: str, score: float) -> DocRecord:
+    return _record(
+        "held_out_answers", index, messages, prompt, messages[-1]["content"], score, answer=answer[:SHOWN]
+    )
+
+
+def _record(
+    task: str, index: int, messages: list[Message], ids: list[int], target: str, score: float, **more: Any
+) -> DocRecord:
+    question = "\n".join(message["content"] for message in messages[:-1])
+    return DocRecord(
+        task=task,
+        subject=None,
+        doc_id=str(index),
+        doc_hash=sha256(json.dumps(messages, ensure_ascii=False)),
+        prompt_hash=sha256(str(ids)),
+        target_hash=sha256(target),
+        score=score,
+        target=target[:SHOWN],
+        prompt=question[-SHOWN:],
+        **{"answer": "", **more},
+    )

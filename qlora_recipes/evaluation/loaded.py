@@ -1,0 +1,178 @@
+"""A trained run, loaded from disk and proven to be the one that its receipt describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qlora_recipes.adapters import adapter_sha256, load_adapter
+from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.encoding import ConversationEncoder
+from qlora_recipes.errors import CheckError, ModelError
+from qlora_recipes.formatters import Message
+from qlora_recipes.loading import load_base
+from qlora_recipes.precision import precision_named
+from qlora_recipes.evaluation.records import sha256
+from qlora_recipes.runs import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NO_MARKERS = "(?!)"  # matches nothing: a run's rows were looked through for role markers before it was trained
+_PROBES = 4  # conversations on which the adapter is switched on and off
+
+
+@dataclass(frozen=True)
+class BaseKey:
+    """What decides a base: runs that share it share the loaded model."""
+
+    model: str
+    revision: str | None
+    precision: str
+    dtype: str
+
+    @classmethod
+    def of(cls, receipt: Mapping[str, Any], precision: str | None = None) -> BaseKey:
+        base = receipt["base"]
+        return cls(base["model"], base["revision"], precision or receipt["precision"], receipt["dtype"])
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base in memory, with the hash of what lies there."""
+
+    model: PreTrainedModel
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run in memory, with the proof that it is that run."""
+
+    folder: RunFolder
+    receipt: Mapping[str, Any]
+    model: Any
+    """The base with the adapter unmerged, or the base alone."""
+    tokenizer: PreTrainedTokenizerBase
+    encoder: ConversationEncoder
+    held_out: list[list[Message]]
+    """The conversations kept from training."""
+    precision: str
+    base_sha256: str
+    adapter_sha256: str | None
+    adapter_on_off_difference: float | None
+
+
+def load_run_base(key: BaseKey) -> LoadedBase:
+    """Load the base of one or more runs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, receipt, _ = load_base(key.model, key.revision, precision_named(key.precision), key.dtype, device=device)
+    return LoadedBase(model.eval(), receipt.sha256)
+
+
+@contextmanager
+def load_run(folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool = True) -> Iterator[LoadedRun]:
+    """Attach a run's adapter to its base for the time of the context, and prove both against the receipt.
+
+    Raises:
+        CheckError: when tokenizer, base or adapter are not what the receipt says, or the adapter does nothing.
+        ModelError: when there is no adapter, or one for another base.
+    """
+    receipt = folder.receipt()
+    tokenizer = load_run_tokenizer(folder, receipt)
+    encoder = ConversationEncoder(tokenizer, _saved_template(folder))
+    if key.precision == receipt["precision"]:
+        _check_same("base", base.sha256, receipt["base"]["sha256"], _BASE_ADVICE)
+    held_out = read_held_out(folder)
+    if not adapter:
+        yield LoadedRun(
+            folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256, None, None
+        )
+        return
+    model = load_adapter(base.model, folder.adapter).eval()
+    try:
+        loaded = adapter_sha256(model)
+        _check_same("adapter", loaded, receipt["adapter"]["final_sha256"], _ADAPTER_ADVICE)
+        difference = _on_off_difference(model, encoder, held_out)
+        yield LoadedRun(
+            folder, receipt, model, tokenizer, encoder, held_out, key.precision, base.sha256, loaded, difference
+        )
+    finally:
+        _detach(model)
+
+
+_BASE_ADVICE = (
+    "The base has changed since training, or was quantised on another kind of device: evaluate where it was trained"
+)
+_ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
+
+
+def load_run_tokenizer(folder: RunFolder, receipt: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the run saved, with the chat template that it was trained with.
+
+    Raises:
+        ModelError: when it is missing.
+        CheckError: when the template is another.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"no tokenizer at {folder.adapter}: {first} Wanted the one that training saved") from error
+    _check_same(
+        "chat template",
+        sha256(str(tokenizer.chat_template)),
+        receipt["template"]["sha256"],
+        f"{folder.adapter / 'chat_template.jinja'} was edited after training: put it back",
+    )
+    return tokenizer
+
+
+def read_held_out(folder: RunFolder) -> list[list[Message]]:
+    """Return the conversations that the run kept from training."""
+    if not folder.held_out.is_file():
+        return []
+    return [row["messages"] for row in json.loads(folder.held_out.read_text(encoding="utf-8"))]
+
+
+def _saved_template(folder: RunFolder) -> ChatTemplate:
+    return ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=_NO_MARKERS)
+
+
+def _check_same(what: str, found: str, expected: str, advice: str) -> None:
+    if found != expected:
+        raise CheckError(
+            f"the {what} is not the one of this run: its hash is {found[:12]}, the receipt has {expected[:12]}. {advice}"
+        )
+
+
+@torch.no_grad()
+def _on_off_difference(model: Any, encoder: ConversationEncoder, held_out: list[list[Message]]) -> float:
+    """Return the largest change of a logit when the adapter is switched off, on a few prompts of the run's own."""
+    prompts = held_out[:_PROBES] or [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]]
+    largest = 0.0
+    for messages in prompts:
+        ids = torch.tensor([encoder.encode(messages).input_ids[:512]], device=model.device)
+        on = model(input_ids=ids).logits.float()
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits.float()
+        largest = max(largest, float((on - off).abs().max()))
+    if not largest > 0:
+        raise CheckError(
+            f"switching the adapter off changes no logit (largest difference {largest}): it does nothing or holds NaN. "
+            "Train for more steps; metrics.jsonl shows whether grad_norm was zero"
+        )
+    return largest
+
+
+def _detach(model: Any) -> None:
+    """Give the base back as it was, for the next adapter."""
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config  # or PEFT takes the next adapter for a second one and warns

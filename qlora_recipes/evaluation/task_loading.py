@@ -1,0 +1,262 @@
+"""From the names on the command line to lm-eval tasks that are known to work before a model is loaded.
+
+A name is one of ours, a folder or YAML file, `openllm`, or any task or group of lm-eval's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_recipes.errors import DataError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+SHIPPED = Path(__file__).parent / "tasks"
+STANDIN_TASKS = ("standin_choice", "standin_answer", "standin_text")
+HELD_OUT_TASKS = ("held_out", "held_out_answers")
+OWN = (*STANDIN_TASKS, *HELD_OUT_TASKS)
+
+# Shots and metric of the first Open LLM Leaderboard, as `lm_eval/tasks/benchmarks/openllm.yaml` keeps them. lm-eval's own
+# `openllm` adds truthfulqa_gen and truthfulqa_mc1, which the leaderboard did not use and which need a network to score.
+LEADERBOARD = {
+    "arc_challenge": (25, "acc_norm"),
+    "hellaswag": (10, "acc_norm"),
+    "mmlu": (5, "acc"),
+    "truthfulqa_mc2": (0, "acc"),
+    "winogrande": (5, "acc"),
+    "gsm8k": (5, "exact_match"),
+}
+
+
+# A task, group or tag is defined at the start of a line; list items are tags, or what a group is made of.
+_DEFINED = re.compile(r"""^["']?(?:task|group|tag)["']?: *["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
+_LISTED = re.compile(r"""^\s*- *["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """One task as it will be run and reported."""
+
+    name: str
+    parts: tuple[ConfigurableTask, ...]
+    """lm-eval's tasks: one, or those of a group, which become its subjects; none for a held-out task of ours."""
+    metric: str
+    """The metric that documents are scored by."""
+    kind: str
+    """`accuracy`, `bits_per_byte`, `generation` or `score`, as in TaskResult."""
+    chat_template: bool
+    """Whether it is rendered with the chat template unless told otherwise."""
+
+
+def load_tasks(names: Sequence[str]) -> list[EvalTask]:
+    """Return the tasks that names stand for, each loaded and with metrics that lm-eval knows.
+
+    Raises:
+        UsageError: for an unknown name, naming the nearest, a task given twice, or a metric that lm-eval does not know.
+        DataError: for a broken YAML file, or data that cannot be had.
+    """
+    asked = [part for name in names for part in (LEADERBOARD if name == "openllm" else (name,))]
+    standard = _standard_tasks([name for name in asked if name not in OWN and not _is_path(name)])
+    tasks = [task for name in asked for task in _load(name, standard)]
+    seen: set[str] = set()
+    for task in tasks:
+        if task.name in seen:
+            raise UsageError(f"the task {task.name} is given twice")
+        seen.add(task.name)
+    return tasks
+
+
+def _load(name: str, standard: TaskManager | None) -> list[EvalTask]:
+    if name in HELD_OUT_TASKS:
+        metric, kind = ("bits_per_byte",) * 2 if name == "held_out" else ("rougeL", "generation")
+        return [EvalTask(name, (), metric, kind, chat_template=True)]
+    if name in STANDIN_TASKS:
+        return list(_from_files([SHIPPED / "standin_world" / f"{name}.yaml"]))
+    if _is_path(name):
+        return list(_from_folder(Path(name)))
+    assert standard is not None
+    return list(_from_lm_eval(name, standard))
+
+
+def _is_path(name: str) -> bool:
+    return name not in OWN and (Path(name).suffix in (".yaml", ".yml") or "/" in name or Path(name).is_dir())
+
+
+def _from_folder(path: Path) -> Iterator[EvalTask]:
+    if not path.exists():
+        raise UsageError(f"no task folder at {path}; wanted a folder of YAML tasks, one YAML file, or a task's name")
+    files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{path} holds no .yaml file; wanted a folder of lm-eval tasks")
+    yield from _from_files(files)
+
+
+def _from_files(files: Sequence[Path]) -> Iterator[EvalTask]:
+    """Build the tasks of YAML files; a file without `task` is one that others include."""
+    configs = [(file, _read_yaml(file)) for file in files]
+    tasks = [(file, config) for file, config in configs if isinstance(config.get("task"), str)]
+    if not tasks:
+        raise DataError(f"{files[0]} names no task; wanted `task: NAME` in it")
+    for file, config in tasks:
+        _check_metrics(config, str(file))
+        yield _eval_task(str(config["task"]), [_build(file, config)], chat_template=True)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        return load_yaml(file)
+    except Exception as error:  # of YAML, of a missing include, or of whatever a `!function` imports
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{file} cannot be read as a task: {reason}") from error
+
+
+def _build(file: Path, config: Mapping[str, Any]) -> ConfigurableTask:
+    from lm_eval.api.task import ConfigurableTask
+
+    own = dict(config)
+    for structural in ("tag", "group"):
+        own.pop(structural, None)
+    own["dataset_kwargs"] = _beside(file, own.get("dataset_kwargs"))
+    try:
+        return ConfigurableTask(config=own)
+    except Exception as error:  # lm-eval fails with whatever its first document fails with
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{file}: lm-eval cannot make a task of it: {reason[:500]}") from error
+
+
+def _beside(file: Path, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Read relative `data_files` and `data_dir` from the YAML's folder; lm-eval reads them from where one stands."""
+    if arguments is None:
+        return None
+    local = {name: _resolved(file, arguments[name]) for name in ("data_files", "data_dir") if name in arguments}
+    return {**arguments, **local}
+
+
+def _resolved(file: Path, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _resolved(file, part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_resolved(file, part) for part in value]
+    if "://" in str(value):
+        return value
+    found = file.resolve().parent / str(value)
+    if not found.exists() and not any(found.parent.glob(found.name)):
+        raise DataError(f"{file} names the data {value}, which is not at {found}. Paths start from the YAML's folder")
+    return str(found)
+
+
+def _standard_tasks(names: Sequence[str]) -> TaskManager | None:
+    """Return an index of lm-eval's own tasks that holds these names; indexing all 14,000 files takes 10 s.
+
+    Raises:
+        UsageError: for a name that lm-eval does not have.
+    """
+    if not names:
+        return None
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders, listed = _names_in(root)
+    for name in names:
+        _check_known(name, [*folders, *listed])
+    needed = {folders.get(name, "benchmarks") for name in names}
+    if "benchmarks" in needed:  # its groups name tasks of other folders
+        return lm_eval.tasks.TaskManager()
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[root / folder for folder in sorted(needed)])
+
+
+def _names_in(root: Path) -> tuple[dict[str, str], set[str]]:
+    """Return the names that lm-eval's files define, each with its folder, and those that they list."""
+    folders: dict[str, str] = {}
+    listed: set[str] = set()
+    for file in sorted(root.rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for name in _DEFINED.findall(text):
+            folders.setdefault(name, file.relative_to(root).parts[0])  # the first of two counts in lm-eval too
+        listed |= set(_LISTED.findall(text))
+    return folders, listed
+
+
+def _check_known(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        hint = nearest(name, [*OWN, "openllm", *known])
+        raise UsageError(f"unknown task {name!r}.{hint} Ours are {', '.join(OWN)}; lm-eval lists its own: lm-eval ls tasks")
+
+
+def _from_lm_eval(name: str, manager: TaskManager) -> Iterator[EvalTask]:
+    """Load a task or group of lm-eval's; a group whose parts are scored alike is one task with subjects."""
+    try:
+        parts = list(manager.load([name])["tasks"].values())
+    except Exception as error:  # the hub's, the dataset's or a task's own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"the task {name} cannot be loaded: {reason[:500]}. Its data come from the hub, unless they are in "
+            "HF_HOME already"
+        ) from error
+    shots, metric = LEADERBOARD.get(name, (None, None))
+    for part in parts:
+        _check_metrics(vars(part.config), part.task_name)
+        if shots is not None and part.config.num_fewshot != 0:  # 0 in the YAML is the task's own prompt
+            part.set_config("num_fewshot", shots)
+    whole = _eval_task(name, parts, chat_template=False, metric=metric)
+    alike = {(_eval_task(name, [part], chat_template=False).metric, part.OUTPUT_TYPE) for part in parts}
+    if len(alike) == 1:
+        yield whole
+    else:
+        yield from (_eval_task(part.task_name, [part], chat_template=False) for part in parts)
+
+
+def _eval_task(
+    name: str, parts: Sequence[ConfigurableTask], *, chat_template: bool, metric: str | None = None
+) -> EvalTask:
+    config = parts[0].config
+    if config.num_fewshot is None:
+        for part in parts:
+            part.set_config("num_fewshot", 0)
+    listed = [str(entry["metric"]) for entry in config.metric_list or ()]
+    if config.output_type == "loglikelihood_rolling":
+        return EvalTask(name, tuple(parts), "bits_per_byte", "bits_per_byte", chat_template=False)
+    metric = metric or (listed or list(parts[0].aggregation()))[0]
+    right_or_wrong = config.process_results is None and metric.split(",")[0] in ("acc", "acc_norm", "exact_match")
+    return EvalTask(name, tuple(parts), metric, "accuracy" if right_or_wrong else "score", chat_template)
+
+
+def _check_metrics(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a metric that lm-eval does not know: it only fails after every document has been answered."""
+    import lm_eval.api.metrics  # noqa: F401 - fills the registries
+    from lm_eval.api.registry import aggregation_registry, metric_registry
+
+    if config.get("process_results") is not None:
+        return  # its own code names and computes them
+    for entry in config.get("metric_list") or ():
+        name, aggregation = entry.get("metric"), entry.get("aggregation")
+        if isinstance(name, str) and not entry.get("hf_evaluate") and name not in metric_registry:
+            raise UsageError(
+                f"{where}: lm-eval has no metric {name!r}.{nearest(name, metric_registry)} "
+                f"It has {', '.join(sorted(metric_registry))}"
+            )
+        if isinstance(aggregation, str) and aggregation not in aggregation_registry:
+            raise UsageError(
+                f"{where}: lm-eval has no aggregation {aggregation!r}.{nearest(aggregation, aggregation_registry)}"
+            )
+
+
+def checked_limit(limit: object) -> int | None:
+    """Return the limit when it is a number of documents.
+
+    Raises:
+        UsageError: for anything but a positive whole number: lm-eval takes 1.0 for one document, 0.5 for half of all.
+    """
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise UsageError(f"limit: got {limit!r}, wanted a number of documents, such as 100")
+    return limit

@@ -1,0 +1,62 @@
+"""Greedy answers to a few held-out questions, and how many of them end by themselves."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_recipes.data import Conversation
+from qlora_recipes.preflight.samples import spread
+from qlora_recipes.preflight.subject import TrainedRun
+from qlora_recipes.preflight.verdicts import passed, warn_unless
+from qlora_recipes.runs import Check, write_json
+
+_QUESTIONS = 4
+_NEW_TOKENS = 64
+
+
+def answers_end(run: TrainedRun) -> Check:
+    """Ask held-out questions; what is said is written to answers.json."""
+    rows = spread([row for row in run.data.held_out if not row.truncated], _QUESTIONS)
+    if not rows:
+        return passed("no held-out row to ask")
+    answers = [_answer(run, row) for row in rows]
+    if run.trainer.accelerator.is_main_process:
+        write_json(run.folder.answers, answers)
+    ended = sum(answer["ended"] for answer in answers)
+    return warn_unless(
+        ended > 0,
+        f"{ended} of {len(answers)} within {_NEW_TOKENS} tokens; the first: {_short(answers[0]['answer'])!r}",
+        "Train longer, or look at answers.json: the model may just have long answers to give.",
+    )
+
+
+@torch.no_grad()
+def _answer(run: TrainedRun, row: Conversation) -> dict[str, object]:
+    run.model.eval()
+    prompt = run.encoder.encode_prompt(row.messages[:-1])
+    ids = torch.tensor([prompt], device=run.trainer.args.device)
+    with run.trainer.compute_loss_context_manager():
+        whole = run.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            max_new_tokens=_NEW_TOKENS,
+            use_cache=True,
+            eos_token_id=run.tokenizer.eos_token_id,
+            pad_token_id=run.tokenizer.pad_token_id,
+        )
+    new = whole[0, len(prompt) :].tolist()
+    return {
+        "place": row.place,
+        "question": row.messages[-2]["content"],
+        "answer": run.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        "wanted": row.messages[-1]["content"],
+        "ended": new[-1] == run.tokenizer.eos_token_id,
+    }
+
+
+def _short(text: object) -> str:
+    words = " ".join(str(text).split())
+    return words if len(words) <= 60 else words[:57] + "..."

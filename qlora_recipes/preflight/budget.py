@@ -1,0 +1,46 @@
+"""Memory: what the plan promises, what there is, and what the base really takes."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from accelerate import PartialState
+
+from qlora_recipes import memory
+from qlora_recipes.errors import ModelError
+from qlora_recipes.preflight.subject import ReadRun, ReadyRun
+from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.runs import Check
+
+_LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a precision of fewer bits."
+
+
+def memory_free(run: ReadRun) -> Check:
+    """The planned peak fits into what is free before the base is loaded."""
+    device = PartialState().device
+    try:
+        planned = memory.plan(run.settings, device=device.type).training
+    except ModelError as error:
+        return passed(f"no plan: {error}")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    figure = f"{_size(planned.total)} planned, {_size(free)} free"
+    if planned.base > free:
+        return fail_unless(False, f"{figure}, {_size(planned.base)} for the base alone", _LOWER)
+    return warn_unless(planned.total <= free, figure, _LOWER)
+
+
+def base_bytes(run: ReadyRun) -> Check:
+    """The base takes the memory that its precision promises."""
+    try:
+        planned = memory.plan(run.settings).training.base
+    except ModelError as error:
+        return passed(f"{_size(run.base.bytes)}; no plan: {error}")
+    return warn_unless(
+        abs(run.base.bytes - planned) <= 0.02 * planned,
+        f"{_size(run.base.bytes)}, {_size(planned)} planned",
+        "Something is stored in another dtype than planned; run.json counts bytes by storage.",
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

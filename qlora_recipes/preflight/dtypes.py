@@ -1,0 +1,74 @@
+"""In which numbers the run is held and computed, as found in memory and in one pass."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from qlora_recipes.adapters import adapter_tensors
+from qlora_recipes.loading import stored_tensors
+from qlora_recipes.preflight.probes import logits, probe_batch
+from qlora_recipes.preflight.subject import ReadyRun
+from qlora_recipes.preflight.verdicts import fail_unless, passed
+from qlora_recipes.runs import Check
+
+_BELOW_16_BITS = {"uint8", "int8"}
+
+
+def base_dtype(run: ReadyRun) -> Check:
+    """What is not quantised is in the run's 16-bit dtype; 4-bit layers dequantise to it and multiply in it."""
+    found = {_name(weight.dtype) for name, weight in run.model.named_parameters() if "lora_" not in name}
+    compute = {_name(module.compute_dtype) for module in run.model.modules() if getattr(module, "compute_dtype", None)}
+    states = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
+    restored = {_name(state.dtype) for state in states if state is not None}
+    others = (found | compute | restored) - _BELOW_16_BITS - {run.settings.dtype}
+    stored = ", ".join(sorted(_name(tensor.dtype) for tensor in {t.dtype: t for _, t in stored_tensors(run.model)}.values()))
+    return fail_unless(
+        not others,
+        f"{', '.join(sorted(others))} beside {run.settings.dtype}" if others else f"{stored} in memory",
+        "Load the base through qlora_recipes.loading.load_base, which sets every one of them.",
+    )
+
+
+def compute_dtype(run: ReadyRun) -> Check:
+    """What one layer of the base really gives back under the trainer's autocast."""
+    layer = next(module for module in run.model.modules() if isinstance(module, LoraLayer))
+    seen: list[torch.dtype] = []
+    hook = layer.get_base_layer().register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    try:
+        logits(run, probe_batch(run))
+    finally:
+        hook.remove()
+    return fail_unless(
+        {_name(dtype) for dtype in seen} == {run.settings.dtype},
+        ", ".join(sorted({_name(dtype) for dtype in seen})),
+        f"The run says {run.settings.dtype}; an environment variable or an accelerate config may say otherwise.",
+    )
+
+
+def adapter_dtype(run: ReadyRun) -> Check:
+    """Adapter weights are float32 in every arm; in 16 bits small updates are rounded away."""
+    found = sorted({_name(tensor.dtype) for _, tensor in adapter_tensors(run.model)})
+    return fail_unless(found == ["float32"], ", ".join(found), "Build the trainer with repairs.float32_adapter.")
+
+
+def optimizer_state_dtype(run: ReadyRun) -> Check:
+    """What the optimiser keeps for a weight: float32, or 8 bits where its name says so."""
+    args = run.trainer.args
+    kind, options = run.trainer.get_optimizer_cls_and_kwargs(args, run.model)
+    weight = torch.nn.Parameter(torch.zeros(128, 64, device=args.device))  # bitsandbytes keeps float32 below 4,096
+    weight.grad = torch.ones_like(weight)
+    optimizer = kind([weight], **{name: value for name, value in options.items() if name != "optim_dict"})
+    optimizer.step()
+    kept = [part for part in optimizer.state[weight].values() if torch.is_tensor(part) and part.numel() >= weight.numel()]
+    found = sorted({_name(part.dtype) for part in kept})
+    if not found:
+        return passed(f"{args.optim.value} keeps none of the weights' size")
+    wanted = ["uint8"] if "8bit" in args.optim.value else ["float32"]
+    return fail_unless(
+        found == wanted, f"{', '.join(found)} ({args.optim.value})", f"Wanted {wanted[0]}; set --optim adamw_torch."
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,56 @@
+"""Small batches of the run's own rows, and one pass of them through the model as training makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora_recipes.encoding import IGNORED, Encoded
+from qlora_recipes.preflight.subject import ReadyRun
+
+PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
+
+
+def probe_batch(run: ReadyRun) -> dict[str, Any]:
+    """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
+    shortest = sorted(run.data.train, key=lambda row: len(row.encoded.input_ids))[:2]
+    return collate(run, [_window(row.encoded) for row in shortest])
+
+
+def _window(row: Encoded) -> Encoded:
+    answer = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+    start = max(0, min(answer - PROBE_TOKENS // 2, len(row.labels) - PROBE_TOKENS))
+    return Encoded(row.input_ids[start : start + PROBE_TOKENS], row.labels[start : start + PROBE_TOKENS])
+
+
+def collate(run: ReadyRun, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Return rows as the trainer's collator hands them to the model, on its device."""
+    batch = run.trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    device = run.trainer.args.device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def forward(run: ReadyRun, batch: dict[str, Any]) -> Any:
+    """Return the model's output for a batch, under the autocast of training."""
+    with run.trainer.compute_loss_context_manager():
+        return run.model(**batch, use_cache=False)
+
+
+@torch.no_grad()
+def logits(run: ReadyRun, batch: dict[str, Any]) -> torch.Tensor:
+    """Return float32 logits in evaluation mode, [rows, positions, vocabulary]."""
+    run.model.eval()
+    return forward(run, batch).logits.float()
+
+
+def gradients(run: ReadyRun, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """Return name to gradient of every weight, None where there is none, after one pass in training mode."""
+    torch.manual_seed(0)  # the same dropout in every probe; put back by `untouched`
+    run.model.train()
+    run.model.zero_grad(set_to_none=True)
+    forward(run, batch).loss.backward()
+    found = {name: weight.grad for name, weight in run.model.named_parameters()}
+    run.model.zero_grad(set_to_none=True)
+    return found

@@ -1,0 +1,99 @@
+"""The rows themselves: how many, how long, how often the same, and whether training has seen the held-out ones."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from qlora_recipes.data import Conversation
+from qlora_recipes.preflight.subject import ReadRun
+from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.runs import Check
+
+_SHARED_WORDS = 8  # words in a row that two texts share by chance next to never
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def rows_dropped(run: ReadRun) -> Check:
+    """Rows that could not be used, by reason."""
+    receipt = run.data.receipt
+    dropped = sum(receipt.rows_dropped.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(receipt.rows_dropped).most_common())
+    figure = f"{dropped:,} of {receipt.rows_in:,}" + (f": {reasons}" if reasons else "")
+    advice = "A formatter that fits the rows loses fewer; DatasetSpec(format_row=...) names it."
+    if dropped > receipt.rows_in / 2:
+        return fail_unless(False, figure, advice)
+    return warn_unless(dropped <= 0.01 * receipt.rows_in, figure, advice)
+
+
+def row_lengths(run: ReadRun) -> Check:
+    """Tokens a row, from shortest to longest."""
+    lengths = sorted(len(row.encoded.input_ids) for row in run.data.train)
+    return passed(f"{lengths[0]} {bars(lengths)} {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}")
+
+
+def bars(lengths: list[int], count: int = 12) -> str:
+    """Return a histogram as one word of bars, the smallest value at the left."""
+    low, high = min(lengths), max(lengths) + 1
+    counts = Counter((length - low) * count // (high - low) for length in lengths)
+    top = max(counts.values())
+    return "".join(_BARS[-(-counts[i] * (len(_BARS) - 1) // top)] for i in range(count))
+
+
+def duplicates(run: ReadRun) -> Check:
+    """Conversations that are word for word another's; each copy is one more epoch of that row."""
+    counts = Counter(tuple(_words(message["content"]) for message in row.messages) for row in run.data.train)
+    copies = counts.total() - len(counts)
+    return warn_unless(
+        copies <= 0.01 * counts.total(),
+        f"{copies:,} of {counts.total():,} rows repeat another",
+        "Take copies out of the data; they weigh as much as the rows that are there once.",
+    )
+
+
+def short_answers(run: ReadRun) -> Check:
+    """Answers without a word, such as `-` or `...`, teach the model to say nothing."""
+    answers = [message["content"] for row in run.data.train for message in row.messages if message["role"] == "assistant"]
+    empty = sum(not re.search(r"\w", answer) for answer in answers)
+    one = sum(len(answer.split()) == 1 for answer in answers)
+    return warn_unless(
+        empty <= 0.001 * len(answers) and one <= 0.2 * len(answers),
+        f"{empty:,} of {len(answers):,} answers without a word, {one:,} of one word",
+        "Take them out of the data, or be sure that they are what you want to hear.",
+    )
+
+
+def held_out_rows(run: ReadRun) -> Check:
+    """Rows kept from training; without any, a loss that falls cannot be told from learning by heart."""
+    count = len(run.data.held_out)
+    return warn_unless(
+        count > 0, f"{count:,} of {count + len(run.data.train):,} rows", "Raise held_out in the recipe's DatasetSpec."
+    )
+
+
+def contamination(run: ReadRun) -> Check:
+    """Held-out answers that stand in the training rows, by eight words in a row or as a whole."""
+    held_out = {row.place: _shingles(row) for row in run.data.held_out}
+    wanted = set().union(*held_out.values())
+    seen = set().union(*(wanted & _shingles(row) for row in run.data.train))
+    known = sum(bool(parts) and len(parts & seen) > len(parts) / 2 for parts in held_out.values())
+    return warn_unless(
+        known <= 0.05 * len(held_out),
+        f"{known:,} of {len(held_out):,} held-out conversations are known from training",
+        "What is measured on them is memory. Take near-copies out of the data.",
+    )
+
+
+def _shingles(row: Conversation) -> set[tuple[str, ...]]:
+    """Return every eight words in a row of a conversation's messages, or a shorter message as a whole."""
+    found = set()
+    for i, message in enumerate(row.messages):
+        words = _words(message["content"])
+        context = _words(row.messages[i - 1]["content"]) if i and len(words) < _SHARED_WORDS else ()
+        words = context + words  # a short answer is known only with its question
+        found.update(words[i : i + _SHARED_WORDS] for i in range(max(1, len(words) - _SHARED_WORDS + 1)))
+    return found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,108 @@
+"""Training, chat and evaluation render one and the same text, to the token."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qlora_recipes.data import Conversation
+from qlora_recipes.encoding import IGNORED
+from qlora_recipes.errors import TemplateError
+from qlora_recipes.preflight.samples import spread
+from qlora_recipes.preflight.subject import ReadRun
+from qlora_recipes.preflight.verdicts import fail_unless, warn_unless
+from qlora_recipes.runs import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS = 50
+
+
+def template_agrees(run: ReadRun) -> Check:
+    """The prompt that chat and lm-eval build is, token for token, what stood before the answer in training."""
+    rows = [row for row in run.data.train if not row.truncated and not _holds_control_token(run, row)]
+    rows = spread(rows, _ROWS)
+    wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
+    return fail_unless(
+        not wrong and run.tokenizer.chat_template == run.encoder.template.source,
+        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0]} first"
+        if wrong
+        else f"{len(rows)} prompts, sha256 {run.data.template.sha256[:12]}",
+        "Let add_generation_prompt render exactly what stands before {% generation %} in training.",
+    )
+
+
+def _holds_control_token(run: ReadRun, row: Conversation) -> bool:
+    """Such a row is encoded as text, which no tokenizer does by itself: see forged_turns."""
+    return any(token in message["content"] for message in row.messages for token in run.tokenizer.all_special_tokens)
+
+
+def _prompt_agrees(run: ReadRun, row: Conversation) -> bool:
+    before = row.messages[:-1]
+    prompt = run.encoder.encode_prompt(before)
+    trained = row.encoded
+    starts_there = trained.input_ids[: len(prompt)] == prompt and all(
+        label != IGNORED for label in trained.labels[len(prompt) :]
+    )
+    # lm-eval and chat render to text and encode it, with no BOS added where the text starts with one
+    text = run.tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    whole = run.tokenizer.apply_chat_template(row.messages, tokenize=False)
+    return (
+        starts_there
+        and _plain(run.tokenizer, text) == prompt
+        and _plain(run.tokenizer, whole) == trained.input_ids
+        and whole.startswith(text)
+    )
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def spaces_as_pretrained(run: ReadRun) -> Check:
+    """A sentencepiece vocabulary merges runs of spaces last; a conversion by Transformers 5 merges them first.
+
+    Transformers 5.23, `convert_slow_tokenizer.py`, `SentencePieceExtractor.extract`: merges are ordered by id instead
+    of by score when tokenizer.json is made from tokenizer.model. `▁▁`, `word` then stands for what the model knows as
+    `▁`, `▁word`.
+    """
+    tokens = run.tokenizer.tokenize("a  b") if _merges_spaces(run.tokenizer) else ["▁", "▁b"]
+    right = tokens[-2:] == ["▁", "▁b"] or "▁b" not in run.tokenizer.get_vocab()
+    doubled = sum("  " in message["content"] for row in run.data.train for message in row.messages)
+    return warn_unless(
+        right,
+        f"two spaces before a word are {' '.join(tokens[-2:])!r}, in pretraining '▁ ▁b'; {doubled} messages hold two"
+        if not right
+        else "runs of spaces are split as in pretraining",
+        "This tokenizer.json was converted by Transformers 5; take the one in the model's repository.",
+    )
+
+
+def _merges_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    vocabulary = tokenizer.get_vocab()
+    return "▁▁" in vocabulary and "▁" in vocabulary
+
+
+def refuse_other_template(
+    run: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, allow_other: bool = False
+) -> None:
+    """Refuse to chat with an adapter, or to evaluate it, with another template than it was trained with.
+
+    `run` is a receipt as `RunFolder.receipt` gives it; `allow_other` is for who means it.
+
+    Raises:
+        TemplateError: naming both hashes.
+    """
+    trained, now = run["template"]["sha256"], template_sha256(tokenizer)
+    if now != trained and not allow_other:
+        raise TemplateError(
+            f"the tokenizer has the chat template {now[:12]}, and the adapter was trained with "
+            f"{run['template']['name']} {trained[:12]}. Load the tokenizer from the run's adapter folder"
+        )
+
+
+def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hash of a tokenizer's chat template as receipts hold it."""
+    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()

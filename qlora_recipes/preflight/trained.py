@@ -1,0 +1,124 @@
+"""What was trained: the adapter moved and is finite, the base did not, and what lies on disk is the same again."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import AutoTokenizer
+
+from qlora_recipes.encoding import ConversationEncoder
+from qlora_recipes.loading import base_sha256
+from qlora_recipes.preflight.probes import logits, probe_batch
+from qlora_recipes.preflight.samples import spread
+from qlora_recipes.preflight.subject import TrainedRun
+from qlora_recipes.preflight.template import template_agrees, template_sha256
+from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.runs import Check
+
+_RELOADED = "reloaded"
+_FEW_LOSSES = 10
+
+
+def adapter_finite(run: TrainedRun) -> Check:
+    """No weight is NaN or infinite."""
+    return fail_unless(
+        run.adapter.all_finite,
+        f"all {run.adapter.parameters:,} weights" if run.adapter.all_finite else "NaN or infinite weights",
+        "Lower --learning_rate; metrics.jsonl shows where grad_norm left the ground.",
+    )
+
+
+def adapter_changed(run: TrainedRun) -> Check:
+    """B starts at zero and moves at once; A has no gradient before B has moved, which takes a few steps."""
+    unchanged = run.adapter.unchanged
+    stuck = [name for name in unchanged if "lora_A" not in name]
+    figure = f"{len(unchanged)} tensors unchanged, {unchanged[0]} first" if unchanged else "every tensor"
+    advice = "Train for more steps, or leave these modules out of target_modules."
+    return fail_unless(False, figure, advice) if stuck else warn_unless(not unchanged, figure, advice)
+
+
+def losses_finite(run: TrainedRun) -> Check:
+    """No logged loss or gradient norm is NaN or infinite; one such step spoils every weight."""
+    logged = [
+        (entry["step"], name) for entry in run.trainer.state.log_history
+        for name in ("loss", "grad_norm") if name in entry and not math.isfinite(entry[name])
+    ]  # fmt: skip
+    return fail_unless(
+        not logged,
+        f"{logged[0][1]} of step {logged[0][0]}, {len(logged)} in all" if logged else "every logged loss and gradient norm",
+        "Lower --learning_rate, or use --dtype bfloat16.",
+    )
+
+
+def loss_fell(run: TrainedRun) -> Check:
+    """The last tenth of the logged losses is below the first tenth."""
+    losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    advice = "Train longer: a few losses are mostly noise." if len(losses) < _FEW_LOSSES else "Lower --learning_rate."
+    return warn_unless(last < first, f"{first:.3f} to {last:.3f} over {len(losses)} logged steps", advice)
+
+
+def base_unchanged(run: TrainedRun) -> Check:
+    """The stored bytes of the base are those that were loaded."""
+    if _sharded(run):
+        return passed("not looked at: the base is sharded over processes")
+    now = base_sha256(run.model)
+    return fail_unless(
+        now == run.base.sha256,
+        f"sha256 {now[:12]}" if now == run.base.sha256 else f"sha256 {run.base.sha256[:12]} became {now[:12]}",
+        "Something trained or repacked the base: leave bias and modules_to_save out of the recipe's lora.",
+    )
+
+
+def optimizer_state_kept(run: TrainedRun) -> Check:
+    """Every adapter weight has a finite optimiser state, which a weight that the optimiser never saw has not."""
+    states = getattr(run.trainer.optimizer, "optimizer", run.trainer.optimizer).state
+    parts = [part for state in states.values() for part in state.values() if torch.is_tensor(part)]
+    trained = sum(weight.requires_grad for weight in run.model.parameters())
+    finite = all(bool(torch.isfinite(part.float()).all()) for part in parts)
+    return fail_unless(
+        finite and (not states or len(states) == trained),
+        f"of {len(states)} of {trained} tensors, {'all' if finite else 'not all'} finite",
+        "Report this as a bug, with the optimiser's name.",
+    )
+
+
+def _sharded(run: TrainedRun) -> bool:
+    return str(run.trainer.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED")
+
+
+def adapter_reloads(run: TrainedRun) -> Check:
+    """The adapter in the run folder gives the logits of the one in memory, to the last bit."""
+    if _sharded(run):
+        return passed("not looked at: the base is sharded over processes")
+    batch = probe_batch(run)
+    trained = logits(run, batch)
+    run.model.load_adapter(str(run.folder.adapter), _RELOADED)
+    try:
+        run.model.set_adapter(_RELOADED)
+        moved = float((logits(run, batch) - trained).abs().max())
+    finally:
+        run.model.set_adapter("default")
+        run.model.delete_adapter(_RELOADED)
+    return fail_unless(moved == 0, f"logits moved by {moved:.2g}", "The saved file is not what was trained; train again.")
+
+
+def tokenizer_reloads(run: TrainedRun) -> Check:
+    """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
+    saved = AutoTokenizer.from_pretrained(run.folder.adapter)
+    encoder = ConversationEncoder(saved, run.encoder.template)
+    rows = spread([row for row in run.data.train if not row.truncated], 20)
+    wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
+    plain = template_agrees(TrainedRun(**{**vars(run), "tokenizer": saved, "encoder": encoder}))
+    same_template = template_sha256(saved) == run.data.template.sha256
+    holds = not wrong and same_template and plain.verdict == "pass"
+    figure = f"{len(rows)} rows give the training ids"
+    if not same_template:
+        figure = f"template {template_sha256(saved)[:12]}, trained with {run.data.template.sha256[:12]}"
+    elif wrong:
+        figure = f"{len(wrong)} of {len(rows)} rows give other ids, {wrong[0]} first"
+    elif not holds:
+        figure = plain.figure
+    return fail_unless(holds, figure, "Put what the tokenizer needs into ModelSpec.tokenizer, so that it is saved with it.")
