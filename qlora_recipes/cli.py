@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from qlora_recipes.commandline import run_command
+from qlora_recipes.commandline import quiet_libraries, run_command
 from qlora_recipes.errors import UsageError, nearest
 
 # Verb to the module whose `main(arguments)` does it, and what it is for. Imported only when called.
@@ -34,6 +34,7 @@ def _dispatch(words: Sequence[str]) -> None:
     verb, *rest = [word for word in words if word != "--debug"]
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{nearest(verb, VERBS)}\n{_usage()}")
+    quiet_libraries()
     importlib.import_module(VERBS[verb][0]).main(rest)
 
 

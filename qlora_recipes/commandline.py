@@ -76,7 +76,7 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> None:
 def _run(recipe: type[Recipe], arguments: Sequence[str]) -> None:
     flags = parse(recipe, arguments)
     settings = settings_from(recipe, flags)
-    _quiet_libraries()
+    quiet_libraries()
     if flags.get("plan"):
         from qlora_recipes.plan import print_plan
         from qlora_recipes.training import prepare_run
@@ -244,7 +244,7 @@ def _without_secrets(words: Sequence[str]) -> list[str]:
     return shown
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the screen to what this package says; a library's warning that matters is a check of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

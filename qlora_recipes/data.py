@@ -20,6 +20,8 @@ from qlora_recipes.runs import DataReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
 
 Formatter = Callable[[Mapping[str, Any]], list[Message]]
+TOO_LONG = "no answer within max_length"
+"""Why a row is dropped of which the cut leaves nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _encoded(
             continue
         cut = whole.cut(max_length)
         if not cut.supervised:
-            dropped["no answer within max_length"] += 1
+            dropped[TOO_LONG] += 1
             continue
         yield Conversation(
             place=place,

@@ -54,6 +54,9 @@ class ModelSpec:
     tokenizer: Mapping[str, object] = field(default_factory=dict)
     """Keyword arguments for the tokenizer, with their reason beside them."""
 
+    spaces_merge_last: bool = False
+    """Whether pretraining's sentencepiece joined runs of spaces after all other pieces (by scores of -1e9)."""
+
 
 LLAMA_2_7B_CHAT = ModelSpec(
     hub_id="NousResearch/Llama-2-7b-chat-hf",  # the ungated copy; --model meta-llama/Llama-2-7b-chat-hf is Meta's
@@ -75,6 +78,7 @@ LLAMA_2_7B_CHAT = ModelSpec(
     # Meta encodes each turn as "▁[", "INST"; without legacy=True Transformers 5 gives "[", "INST" after <s>,
     # ids the model never saw in training.
     tokenizer={"legacy": True},
+    spaces_merge_last=True,
 )
 
 FALCON_7B = ModelSpec(

@@ -5,28 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qlora_recipes.commandline import parse, run_command, settings_from
-from qlora_recipes.memory import (
-    GIB,
-    Memory,
-    MemoryPlan,
-    Workload,
-    adapter_parameters,
-    largest_micro_batch,
-    parameter_count,
-    plan,
-    sizes_for,
-    workload_of,
-)
+from qlora_recipes.memory import GIB, Memory, MemoryPlan, largest_micro_batch, plan
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.settings import Settings
+from qlora_recipes.sizes import adapter_parameters, parameter_count, sizes_for
+from qlora_recipes.workload import Workload, left_out, workload_of
 
 _LABELS = {
     "base": "base",
@@ -64,7 +55,7 @@ def _main(file: str, flags: Sequence[str], gpu_gib: float | None) -> None:
 
 
 def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Console | None = None) -> None:
-    """Print what would run and the memory of every precision by part; of several processes the first one does.
+    """Print what would run and the memory of every precision by part; of several processes the first one's.
 
     Raises:
         ModelError: when the model's dimensions cannot be had.
@@ -78,8 +69,8 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
     console.print(_run_table(settings, work))
     console.print()
     console.print(_memory_table(settings, work, gpu_gib))
-    if gpu_gib is not None and (advice := _advice(settings, work, gpu_gib)):
-        console.print(Text(advice))
+    for line in _remarks(settings, work, gpu_gib):
+        console.print(Text(line))
 
 
 def _device(settings: Settings, gpu_gib: float | None) -> str:
@@ -120,7 +111,8 @@ def _steps(settings: Settings) -> str:
     steps = settings.training.get("max_steps", -1)
     if steps > 0:
         return f"{steps:,}"
-    return f"as many as {settings.training.get('num_train_epochs', 3):g} epochs of the rows take"
+    epochs = settings.training.get("num_train_epochs", 3)
+    return f"{epochs:g} epoch{'' if epochs == 1 else 's'} of the rows"
 
 
 def _checkpointing(every: int) -> str:
@@ -134,7 +126,7 @@ def _memory_table(settings: Settings, work: Workload, gpu_gib: float | None) -> 
         for precision in PRECISIONS.values()
     ]
     unit, name = _unit(plans)
-    where = "a CPU" if work.device == "cpu" else "each GPU"
+    where = "a process on a CPU" if work.device == "cpu" else "each GPU"
     table = Table(title=Text(f"Memory of {where}, {name}"), title_justify="left", box=None, padding=(0, 1))
     table.add_column(Text("training"), no_wrap=True)
     for each in plans:
@@ -167,13 +159,25 @@ def _unit(plans: Sequence[MemoryPlan]) -> tuple[int, str]:
     return (GIB, "GiB") if max(each.training.total for each in plans) >= GIB else (2**20, "MiB")
 
 
+def _remarks(settings: Settings, work: Workload, gpu_gib: float | None) -> Iterable[str]:
+    own = plan(settings, device=work.device, processes=work.processes)
+    yield (
+        f"Training in {own.precision.name} peaks at the {own.training.moment}; "
+        f"evaluation is of one row, when {own.evaluation.moment}."
+    )
+    if gpu_gib is not None and (advice := _advice(settings, work, gpu_gib)):
+        yield advice
+    if uncounted := left_out(settings):
+        yield f"Not counted: {', '.join(uncounted)}."
+
+
 def _advice(settings: Settings, work: Workload, gpu_gib: float) -> str:
     """The flags that fill the GPU with the same global batch, or what to do when nothing fits."""
     rows = largest_micro_batch(sizes_for(settings), settings.precision, work, gpu_gib)
     if rows == 0:
         return (
-            f"Not one row fits {gpu_gib:g} GiB in {settings.precision.name}: lower --max_length or --r, or take "
-            "--precision nf4."
+            f"Not one row fits {gpu_gib:g} GiB in {settings.precision.name}: lower --max_length or --r, "
+            "or take --precision nf4."
         )
     batch = work.rows * work.accumulation
     most = max(size for size in range(1, min(rows, batch) + 1) if batch % size == 0)

@@ -7,13 +7,14 @@ it did something. Tests show each defect without its repair, and fail with a mes
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quantize_falcon_linears() -> bool:
@@ -80,6 +81,29 @@ def _call_of(function, name: str) -> str:
     source = inspect.getsource(function)
     start = source.find(f"{name}(")
     return source[start : source.find("\n        )", start)]
+
+
+def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Put the merges of spaces alone after all others, where sentencepiece has them. For Llama-2's vocabulary.
+
+    Transformers 5.23, `convert_slow_tokenizer.py`, `SentencePieceExtractor.extract`: where tokenizer.json is made from
+    tokenizer.model, merges are ordered by id instead of by score. Runs of spaces have low ids and the score -1e9: two
+    spaces before a word become `▁▁`, `word` instead of `▁`, `▁word`, in 58 of 500 Guanaco rows.
+    """
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = content["model"].get("merges", [])
+    ordered = sorted(merges, key=_joins_spaces)  # a stable sort: all else stays in its order
+    if ordered == merges:
+        return False
+    content["model"]["merges"] = ordered
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return True
+
+
+def _joins_spaces(merge: list[str]) -> bool:
+    return set("".join(merge)) == {"▁"}
 
 
 def keep_4bit_gradients(model: PreTrainedModel) -> bool:

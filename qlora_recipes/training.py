@@ -82,7 +82,7 @@ def prepare_run(
         RecipesError: for anything that would make the run fail or mean something else than it says.
     """
     preflight.check_names(skip_checks, preflight.names(settings.recipe))
-    read = _read(settings)
+    read = read_run(settings)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, read, skip_checks)
     _refuse_failed(checks, console)  # loading a base takes minutes
     loaded = _load(read)
@@ -94,7 +94,12 @@ def prepare_run(
     return run, checks
 
 
-def _read(settings: Settings) -> ReadRun:
+def read_run(settings: Settings) -> ReadRun:
+    """Return a run with its rows read and encoded.
+
+    Raises:
+        RecipesError: when the tokenizer or the rows cannot be had, or no row can be used.
+    """
     environment.share_threads(PartialState().num_processes)
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision)
     encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
@@ -246,9 +251,7 @@ def _newest_checkpoint(folder: RunFolder) -> str:
     return newest
 
 
-def _describe_adapter(
-    run: ReadyRun, initial: str, before: Mapping[str, torch.Tensor]
-) -> AdapterReceipt:
+def _describe_adapter(run: ReadyRun, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
     return AdapterReceipt(

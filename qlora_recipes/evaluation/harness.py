@@ -6,34 +6,32 @@ A task that is finished is not run again; the next command goes on where the las
 from __future__ import annotations
 
 import gc
-import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qlora_recipes.errors import RunFolderError, UsageError
-from qlora_recipes.evaluation.held_out import SHOWN, HeldOutScores, score_answers, score_held_out
+from qlora_recipes.evaluation.bar import Bar
+from qlora_recipes.evaluation.held_out import score_answers, score_held_out
 from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, load_run, load_run_base
-from qlora_recipes.evaluation.records import DocRecord, TaskResult, finished_tasks, write_task
-from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS, EvalTask, checked_limit, load_tasks
+from qlora_recipes.evaluation.records import Scores, TaskResult, finished_tasks, write_task
+from qlora_recipes.evaluation.task_loading import (
+    HELD_OUT_TASKS,
+    STANDIN_TASKS,
+    EvalTask,
+    checked_limit,
+    load_tasks,
+)
 from qlora_recipes.precision import precision_named
 from qlora_recipes.runs import RunFolder
 
-if TYPE_CHECKING:
-    from qlora_recipes.evaluation.language_model import RunLanguageModel
-
-SEED = 1234  # lm-eval's own, for the choice of few-shot examples
 # Of a stand-in and of a model of billions: larger is faster where memory allows. Never "auto", which may choose another
 # size for each arm, and with it other roundings.
 _SMALL, _BATCHES = 10**9, (64, 8)
-_BOOTSTRAP = 1000  # draws for the standard error of the few metrics that have no formula
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ def evaluate_many(
     """
     options = options or Options()
     jobs = [_job(folder, tasks, options) for folder in folders]
-    loaded = {name: load_tasks([name]) for name in dict.fromkeys(name for job in jobs for name in job.tasks)}
-    wanted = [[task for name in job.tasks for task in loaded[name]] for job in jobs]
+    loaded = load_tasks(list(dict.fromkeys(name for job in jobs for name in job.tasks)))
+    wanted = [_once(task for name in job.tasks for task in loaded[name]) for job in jobs]
     results: list[dict[str, TaskResult]] = [
         {} if overwrite else _finished(job, todo, options) for job, todo in zip(jobs, wanted, strict=True)
     ]
@@ -141,6 +139,15 @@ def default_tasks(receipt: Mapping[str, Any]) -> list[str]:
     if not declared and not held_out:
         raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
     return declared or list(HELD_OUT_TASKS)
+
+
+def _once(tasks: Iterable[EvalTask]) -> list[EvalTask]:
+    found: dict[str, EvalTask] = {}
+    for task in tasks:
+        if task.name in found:
+            raise UsageError(f"the task {task.name} is asked for twice; its results would lie in one file")
+        found[task.name] = task
+    return list(found.values())
 
 
 def _job(folder: RunFolder, tasks: Sequence[str] | None, options: Options) -> _Job:
@@ -188,19 +195,21 @@ def _score(
     results: dict[str, TaskResult] = {}
     for task in tasks:
         started = time.monotonic()
-        with _progress(task.name, console) as progress:
-            measure = _score_held_out if not task.parts else _score_with_lm_eval
-            scores, facts = measure(run, task, options, progress)
+        with Bar(task.name, console) as bar:
+            scores = _measure(run, task, options, bar)
         result = TaskResult(
             task=task.name,
             kind=task.kind,
             metric=task.metric,
+            higher_is_better=scores.higher_is_better,
             metrics=scores.metrics,
+            stderr=scores.stderr,
             n_docs=len(scores.docs),
             limit=options.limit,
             num_fewshot=_shots(task),
             chat_template=_chat_template(task, options),
             template_sha256=run.receipt["template"]["sha256"] if _chat_template(task, options) else None,
+            prompts_unlike_training=scores.prompts_unlike_training,
             truncated=scores.truncated,
             batch_size=options.batch(run.receipt),
             loglikelihood_dtype="float32",
@@ -211,7 +220,6 @@ def _score(
             adapter_on_off_difference=run.adapter_on_off_difference,
             device=run.model.device.type,
             seconds=round(time.monotonic() - started, 3),
-            **facts,
         )
         results[task.name] = write_task(output, result, scores.docs)
     return results
@@ -234,55 +242,15 @@ def _chat_template(task: EvalTask, options: Options) -> bool:
     return options.chat_template
 
 
-def _score_held_out(
-    run: LoadedRun, task: EvalTask, options: Options, progress: _Bar
-) -> tuple[HeldOutScores, dict[str, Any]]:
-    measure = score_held_out if task.name == "held_out" else score_answers
-    progress.start(len(run.held_out[: options.limit]))
-    scores = measure(run, batch_size=options.batch(run.receipt), limit=options.limit, advance=progress.advance)
-    lower = task.kind == "bits_per_byte"
-    return scores, {"higher_is_better": not lower, "stderr": {}, "prompts_unlike_training": 0}
+def _measure(run: LoadedRun, task: EvalTask, options: Options, bar: Bar) -> Scores:
+    batch_size = options.batch(run.receipt)
+    if task.name == "held_out":
+        return score_held_out(run, batch_size=batch_size, limit=options.limit, bar=bar)
+    if task.name == "held_out_answers":
+        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar)
+    from qlora_recipes.evaluation.lm_eval_scores import score_with_lm_eval  # seconds to import
 
-
-def _score_with_lm_eval(
-    run: LoadedRun, task: EvalTask, options: Options, progress: _Bar
-) -> tuple[HeldOutScores, dict[str, Any]]:
-    """Hand lm-eval the loaded model. `simple_evaluate` does no more, but runs `pip list` after each call, for 8 s."""
-    from lm_eval.evaluator import evaluate as run_lm_eval
-
-    from qlora_recipes.evaluation.language_model import RunLanguageModel, one_voice
-
-    for part in task.parts:
-        part.set_fewshot_seed(SEED)
-    language_model = RunLanguageModel(run, options.batch(run.receipt), progress)
     chat_template = _chat_template(task, options)
-    with one_voice():
-        outcome = run_lm_eval(
-            language_model,
-            {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},
-            limit=options.limit,
-            cache_requests=False,
-            bootstrap_iters=_BOOTSTRAP,
-            log_samples=True,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-        )
-    return _scores(task, outcome, language_model)
-
-
-def _scores(
-    task: EvalTask, outcome: Mapping[str, Any], language_model: RunLanguageModel
-) -> tuple[HeldOutScores, dict[str, Any]]:
-    docs: list[DocRecord] = []
-    for part in task.parts:
-        samples = outcome["samples"][part.task_name]
-        first = samples[0]["filter"]  # a task may read one answer in several ways; the first is the strict one
-        docs += [lm_eval_record(task, part, sample) for sample in samples if sample["filter"] == first]
-    metrics, stderr = _aggregates(task, outcome, docs)
-    better = outcome["higher_is_better"][task.parts[0].task_name].get(task.metric)
-    facts = {
-        "higher_is_better": task.kind != "bits_per_byte" if better is None else bool(better),
-        "stderr": stderr,
-        "prompts_unlike_training": language_model.prompts_unlike_training,
-    }
-    return HeldOutScores(docs, metrics, language_model.truncated), facts
+    return score_with_lm_eval(
+        run, task, batch_size=batch_size, limit=options.limit, chat_template=chat_template, bar=bar
+    )

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,29 +15,17 @@ import torch
 from qlora_recipes.adapters import generate
 from qlora_recipes.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
+from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.loaded import LoadedRun
-from qlora_recipes.evaluation.records import DocRecord, sha256
+from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import Message
 
 MAX_ANSWER_TOKENS = 256
 """Where a greedy answer is cut; more costs time on answers that never end."""
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
-SHOWN = 2000  # characters of a prompt or an answer that a report can show
 
 
-@dataclass(frozen=True)
-class HeldOutScores:
-    """What a task measured, before it is written."""
-
-    docs: list[DocRecord]
-    metrics: dict[str, float]
-    truncated: int
-    """Conversations left out because the model's context cannot hold them."""
-
-
-def score_held_out(
-    run: LoadedRun, *, batch_size: int, limit: int | None = None, advance: Callable[[int], None] = lambda _: None
-) -> HeldOutScores:
+def score_held_out(run: LoadedRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
     """Return the negative log-likelihood of the assistant's words.
 
     `loss` is in nats a supervised token, with the end-of-turn token, as in training; `bits_per_byte` divides the same
@@ -47,16 +34,18 @@ def score_held_out(
     rows = _rows(run, limit)
     encoded = [run.encoder.encode(messages) for messages in rows]
     fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
+    bar.start(len(fitting))
     losses: dict[int, float] = {}
     for batch in _batches(fitting, encoded, batch_size):
         losses |= zip(batch, _losses(run, [encoded[i] for i in batch]), strict=True)
-        advance(len(batch))
+        bar.advance(len(batch))
     docs = [_text_record(i, rows[i], encoded[i], losses[i]) for i in fitting]
     if not docs:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     nats = sum(losses.values())
-    return HeldOutScores(
+    return Scores(
         docs=docs,
+        higher_is_better=False,
         metrics={
             "bits_per_byte": nats / math.log(2) / sum(doc.bytes or 0 for doc in docs),
             "loss": nats / sum(encoded[i].supervised for i in fitting),
@@ -65,11 +54,12 @@ def score_held_out(
     )
 
 
-def score_answers(
-    run: LoadedRun, *, batch_size: int, limit: int | None = None, advance: Callable[[int], None] = lambda _: None
-) -> HeldOutScores:
+def score_answers(run: LoadedRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
     """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves."""
-    from qlora_recipes.evaluation.metrics import ChrF, RougeL  # nltk, which they bring along, takes seconds to import
+    from qlora_recipes.evaluation.metrics import (
+        ChrF,
+        RougeL,
+    )  # nltk, which they bring along, takes seconds to import
 
     rows = _rows(run, limit)
     prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
@@ -77,6 +67,7 @@ def score_answers(
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
+    bar.start(len(fitting))
     answers: dict[int, list[int]] = {}
     end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     for batch in _batched(sorted(fitting, key=lambda i: -len(prompts[i])), batch_size):
@@ -84,7 +75,7 @@ def score_answers(
         answers |= zip(
             batch, generate(run.model, given, end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS), strict=True
         )
-        advance(len(batch))
+        bar.advance(len(batch))
     texts = [run.tokenizer.decode(answers[i], skip_special_tokens=True).strip() for i in fitting]
     references = [rows[i][-1]["content"] for i in fitting]
     rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
@@ -94,8 +85,11 @@ def score_answers(
         for i, text, score in zip(fitting, texts, rouge["documents"], strict=True)
     ]
     ended = sum(answers[i][-1:] == [end] for i in fitting) / len(fitting)
-    return HeldOutScores(
-        docs, {"rougeL": rouge["rougeL"], "chrf": chrf["chrf"], "ended": ended}, len(rows) - len(fitting)
+    return Scores(
+        docs=docs,
+        higher_is_better=True,
+        metrics={"rougeL": rouge["rougeL"], "chrf": chrf["chrf"], "ended": ended},
+        truncated=len(rows) - len(fitting),
     )
 
 
@@ -123,7 +117,7 @@ def _batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _losses(run: LoadedRun, rows: Sequence[Encoded]) -> list[float]:
-    """Return each row's summed negative log-likelihood in nats. Padded on the right, which causal attention never sees."""
+    """Return each row's negative log-likelihood in nats; padding is on the right, where causal attention never looks."""
     pad = run.tokenizer.pad_token_id
     ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)
     labels = _padded([row.labels for row in rows], IGNORED).to(run.model.device)[:, 1:]
@@ -147,9 +141,7 @@ def _text_record(index: int, messages: list[Message], encoded: Encoded, nats: fl
 
 
 def _answer_record(index: int, messages: list[Message], prompt: list[int], answer: str, score: float) -> DocRecord:
-    return _record(
-        "held_out_answers", index, messages, prompt, messages[-1]["content"], score, answer=answer[:SHOWN]
-    )
+    return _record("held_out_answers", index, messages, prompt, messages[-1]["content"], score, answer=answer[:SHOWN])
 
 
 def _record(

@@ -15,10 +15,10 @@ from qlora_recipes.adapters import adapter_sha256, load_adapter
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import CheckError, ModelError
+from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.formatters import Message
 from qlora_recipes.loading import load_base
 from qlora_recipes.precision import precision_named
-from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -101,14 +101,23 @@ def load_run(folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool
         _check_same("adapter", loaded, receipt["adapter"]["final_sha256"], _ADAPTER_ADVICE)
         difference = _on_off_difference(model, encoder, held_out)
         yield LoadedRun(
-            folder, receipt, model, tokenizer, encoder, held_out, key.precision, base.sha256, loaded, difference
+            folder,
+            receipt,
+            model,
+            tokenizer,
+            encoder,
+            held_out,
+            key.precision,
+            base.sha256,
+            loaded,
+            difference,
         )
     finally:
         _detach(model)
 
 
 _BASE_ADVICE = (
-    "The base has changed since training, or was quantised on another kind of device: evaluate where it was trained"
+    "It has changed since training, or was quantised on another kind of device: evaluate where it was trained"
 )
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 
@@ -148,7 +157,7 @@ def _saved_template(folder: RunFolder) -> ChatTemplate:
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:
     if found != expected:
         raise CheckError(
-            f"the {what} is not the one of this run: its hash is {found[:12]}, the receipt has {expected[:12]}. {advice}"
+            f"the {what} is not this run's: its hash is {found[:12]}, the receipt has {expected[:12]}. {advice}"
         )
 
 

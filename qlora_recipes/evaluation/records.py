@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -19,6 +19,7 @@ from qlora_recipes.errors import CheckError, RunFolderError
 from qlora_recipes.runs import write_json, write_text
 
 SCHEMA_VERSION = 1
+SHOWN = 2000  # characters of a prompt, a target or an answer that are kept to be read
 _RESULT, _DOCS = ".json", ".docs.jsonl"
 _Record = TypeVar("_Record", "TaskResult", "DocRecord")
 
@@ -93,6 +94,18 @@ class TaskResult:
     docs_sha256: str = ""
     """Hash of the file of documents, which makes the pair whole."""
     schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured in one task, before the facts of the run are put beside it."""
+
+    docs: list[DocRecord]
+    metrics: dict[str, float]
+    higher_is_better: bool
+    stderr: dict[str, float] = field(default_factory=dict)
+    truncated: int = 0
+    prompts_unlike_training: int = 0
 
 
 def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> TaskResult:
@@ -170,7 +183,7 @@ def _read_result(file: Path) -> TaskResult:
 
 
 def _record(kind: type[_Record], content: Any, file: Path) -> _Record:
-    names = {field.name for field in fields(kind)}
+    names = {entry.name for entry in fields(kind)}
     if not isinstance(content, dict) or content.keys() != names:
         got = ", ".join(sorted(names ^ set(content))) if isinstance(content, dict) else repr(content)[:60]
         raise RunFolderError(f"{file} has other fields than a {kind.__name__}: {got}. Evaluate the run again")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_recipes.errors import DataError, UsageError, nearest
+from qlora_recipes.evaluation.bar import one_voice
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -22,8 +23,8 @@ STANDIN_TASKS = ("standin_choice", "standin_answer", "standin_text")
 HELD_OUT_TASKS = ("held_out", "held_out_answers")
 OWN = (*STANDIN_TASKS, *HELD_OUT_TASKS)
 
-# Shots and metric of the first Open LLM Leaderboard, as `lm_eval/tasks/benchmarks/openllm.yaml` keeps them. lm-eval's own
-# `openllm` adds truthfulqa_gen and truthfulqa_mc1, which the leaderboard did not use and which need a network to score.
+# Shots and metric of the first Open LLM Leaderboard; the shots are those of lm_eval/tasks/benchmarks/openllm.yaml. That
+# group adds truthfulqa_gen and truthfulqa_mc1, which the leaderboard did not use; the first needs a network to score.
 LEADERBOARD = {
     "arc_challenge": (25, "acc_norm"),
     "hellaswag": (10, "acc_norm"),
@@ -54,22 +55,18 @@ class EvalTask:
     """Whether it is rendered with the chat template unless told otherwise."""
 
 
-def load_tasks(names: Sequence[str]) -> list[EvalTask]:
-    """Return the tasks that names stand for, each loaded and with metrics that lm-eval knows.
+def load_tasks(names: Sequence[str]) -> dict[str, list[EvalTask]]:
+    """Return, for each name, the tasks that it stands for, each loaded and with metrics that lm-eval knows.
 
     Raises:
-        UsageError: for an unknown name, naming the nearest, a task given twice, or a metric that lm-eval does not know.
+        UsageError: for an unknown name, naming the nearest, or a metric that lm-eval does not know.
         DataError: for a broken YAML file, or data that cannot be had.
     """
-    asked = [part for name in names for part in (LEADERBOARD if name == "openllm" else (name,))]
-    standard = _standard_tasks([name for name in asked if name not in OWN and not _is_path(name)])
-    tasks = [task for name in asked for task in _load(name, standard)]
-    seen: set[str] = set()
-    for task in tasks:
-        if task.name in seen:
-            raise UsageError(f"the task {task.name} is given twice")
-        seen.add(task.name)
-    return tasks
+    meant = {name: list(LEADERBOARD) if name == "openllm" else [name] for name in names}
+    with one_voice():
+        asked = [part for parts in meant.values() for part in parts]
+        standard = _standard_tasks([name for name in asked if name not in OWN and not _is_path(name)])
+        return {name: [task for part in parts for task in _load(part, standard)] for name, parts in meant.items()}
 
 
 def _load(name: str, standard: TaskManager | None) -> list[EvalTask]:
@@ -188,7 +185,9 @@ def _names_in(root: Path) -> tuple[dict[str, str], set[str]]:
 def _check_known(name: str, known: Iterable[str]) -> None:
     if name not in known:
         hint = nearest(name, [*OWN, "openllm", *known])
-        raise UsageError(f"unknown task {name!r}.{hint} Ours are {', '.join(OWN)}; lm-eval lists its own: lm-eval ls tasks")
+        raise UsageError(
+            f"unknown task {name!r}.{hint} Ours are {', '.join(OWN)}; lm-eval lists its own: lm-eval ls tasks"
+        )
 
 
 def _from_lm_eval(name: str, manager: TaskManager) -> Iterator[EvalTask]:
@@ -225,7 +224,11 @@ def _eval_task(
     if config.output_type == "loglikelihood_rolling":
         return EvalTask(name, tuple(parts), "bits_per_byte", "bits_per_byte", chat_template=False)
     metric = metric or (listed or list(parts[0].aggregation()))[0]
-    right_or_wrong = config.process_results is None and metric.split(",")[0] in ("acc", "acc_norm", "exact_match")
+    right_or_wrong = config.process_results is None and metric.split(",")[0] in (
+        "acc",
+        "acc_norm",
+        "exact_match",
+    )
     return EvalTask(name, tuple(parts), metric, "accuracy" if right_or_wrong else "score", chat_template)
 
 

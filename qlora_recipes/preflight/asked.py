@@ -89,7 +89,7 @@ def device(run: ReadyRun) -> Check:
     base = next(run.model.parameters()).device
     if base.type != got.type:
         return fail_unless(False, f"base on {base}, trainer on {got}", "Launch one process for each GPU.")
-    name = torch.cuda.get_device_name(got) if got.type == "cuda" else f"{got.type}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(got) if got.type == "cuda" else f"{got.type}, threads: {torch.get_num_threads()}"
     return warn_unless(
         got.type == "cuda" or not torch.cuda.is_available(), name, "A GPU is there: leave --use_cpu and --cpu out."
     )

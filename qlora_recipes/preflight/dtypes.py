@@ -22,7 +22,9 @@ def base_dtype(run: ReadyRun) -> Check:
     states = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
     restored = {_name(state.dtype) for state in states if state is not None}
     others = (found | compute | restored) - _BELOW_16_BITS - {run.settings.dtype}
-    stored = ", ".join(sorted(_name(tensor.dtype) for tensor in {t.dtype: t for _, t in stored_tensors(run.model)}.values()))
+    stored = ", ".join(
+        sorted(_name(tensor.dtype) for tensor in {t.dtype: t for _, t in stored_tensors(run.model)}.values())
+    )
     return fail_unless(
         not others,
         f"{', '.join(sorted(others))} beside {run.settings.dtype}" if others else f"{stored} in memory",
@@ -60,7 +62,9 @@ def optimizer_state_dtype(run: ReadyRun) -> Check:
     weight.grad = torch.ones_like(weight)
     optimizer = kind([weight], **{name: value for name, value in options.items() if name != "optim_dict"})
     optimizer.step()
-    kept = [part for part in optimizer.state[weight].values() if torch.is_tensor(part) and part.numel() >= weight.numel()]
+    kept = [
+        part for part in optimizer.state[weight].values() if torch.is_tensor(part) and part.numel() >= weight.numel()
+    ]
     found = sorted({_name(part.dtype) for part in kept})
     if not found:
         return passed(f"{args.optim.value} keeps none of the weights' size")

@@ -21,7 +21,9 @@ def gradient(run: ReadyRun) -> Check:
     trained = {name: found[name] for name, weight in run.model.named_parameters() if weight.requires_grad}
     missing = [name for name, value in trained.items() if value is None]
     broken = [name for name, value in trained.items() if value is not None and not torch.isfinite(value).all()]
-    outside = [name for name, value in found.items() if value is not None and not any(part in name for part in _TRAINED)]
+    outside = [
+        name for name, value in found.items() if value is not None and not any(part in name for part in _TRAINED)
+    ]
     # A stays without a gradient as long as B is zero; B has one at once
     idle = [name for name, value in trained.items() if "lora_B" in name and value is not None and not value.any()]
     faults = {"without": missing, "not finite": broken, "zero": idle, "outside the adapter": outside}

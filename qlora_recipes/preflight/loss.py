@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qlora_recipes.data import Conversation
+from qlora_recipes.data import TOO_LONG, Conversation
 from qlora_recipes.encoding import IGNORED
 from qlora_recipes.preflight.samples import spread
 from qlora_recipes.preflight.subject import ReadRun, ReadyRun
@@ -54,7 +54,9 @@ def end_of_turn(run: ReadRun) -> Check:
     """Every answer that was not cut trains the token that ends it; without it the model never stops by itself."""
     end = run.tokenizer.eos_token_id
     whole = [row for row in run.data.train if not row.truncated]
-    wrong = [row.place for row in whole if row.encoded.labels.count(end) != _answers(row) or row.encoded.labels[-1] != end]
+    wrong = [
+        row.place for row in whole if row.encoded.labels.count(end) != _answers(row) or row.encoded.labels[-1] != end
+    ]
     token = run.data.template.end_token
     return fail_unless(
         not wrong,
@@ -87,7 +89,7 @@ def beginning_of_text(run: ReadRun) -> Check:
 
 def rows_without_loss(run: ReadRun) -> Check:
     """A row in which nothing is trained costs its time and teaches nothing."""
-    lost = run.data.receipt.rows_dropped.get("no answer within max_length", 0)
+    lost = run.data.receipt.rows_dropped.get(TOO_LONG, 0)
     empty = sum(not row.encoded.supervised for row in run.data.train)
     rows = lost + len(run.data.train)
     figure = f"{lost + empty:,} of {rows:,} rows hold no answer within {run.data.receipt.max_length} tokens"

@@ -22,7 +22,9 @@ def versions(run: ReadRun) -> Check:
     """Package versions outside the tested ranges are refused with the command that mends them."""
     environment.check_versions()
     found = environment.versions()
-    return passed(", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")))
+    return passed(
+        ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes"))
+    )
 
 
 def writable_folder(run: ReadRun) -> Check:
@@ -67,7 +69,9 @@ def _checkpoints(run: ReadyRun) -> int:
 def hub(run: ReadRun) -> Check:
     """The hub is asked for only where the run needs it: a model or rows by id, or an upload at the end."""
     upload = bool(run.settings.training.get("push_to_hub"))
-    by_id = [source for source in (model_location(run.settings.model), run.settings.dataset) if not Path(source).exists()]
+    by_id = [
+        source for source in (model_location(run.settings.model), run.settings.dataset) if not Path(source).exists()
+    ]
     if not upload and not by_id:
         return passed("not needed")
     reachable = _hub_answers()

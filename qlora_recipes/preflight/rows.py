@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from qlora_recipes.data import Conversation
+from qlora_recipes.data import TOO_LONG, Conversation
 from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
@@ -15,10 +15,11 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def rows_dropped(run: ReadRun) -> Check:
-    """Rows that could not be used, by reason."""
+    """Rows that could not be used, by reason; those that are too long are counted by rows_without_loss."""
     receipt = run.data.receipt
-    dropped = sum(receipt.rows_dropped.values())
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(receipt.rows_dropped).most_common())
+    counts = Counter({reason: count for reason, count in receipt.rows_dropped.items() if reason != TOO_LONG})
+    dropped = counts.total()
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
     figure = f"{dropped:,} of {receipt.rows_in:,}" + (f": {reasons}" if reasons else "")
     advice = "A formatter that fits the rows loses fewer; DatasetSpec(format_row=...) names it."
     if dropped > receipt.rows_in / 2:
@@ -53,7 +54,9 @@ def duplicates(run: ReadRun) -> Check:
 
 def short_answers(run: ReadRun) -> Check:
     """Answers without a word, such as `-` or `...`, teach the model to say nothing."""
-    answers = [message["content"] for row in run.data.train for message in row.messages if message["role"] == "assistant"]
+    answers = [
+        message["content"] for row in run.data.train for message in row.messages if message["role"] == "assistant"
+    ]
     empty = sum(not re.search(r"\w", answer) for answer in answers)
     one = sum(len(answer.split()) == 1 for answer in answers)
     return warn_unless(

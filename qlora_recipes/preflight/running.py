@@ -50,9 +50,7 @@ def _worst_of_all(checks: list[Check]) -> list[Check]:
     if PartialState().num_processes == 1:
         return checks
     of_each_process: list[list[Check]] = gather_object([checks])
-    return [
-        max(same, key=lambda check: _SEVERITY.index(check.verdict)) for same in zip(*of_each_process, strict=True)
-    ]
+    return [max(same, key=lambda check: _SEVERITY.index(check.verdict)) for same in zip(*of_each_process, strict=True)]
 
 
 def refuse_failed(checks: Iterable[Check]) -> None:

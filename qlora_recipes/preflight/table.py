@@ -15,7 +15,9 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "off": "dim"}
 
 def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
     """Print one line a check, with the advice beneath what is not a pass."""
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0)
+    )
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

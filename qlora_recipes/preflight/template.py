@@ -11,7 +11,7 @@ from qlora_recipes.encoding import IGNORED
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.preflight.samples import spread
 from qlora_recipes.preflight.subject import ReadRun
-from qlora_recipes.preflight.verdicts import fail_unless, warn_unless
+from qlora_recipes.preflight.verdicts import fail_unless, passed
 from qlora_recipes.runs import Check
 
 if TYPE_CHECKING:
@@ -62,27 +62,16 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def spaces_as_pretrained(run: ReadRun) -> Check:
-    """A sentencepiece vocabulary merges runs of spaces last; a conversion by Transformers 5 merges them first.
-
-    Transformers 5.23, `convert_slow_tokenizer.py`, `SentencePieceExtractor.extract`: merges are ordered by id instead
-    of by score when tokenizer.json is made from tokenizer.model. `▁▁`, `word` then stands for what the model knows as
-    `▁`, `▁word`.
-    """
-    tokens = run.tokenizer.tokenize("a  b") if _merges_spaces(run.tokenizer) else ["▁", "▁b"]
-    right = tokens[-2:] == ["▁", "▁b"] or "▁b" not in run.tokenizer.get_vocab()
-    doubled = sum("  " in message["content"] for row in run.data.train for message in row.messages)
-    return warn_unless(
-        right,
-        f"two spaces before a word are {' '.join(tokens[-2:])!r}, in pretraining '▁ ▁b'; {doubled} messages hold two"
-        if not right
-        else "runs of spaces are split as in pretraining",
-        "This tokenizer.json was converted by Transformers 5; take the one in the model's repository.",
+    """Where a space and a word make a piece, two spaces and a word are a space and that piece."""
+    if not run.settings.spec.spaces_merge_last:
+        return passed("nothing known of this vocabulary")
+    pieces = run.tokenizer.tokenize("a  b")[-2:]
+    space, word = run.tokenizer.tokenize(" ")[0], run.tokenizer.tokenize("a b")[-1]
+    return fail_unless(
+        word == "b" or pieces == [space[:1], word],
+        f"two spaces before a word are {' '.join(pieces)!r}",
+        "This tokenizer.json was converted by Transformers 5, and repairs.merge_spaces_last did not mend it.",
     )
-
-
-def _merges_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    vocabulary = tokenizer.get_vocab()
-    return "▁▁" in vocabulary and "▁" in vocabulary
 
 
 def refuse_other_template(

@@ -46,7 +46,9 @@ def losses_finite(run: TrainedRun) -> Check:
     ]  # fmt: skip
     return fail_unless(
         not logged,
-        f"{logged[0][1]} of step {logged[0][0]}, {len(logged)} in all" if logged else "every logged loss and gradient norm",
+        f"{logged[0][1]} of step {logged[0][0]}, {len(logged)} in all"
+        if logged
+        else "every logged loss and gradient norm",
         "Lower --learning_rate, or use --dtype bfloat16.",
     )
 
@@ -102,7 +104,9 @@ def adapter_reloads(run: TrainedRun) -> Check:
     finally:
         run.model.set_adapter("default")
         run.model.delete_adapter(_RELOADED)
-    return fail_unless(moved == 0, f"logits moved by {moved:.2g}", "The saved file is not what was trained; train again.")
+    return fail_unless(
+        moved == 0, f"logits moved by {moved:.2g}", "The saved file is not what was trained; train again."
+    )
 
 
 def tokenizer_reloads(run: TrainedRun) -> Check:
@@ -121,4 +125,6 @@ def tokenizer_reloads(run: TrainedRun) -> Check:
         figure = f"{len(wrong)} of {len(rows)} rows give other ids, {wrong[0]} first"
     elif not holds:
         figure = plain.figure
-    return fail_unless(holds, figure, "Put what the tokenizer needs into ModelSpec.tokenizer, so that it is saved with it.")
+    return fail_unless(
+        holds, figure, "Put what the tokenizer needs into ModelSpec.tokenizer, so that it is saved with it."
+    )

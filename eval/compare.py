@@ -1,0 +1,10 @@
+"""Hold evaluated runs against each other: `python eval/compare.py RUN_A RUN_B --margin 1.0`."""
+
+import sys
+
+from qlora_recipes.commandline import run_command
+from qlora_recipes.evaluation.compare import main
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    run_command(lambda: main(words), debug="--debug" in sys.argv)

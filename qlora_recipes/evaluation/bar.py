@@ -1,0 +1,77 @@
+"""What a person sees while runs are scored: one bar of ours, in the place of lm-eval's four and its log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_DRAWING = ("lm_eval.models.huggingface", "lm_eval.models.utils", "lm_eval.api.task")
+
+
+class Bar:
+    """How far a task is; nothing where nobody looks."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn(escape(name)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._row = self._progress.add_task(name, total=None)
+
+    def start(self, total: int) -> None:
+        """Say how many requests there are, once that is known."""
+        self._progress.reset(self._row, total=total)
+
+    def advance(self, requests: int) -> None:
+        """Say that so many more are done."""
+        self._progress.advance(self._row, requests)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Silence lm-eval's bars and its log below errors; what of it matters is counted and written down."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    drawing = [sys.modules[name] for name in _DRAWING if hasattr(sys.modules.get(name), "tqdm")]
+    bars = [module.tqdm for module in drawing]
+    log.setLevel(logging.ERROR)
+    for module, bar in zip(drawing, bars, strict=True):
+        module.tqdm = functools.partial(_undrawn, bar)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for module, bar in zip(drawing, bars, strict=True):
+            module.tqdm = bar
+
+
+def _undrawn(bar, *args, **kwargs):
+    return bar(*args, **{**kwargs, "disable": True})

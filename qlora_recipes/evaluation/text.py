@@ -1,0 +1,37 @@
+"""Text of models and data made safe to look at: nothing invisible, nothing that turns its surroundings around."""
+
+from __future__ import annotations
+
+import re
+
+from markupsafe import Markup
+
+# Control characters, lone surrogates, and the marks that change the direction of what follows them.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#$])")
+
+
+def plain(text: object) -> str:
+    """Return text in which every character that is not seen has become a symbol; line feeds and tabs stay."""
+    return _UNSEEN.sub(lambda found: _symbol(found.group()), str(text))
+
+
+def _symbol(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's pictures of control characters
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def markdown(value: object) -> str:
+    """Escape text for a line or a table cell of Markdown; markup passes as it is."""
+    if isinstance(value, Markup):
+        return str(value)
+    text = plain(value).replace("&", "&amp;").replace("\t", "␉").replace("\n", "␊")
+    text = _MARKDOWN.sub(r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return text if text.isascii() or not _turns(text) else f"\u2068{text}\u2069"
+
+
+def _turns(text: str) -> bool:
+    """Whether the text has letters that are written from right to left."""
+    return bool(re.search("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]", text))

@@ -1,0 +1,81 @@
+"""What can be done with a trained run: chat with it, and merge it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_recipes import Recipe, chat, merging
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.runs import RunFolder
+from qlora_recipes.settings import resolve
+from qlora_recipes.training import train
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+) -> RunFolder:
+    recipe = recipe_for(training=dict(max_steps=4, max_length=128, learning_rate=3e-2))
+    settings = resolve(
+        recipe,
+        model=str(tiny("llama2")),
+        dataset=recipe.dataset.source,
+        output_dir=tmp_path_factory.mktemp("run") / "run",
+    )
+    return train(settings)
+
+
+def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: RunFolder, tmp_path: Path) -> None:
+    report = merging.merge(folder, tmp_path / "merged")
+    assert report == json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert report["trained_on"] == "nf4"
+    assert 0 <= report["merging"] < report["storage"]  # NF4 moves the likelihoods more than adding the adapter does
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    before = load_file(Path(folder.receipt()["base"]["model"]) / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(model.state_dict()[name].float(), before[name].float())
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_merging_never_writes_over_another_folder(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        merging.merge(folder, tmp_path)
+
+
+def test_chat_answers_each_line_of_a_pipe(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["Where is it?", "", "And you?"])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    asked: list[int] = []
+    real = chat.answer
+
+    def answer(run, messages, max_new_tokens):
+        asked.append(len(messages))
+        return real(run, messages, max_new_tokens) or "-"
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(chat, "answer", answer)
+    chat.main([str(folder.path), "--max_new_tokens", "4"])
+    assert asked == [1, 1]  # the empty line began a new conversation
+    assert capsys.readouterr().out
+
+
+def test_chat_needs_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no finished run"):
+        chat.main([str(tmp_path)])
