@@ -218,7 +218,7 @@ def draw_lengths(lengths: Sequence[int]) -> bytes:
     from matplotlib import pyplot
 
     grey = "#808089"
-    with pyplot.rc_context({name: grey for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}):
+    with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), grey)):
         figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
         axes.hist(lengths, bins=min(40, max(5, len(set(lengths)))), color="#4f9a61")
         axes.set(xlabel="tokens", ylabel="rows")

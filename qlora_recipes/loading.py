@@ -31,8 +31,8 @@ def load_tokenizer(spec: ModelSpec, model: str, revision: str | None) -> PreTrai
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, model, revision, **spec.tokenizer)
     tokenizer.init_kwargs.update(spec.tokenizer)  # or they are not saved, and a reload gives other ids
-    if spec.spaces_merge_last:
-        repairs.merge_spaces_last(tokenizer)
+    mended = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
+    tokenizer.repairs = ["merge_spaces_last"] if mended else []  # for the receipt
     if spec.pad_token not in tokenizer.get_vocab():
         raise TemplateError(
             f"{model} has no token {spec.pad_token!r} to pad with, and a new one would resize the embedding; "

@@ -327,8 +327,8 @@ def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: 
     """Return the memory of scoring or answering rows of full length, whichever needs more.
 
     Scoring makes all logits in 16 bits and their log-softmax in float32 (lm-eval, `models/huggingface.py`),
-    which a CPU casts first; answering keeps keys and values of every layer in 16 bits, and needs the logits of
-    one position.
+    which a CPU casts first; answering keeps keys and values of every layer in 16 bits, and needs the logits
+    of one position.
     """
     one = replace(work, rows=rows, packing=False)
     throughout = Memory(
@@ -353,8 +353,8 @@ def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: 
 def _forward_workspace(sizes: Sizes, precision: Precision, work: Workload) -> int:
     """Bytes of intermediate results of one layer when nothing is kept for a backward pass.
 
-    Up to the sum of a wide layer and its adapter: five tensors of the MLP's width in Llama, four in Falcon; or the
-    scores and their softmax. Fitted to a forward pass on a CPU.
+    Up to the sum of a wide layer and its adapter: five tensors of the MLP's width in Llama, four in Falcon;
+    or the scores and their softmax. Fitted to a forward pass on a CPU.
     """
     wide = 2 * (5 if sizes.gated_mlp else 4) * sizes.intermediate_size
     mlp = work.tokens * (wide + 18 * sizes.hidden_size)

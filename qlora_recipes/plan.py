@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_recipes.commandline import parse, run_command, settings_from
+from qlora_recipes.commandline import parse, settings_from
 from qlora_recipes.memory import GIB, Memory, MemoryPlan, largest_micro_batch, plan
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.recipe import load_recipe
@@ -33,7 +33,11 @@ _LABELS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `qlora-recipes plan RECIPE [--gpu GIB]`, with every flag of the recipe's own command line."""
+    """Run `qlora-recipes plan RECIPE [--gpu GIB]`, with every flag of the recipe's own command line.
+
+    Raises:
+        RecipesError: for what a user can mend.
+    """
     parser = argparse.ArgumentParser(
         prog="qlora-recipes plan",
         usage="%(prog)s RECIPE [--gpu GIB] [--flag value ...]",
@@ -42,16 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="Python file that declares it")
-    parser.add_argument(
-        "--gpu", type=float, metavar="GIB", help="memory of the GPU: shows what fits it, such as 24"
-    )
+    parser.add_argument("--gpu", type=float, metavar="GIB", help="memory of a GPU, to see what fits it")
     known, flags = parser.parse_known_args(arguments)
-    run_command(lambda: _main(known.recipe, flags, known.gpu), debug="--debug" in flags)
-
-
-def _main(file: str, flags: Sequence[str], gpu_gib: float | None) -> None:
-    recipe = load_recipe(file)
-    print_plan(settings_from(recipe, parse(recipe, flags)), gpu_gib=gpu_gib)
+    recipe = load_recipe(known.recipe)
+    print_plan(settings_from(recipe, parse(recipe, flags)), gpu_gib=known.gpu)
 
 
 def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Console | None = None) -> None:
@@ -121,10 +119,8 @@ def _checkpointing(every: int) -> str:
 
 def _memory_table(settings: Settings, work: Workload, gpu_gib: float | None) -> Table:
     """Parts down, precisions across; the run's own precision is marked."""
-    plans = [
-        plan(settings, precision, device=work.device, processes=work.processes)
-        for precision in PRECISIONS.values()
-    ]
+    every = PRECISIONS.values()
+    plans = [plan(settings, each, device=work.device, processes=work.processes) for each in every]
     unit, name = _unit(plans)
     where = "a process on a CPU" if work.device == "cpu" else "each GPU"
     table = Table(title=Text(f"Memory of {where}, {name}"), title_justify="left", box=None, padding=(0, 1))
@@ -135,10 +131,8 @@ def _memory_table(settings: Settings, work: Workload, gpu_gib: float | None) -> 
     _add_parts(table, [each.training for each in plans], unit)
     if gpu_gib is not None:
         sizes = sizes_for(settings)
-        fits = [largest_micro_batch(sizes, each.precision, work, gpu_gib) for each in plans]
-        table.add_row(
-            Text(f"rows in {gpu_gib:g} GiB"), *(Text(str(rows) if rows else "none") for rows in fits)
-        )
+        fits = [largest_micro_batch(sizes, each.precision, work, gpu_gib) or "none" for each in plans]
+        table.add_row(Text(f"rows in {gpu_gib:g} GiB"), *(Text(str(rows)) for rows in fits))
     table.add_row()
     table.add_row(Text("evaluation", style="bold"))
     _add_parts(table, [each.evaluation for each in plans], unit)

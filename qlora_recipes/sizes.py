@@ -51,9 +51,7 @@ def sizes_of(folder: Path) -> Sizes:
         config = json.loads(file.read_text(encoding="utf-8"))
         return _falcon_sizes(config) if config["model_type"] == "falcon" else _llama_sizes(config)
     except OSError as error:
-        raise ModelError(
-            f"{file} cannot be read: {error.strerror}. Wanted a folder with config.json"
-        ) from error
+        raise ModelError(f"no {file}: {error.strerror}. Wanted a folder with config.json") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{file} is no configuration of a Llama or a Falcon: {error!r}") from error
 

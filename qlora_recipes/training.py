@@ -84,8 +84,8 @@ def prepare_run(
     preflight.check_names(skip_checks, preflight.names(settings.recipe))
     read = read_run(settings)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, read, skip_checks)
-    _refuse_failed(checks, console)  # loading a base takes minutes
-    loaded = _load(read)
+    _refuse_failed(checks, "Before loading the base", console)  # which takes minutes
+    loaded = load_run(read)
     run = ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(settings.output_dir)))
     own = [*preflight.BEFORE_TRAINING, *settings.recipe.checks]
     checks += preflight.run_checks(own, run, skip_checks)
@@ -106,20 +106,26 @@ def read_run(settings: Settings) -> ReadRun:
     return ReadRun(settings, tokenizer, encoder, prepare(settings, encoder))
 
 
-def _load(run: ReadRun) -> LoadedRun:
+def load_run(run: ReadRun) -> LoadedRun:
+    """Return a run with its base loaded and counted, and a new adapter on it.
+
+    Raises:
+        RecipesError: when the base cannot be had, or is not stored as the precision says.
+    """
     settings, device = run.settings, PartialState().device
     base, receipt, made = load_base(
         settings.model, settings.revision, settings.precision, settings.dtype, device=device
     )
     base_bytes = environment.peak_bytes(device.type)
     model = attach(base, settings.lora, settings.seed)
+    made = [*run.tokenizer.repairs, *made]
     return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, base_bytes=base_bytes)
 
 
-def _refuse_failed(checks: Sequence[Check], console: Console | None) -> None:
+def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None) -> None:
     """Show the checks when one of them failed, and raise."""
     if any(check.verdict == "fail" for check in checks):
-        _show(checks, "Before loading the base", console)
+        _show(checks, title, console)
     preflight.refuse_failed(checks)
 
 
@@ -270,7 +276,7 @@ def _describe_adapter(run: ReadyRun, initial: str, before: Mapping[str, torch.Te
 def _prove(run: TrainedRun, skip_checks: Sequence[str], console: Console | None) -> list[Check]:
     """Check what was trained, save it, and check what was saved; raises where one fails, and no receipt is written."""
     checks = preflight.run_checks(preflight.AFTER_TRAINING, run, skip_checks)
-    _refuse_failed(checks, console)
+    _refuse_failed(checks, "After training", console)
     _save_adapter(run.trainer, run.folder)
     PartialState().wait_for_everyone()
     checks += preflight.run_checks(preflight.AFTER_SAVING, run, skip_checks)

@@ -48,9 +48,7 @@ class Workload:
 def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) -> Workload:
     """Return what a process of this run does at a time, from its settings and TRL's defaults."""
     lora, training = settings.lora, settings.training
-    checkpointing = training.get(
-        "gradient_checkpointing", True
-    )  # TRL's default, `trl/trainer/base_config.py`
+    checkpointing = training.get("gradient_checkpointing", True)  # as in `trl/trainer/base_config.py`
     every = (training.get("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     return Workload(
         rows=training.get("per_device_train_batch_size", 8),
@@ -77,19 +75,10 @@ def _targets(named: Any, sizes: Sizes) -> tuple[str, ...]:
 
 def left_out(settings: Settings) -> list[str]:
     """Return the settings that change the memory of a run and that no formula here knows."""
-    lora = (
-        "modules_to_save",
-        "rank_pattern",
-        "layers_to_transform",
-        "use_dora",
-        "trainable_token_indices",
-        "bias",
-    )
+    lora = ("modules_to_save", "rank_pattern", "layers_to_transform", "use_dora", "bias")
     training = ("fsdp", "deepspeed", "activation_offloading", "torch_compile", "use_liger_kernel")
     found = [name for name in lora if settings.lora.get(name) not in (None, False, "none", [], {})]
-    if (
-        isinstance(settings.lora.get("target_modules"), str)
-        and settings.lora["target_modules"] != "all-linear"
-    ):
-        found.append("target_modules")
+    targets = settings.lora.get("target_modules") or "all-linear"
+    if targets != "all-linear" and not set(targets) <= set(settings.spec.linear_layers):
+        found.append("target_modules")  # a pattern, or a layer outside the decoder blocks
     return found + [name for name in training if settings.training.get(name)]

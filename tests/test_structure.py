@@ -20,6 +20,8 @@ ORDER = [
     "recipe",
     "standins",
     "settings",
+    "sizes",
+    "workload",
     "memory",
     "runs",
     "reading",
@@ -42,8 +44,8 @@ ORDER = [
     "chat",
     "cli",
 ]
-# The one door from a declaration to the work: `Recipe.main` hands the recipe to its command line.
-DOORS = {("recipe", "commandline")}
+# The doors back: `Recipe.main` hands the recipe to its command line, and `qlora-recipes plan` reads the same flags.
+DOORS = {("recipe", "commandline"), ("plan", "commandline")}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "lm_eval", "matplotlib"}
 
 

@@ -10,7 +10,7 @@ from qlora_recipes.evaluation.findings import ChangedAnswer, FlipCount
 from qlora_recipes.evaluation.paired import Flips, flips
 from qlora_recipes.evaluation.records import DocRecord
 
-SHOWN = 8
+SHOWN = 5
 """Changed answers shown of each kind."""
 _KINDS = {(1.0, 0.0): "right to wrong", (0.0, 1.0): "wrong to right", (0.0, 0.0): "wrong to other wrong"}
 

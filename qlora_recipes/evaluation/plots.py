@@ -32,15 +32,16 @@ _VARIABLES = {
     **{color: f"--{verdict}" for verdict, color in _VERDICTS.items()},
     **{color: f"--arm-{i}" for i, color in enumerate(_ARMS)},
 }
-_WIDTH = 5.2  # inches; at 390 pixels of a phone its 9 pt text is still 9 pixels high
-_LONGEST = 34  # characters of a label before it is cut
+_WIDTH = 4.4  # inches; at 390 pixels of a phone its 9 pt text is still 10 pixels high
+_LABELS = 1.3  # of it for the names of the differences
+_LONGEST = 28  # characters of a label before it is cut
 
 
 def forest_plot(report: Report) -> Markup:
     """Draw every difference with its 90 and 95 % interval, and the margin as a band."""
     groups = [_rows(contrast) for contrast in (*report.contrasts, *([report.noise] if report.noise else []))]
     rows = [row for group in groups for row in group]
-    figure, axes = _figure(0.9 + 0.34 * len(rows))
+    figure, axes = _figure(0.9 + 0.32 * len(rows), width=_WIDTH - _LABELS)
     axes.axvspan(-report.margin, report.margin, color=_BAND, linewidth=0)
     axes.axvline(0, color=_FAINT, linewidth=1)
     for height, (label, found, bold) in enumerate(reversed(rows)):
@@ -83,16 +84,20 @@ def loss_plot(losses: Sequence[LossCurve]) -> Markup:
             linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
     if labelled:
         axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     return _markup(figure, "loss", "Training loss of every run")
 
 
-def error_plot(contrasts: Sequence[Contrast]) -> Markup:
+def error_plot(report: Report) -> Markup | None:
     """Draw the quantisation error of every layer in the order of the model, one colour for each precision."""
+    contrasts = [contrast for contrast in report.contrasts if contrast.quantization_error]
+    if not contrasts:
+        return None
     figure, axes = _figure(2.3)
-    colors = _colors([contrast.name for contrast in contrasts])
+    colors = _colors([arm.precision for arm in report.arms])
     for contrast in contrasts:
         errors = [100 * layer.relative_error for layer in contrast.quantization_error]
         axes.plot(range(1, len(errors) + 1), errors, ".", color=colors[contrast.name], label=plain(contrast.name))
@@ -112,10 +117,10 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # its own canvas: no display, and no state shared with pyplot
 
-    figure = Figure(figsize=(_WIDTH, height))
+    figure = Figure(figsize=(width, height))
     axes = figure.add_subplot()
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=_FAINT)

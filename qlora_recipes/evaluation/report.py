@@ -63,13 +63,12 @@ def render_html(report: Report) -> str:
     """Return one self-contained page."""
     environment = _environment(autoescape=True, finalize=_visible)
     css = Markup(environment.loader.get_source(environment, "report.css")[0])
-    with_errors = [contrast for contrast in report.contrasts if contrast.quantization_error]
     return environment.get_template("report.html.jinja").render(
         report=report,
         css=css,
         forest=forest_plot(report),
         losses=loss_plot(report.losses),
-        errors=error_plot(with_errors) if with_errors else None,
+        errors=error_plot(report),
     )
 
 

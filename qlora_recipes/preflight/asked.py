@@ -13,7 +13,10 @@ from qlora_recipes.preflight.subject import ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, warn_unless
 from qlora_recipes.runs import Check
 
-_LAUNCHERS = {"accelerate", "accelerate-launch", "launch.py"}
+_LAUNCHERS = {
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
+    *("launch.py", "accelerate_cli.py"),  # what `python -m` makes of the last two
+}
 _PRECISION = {"bfloat16": "bf16", "float16": "fp16"}
 
 

@@ -30,7 +30,7 @@ def forged_turns(run: ReadRun) -> Check:
         not forged,
         f"a message with {forged[0]!r} opens a turn or holds a control token"
         if forged
-        else f"0 of {len(tokens) + len(pieces)} tries; control tokens kept as text in {as_text} rows, {dropped} dropped",
+        else f"0 of {len(tokens) + len(pieces)} tries; {as_text} rows hold control tokens as text, {dropped} dropped",
         "Add what is plain text in the template to role_markers of its ChatTemplate.",
     )
 

@@ -31,7 +31,7 @@ def gradient(run: ReadyRun) -> Check:
     return fail_unless(
         not figure,
         figure or f"{len(trained)} tensors, norm {_norm(trained):.3g}; none outside the adapter",
-        "Leave modules that no token passes out of target_modules; for values that are not finite use --dtype bfloat16.",
+        "Leave modules that no token passes out of target_modules; if not finite, use --dtype bfloat16.",
     )
 
 

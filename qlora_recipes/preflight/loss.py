@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from qlora_recipes.data import TOO_LONG, Conversation
 from qlora_recipes.encoding import IGNORED
 from qlora_recipes.preflight.samples import spread
 from qlora_recipes.preflight.subject import ReadRun, ReadyRun
-from qlora_recipes.preflight.verdicts import fail_unless, warn_unless
+from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
 
 _DECODED_ROWS = 200  # decoding all of 10,000 rows would take seconds
@@ -73,9 +74,9 @@ def beginning_of_text(run: ReadRun) -> Check:
     """Two BOS tokens in a row come from a template that writes one and a tokenizer that adds one."""
     bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
     if bos is None or bos == end:
-        return fail_unless(True, "the family uses none", "")
+        return passed("the family uses none")
     ids = [row.encoded.input_ids for row in run.data.train]
-    doubled = sum(any(pair == (bos, bos) for pair in zip(row, row[1:], strict=False)) for row in ids)
+    doubled = sum(any(pair == (bos, bos) for pair in pairwise(row)) for row in ids)
     without = sum(row[0] != bos for row in ids)
     fewest, most = run.data.template.bos_per_row
     return fail_unless(

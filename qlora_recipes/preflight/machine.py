@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_recipes import environment
 from qlora_recipes.preflight.subject import ReadRun, ReadyRun
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.preflight.verdicts import fail_unless, passed
 from qlora_recipes.runs import Check
 from qlora_recipes.settings import model_location
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_recipes.preflight.subject import ReadRun, ReadyRun
-from qlora_recipes.preflight.verdicts import fail_unless, warn_unless
+from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
 
 
@@ -24,7 +24,7 @@ def unknown_tokens(run: ReadRun) -> Check:
     """Characters that the tokenizer has no token for come out as one and the same."""
     unknown = run.tokenizer.unk_token_id
     if unknown is None or unknown == run.tokenizer.eos_token_id:
-        return fail_unless(True, "the vocabulary covers every byte", "")
+        return passed("the vocabulary covers every byte")
     count = sum(row.encoded.input_ids.count(unknown) for row in run.data.train)
     return warn_unless(
         count <= 0.001 * run.data.receipt.tokens,

@@ -1,0 +1,56 @@
+"""SIGTERM and SIGINT: the running step is finished and saved, and then the process ends; a second signal ends it now.
+
+This is what Slurm's preemption, a spot machine's notice and Ctrl-C ask for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A signal ended the run; the exit code is 128 and the signal's number, as shells have it: 143 or 130."""
+
+    def __init__(self, received: signal.Signals, step: int | None) -> None:
+        super().__init__(128 + received)
+        self.signal = received
+        self.step = step
+        """The step whose checkpoint was saved, or None where nothing was."""
+
+
+class StopSignals:
+    """While entered, remembers the first signal for the training loop to act on."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.loop_runs = False
+        """Whether somebody looks at `received` soon; elsewhere nothing is left to be saved, and a signal stops at once."""
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            for which in _SIGNALS:
+                self._before[which] = signal.signal(which, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)  # asked twice: no more waiting for a step, a save or a library
+        self.received = signal.Signals(number)
+        if not self.loop_runs:
+            raise Stopped(self.received, None)
+        print(
+            f"\n{self.received.name}: the running step is finished and saved, then this stops; once more stops at once",
+            file=sys.stderr,
+        )

@@ -1,0 +1,187 @@
+"""Evaluated run folders made of files alone: what training and evaluation would have left, without either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_recipes.evaluation.records import DocRecord, TaskResult, sha256, write_task
+
+RESULT = TaskResult(
+    task="standin_choice",
+    kind="accuracy",
+    metric="acc",
+    higher_is_better=True,
+    metrics={},
+    stderr={},
+    n_docs=0,
+    limit=None,
+    num_fewshot=0,
+    chat_template=True,
+    template_sha256="template",
+    prompts_unlike_training=0,
+    truncated=0,
+    batch_size=64,
+    loglikelihood_dtype="float32",
+    version="1.0",
+    precision="bf16",
+    base_sha256="",
+    adapter_sha256=None,
+    adapter_on_off_difference=3.25,
+    device="cpu",
+    seconds=1.5,
+)
+
+
+def receipt(precision: str, seed: int, **changes: Any) -> dict[str, Any]:
+    """A receipt of schema 1; keyword arguments replace dotted keys, with `__` for the dot."""
+    quantized = 0 if precision in ("bf16", "fp16") else 28
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "recipe": "llama2_guanaco-demo",
+        "precision": precision,
+        "dtype": "bfloat16",
+        "seed": seed,
+        "demo": True,
+        "settings": {"lora": {"r": 8, "lora_alpha": 16}, "training": {"learning_rate": 3e-3, "seed": seed}},
+        "command": ["llama2_guanaco", "--precision", precision],
+        "versions": {"trl": "1.16.0", "torch": "2.13.0"},
+        "git": None,
+        "started": "2026-01-01T00:00:00+00:00",
+        "data": {
+            "source": "guanaco_llama2.jsonl",
+            "fingerprint": "f1",
+            "rows_in": 1200,
+            "rows_used": 1140,
+            "rows_held_out": 60,
+            "rows_dropped": {},
+            "tokens": 54075,
+            "supervised_tokens": 14169,
+            "answers_truncated": 0,
+            "max_length": 256,
+        },
+        "template": {"name": "llama2.jinja", "sha256": "template"},
+        "base": {
+            "model": "standin-llama2",
+            "revision": None,
+            "linears": {"Linear4bit" if quantized else "Linear": 28},
+            "quantized": {"expected": quantized, "found": quantized},
+            "parameters": 1246336,
+            "bytes": 1259072 if quantized else 2492928,
+            "sha256": f"base-{precision}",
+        },
+        "adapter": {
+            "targets": ["q_proj"],
+            "modules": 28,
+            "parameters": 81920,
+            "dtype": "float32",
+            "initial_sha256": f"initial-{seed}",
+            "final_sha256": f"final-{precision}-{seed}",
+            "bytes": 334768,
+        },
+        "training": {
+            "steps": 20,
+            "micro_batches": 20,
+            "final_loss": 1.25,
+            "tokens": 15336 + seed,
+            "supervised_tokens": 4046 + seed,
+            "tokens_per_second": 400.0,
+            "seconds": 38.0,
+            "packed": False,
+            "processes": 1,
+            "device": "cpu",
+            "attention": "sdpa",
+        },
+        "memory": {"peak_bytes": 2**30, "base_bytes": 2**29},
+        "repairs": [],
+        "checks": [{"name": "quantised linears", "verdict": "pass", "figure": "28 of 28", "advice": ""}],
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = content
+        for part in path:
+            section = section[part]
+        section[last] = value
+    return content
+
+
+def document(i: int, score: float, task: str = "standin_choice", **changes: Any) -> DocRecord:
+    """One document, the same in every run but for its score and its answer."""
+    return DocRecord(
+        **{
+            "task": task,
+            "subject": f"subject {i % 8}",
+            "doc_id": str(i),
+            "doc_hash": sha256(f"{task} {i}"),
+            "prompt_hash": sha256(f"prompt {i}"),
+            "target_hash": sha256(f"target {i}"),
+            "score": score,
+            "answer": "In Kropa." if score else f"In Samul {i % 3}.",
+            "target": "In Kropa.",
+            "prompt": f"Where does person {i} live?",
+            **changes,
+        }
+    )
+
+
+def answers(n: int, *, wrong: float = 0.3, seed: int = 0) -> np.ndarray:
+    """Scores of 0 and 1, of which a share is wrong."""
+    return (np.random.default_rng(seed).uniform(size=n) >= wrong).astype(float)
+
+
+def write_results(
+    folder: Path,
+    run: dict[str, Any],
+    scores: Sequence[float],
+    *,
+    adapter: bool = True,
+    change: Callable[[DocRecord], DocRecord] = lambda document: document,
+    text: bool = True,
+    **result: Any,
+) -> None:
+    """Write scores of `standin_choice`, and of a text in bits per byte, as an evaluation of that run."""
+    weights = {
+        "precision": run["precision"],
+        "base_sha256": run["base"]["sha256"],
+        "adapter_sha256": run["adapter"]["final_sha256"] if adapter else None,
+    }
+    measured = replace(RESULT, **{**weights, **result})
+    write_task(folder, measured, [change(document(i, score, measured.task)) for i, score in enumerate(scores)])
+    if text:
+        worse = 0.02 if run["precision"] != "bf16" else 0.0
+        docs = [
+            document(i, 1 + worse, "standin_text", bits=(100 + i) * (1 + worse), bytes=100 + i) for i in range(30)
+        ]
+        kind = {"task": "standin_text", "kind": "bits_per_byte", "metric": "bits_per_byte", "higher_is_better": False}
+        write_task(folder, replace(measured, **kind), docs)
+
+
+def make_run(
+    root: Path, precision: str, seed: int = 0, scores: Sequence[float] | None = None, **options: Any
+) -> Path:
+    """Write a trained and evaluated run and return its folder; `receipt` holds changes to the receipt."""
+    folder = root / f"{precision}-seed{seed}"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    run = receipt(precision, seed, **options.pop("receipt", {}))
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    losses = [{"step": step, "loss": 6 / (1 + step / 5)} for step in range(1, 21)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, losses)) + "\n", encoding="utf-8")
+    if scores is not None:
+        write_results(folder / "evaluation", run, scores, **options)
+    return folder
+
+
+def flipped(scores: np.ndarray, lost: int, won: int = 0) -> np.ndarray:
+    """The same scores with the first so many right answers lost and wrong answers won."""
+    changed = scores.copy()
+    changed[np.flatnonzero(scores == 1)[:lost]] = 0
+    changed[np.flatnonzero(scores == 0)[:won]] = 1
+    return changed
+
+

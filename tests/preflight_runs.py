@@ -1,0 +1,40 @@
+"""Runs at each stage for the tests of the preflight: small, quick, and each test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qlora_recipes.preflight import ReadRun, ReadyRun, run_checks
+from qlora_recipes.recipe import Recipe
+from qlora_recipes.runs import Check, RunFolder
+from qlora_recipes.settings import resolve
+from qlora_recipes.training import build_trainer, load_run, read_run
+
+
+def read(recipe: type[Recipe], model: Path, **options: object) -> ReadRun:
+    return read_run(resolve(recipe, model=str(model), **options))
+
+
+def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> ReadyRun:
+    loaded = load_run(read(recipe, model, output_dir=folder, **options))
+    return ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(folder)))
+
+
+def verdict_of(check: Callable[..., Check], run: object) -> Check:
+    return run_checks([check], run)[0]
+
+
+def with_rows(run: ReadRun, messages: Sequence[tuple[str, str]]) -> ReadRun:
+    """Return the run with other conversations, of one question and answer each, to train on."""
+    rows = [
+        replace(
+            run.data.train[0],
+            place=f"row {i}",
+            messages=(said := [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]),
+            encoded=run.encoder.encode(said),
+        )
+        for i, (asked, answer) in enumerate(messages)
+    ]
+    return ReadRun(**{**vars(run), "data": replace(run.data, train=rows)})

@@ -1,0 +1,272 @@
+"""What is checked on the loaded model: each fault is provoked, and refused in words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from preflight_runs import ready, verdict_of
+from torch import nn
+
+from qlora_recipes import Recipe
+from qlora_recipes.data import PreparedData
+from qlora_recipes.encoding import Encoded
+from qlora_recipes.preflight import (
+    BEFORE_TRAINING,
+    ReadyRun,
+    asked,
+    budget,
+    dtypes,
+    gradient,
+    loss,
+    machine,
+    packing,
+    run_checks,
+    steps,
+    storage,
+    vocabulary,
+)
+
+Tiny = Callable[[str], Path]
+RecipeFor = Callable[..., type[Recipe]]
+PACKED = dict(packing=True, max_length=128, per_device_train_batch_size=1)
+
+
+@pytest.fixture
+def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> ReadyRun:
+    return ready(recipe_for("llama2"), tiny("llama2"), tmp_path / "run")
+
+
+def layer_of(run: ReadyRun) -> LoraLayer:
+    return next(module for module in run.model.modules() if isinstance(module, LoraLayer))
+
+
+@pytest.mark.parametrize("family", ["llama2", "falcon"])
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
+def test_a_sound_run_passes_everything(
+    family: str, precision: str, tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    run = ready(recipe_for(family), tiny(family), tmp_path / "run", precision=precision, training=PACKED)
+    checks = {check.name: check for check in run_checks(BEFORE_TRAINING, run)}
+    assert {name for name, check in checks.items() if check.verdict == "fail"} == set()
+    # random weights, and a run of three steps
+    assert {name for name, check in checks.items() if check.verdict == "warn"} <= {"starting_loss", "steps"}
+    assert list(checks) == [check.__name__ for check in BEFORE_TRAINING]
+    assert not (tmp_path / "run").exists()
+
+
+def test_probes_leave_the_run_as_it_was(run: ReadyRun) -> None:
+    modes = [module.training for module in run.model.modules()]
+    weights = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    before = torch.get_rng_state()
+    run_checks(BEFORE_TRAINING, run)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in run.model.modules()] == modes
+    assert all(weight.grad is None for weight in run.model.parameters())
+    assert all(torch.equal(weight, weights[name]) for name, weight in run.model.named_parameters())
+
+
+def test_a_leak_between_packed_conversations_is_refused(
+    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.falcon import modeling_falcon
+
+    run = ready(recipe_for("falcon"), tiny("falcon"), tmp_path / "run", training=PACKED)
+    mended = verdict_of(packing.packing_leak, run)
+    assert mended.verdict == "pass"
+    assert mended.figure.startswith("0 in the next") and "separate_packed_falcon" in mended.figure
+    repaired = modeling_falcon.create_causal_mask
+
+    def without_positions(*args: object, **kwargs: object) -> object:
+        return repaired(*args, **{**kwargs, "position_ids": None})
+
+    monkeypatch.setattr(modeling_falcon, "create_causal_mask", without_positions)
+    check = verdict_of(packing.packing_leak, run)
+    assert check.verdict == "fail"
+    assert "--packing false" in check.advice
+
+
+def test_packing_without_a_mask_is_warned_of(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:
+    wrapped = {**PACKED, "packing_strategy": "wrapped"}
+    run = ready(recipe_for("llama2"), tiny("llama2"), tmp_path / "run", training=wrapped)
+    assert verdict_of(packing.packing_leak, run).verdict == "warn"
+
+
+def test_a_frozen_adapter_tensor_without_gradient_is_refused(run: ReadyRun) -> None:
+    run.model.base_model.model.extra = nn.ModuleDict({"lora_B": nn.Linear(2, 2)})  # in the model, in no forward pass
+    check = verdict_of(gradient.gradient, run)
+    assert check.verdict == "fail"
+    assert "without" in check.figure and "lora_B" in check.figure
+
+
+def test_a_gradient_outside_the_adapter_is_refused(run: ReadyRun) -> None:
+    run.model.get_input_embeddings().weight.requires_grad_(True)
+    check = verdict_of(gradient.gradient, run)
+    assert check.verdict == "fail"
+    assert "outside the adapter" in check.figure
+
+
+def test_a_gradient_that_is_not_finite_is_refused(run: ReadyRun) -> None:
+    next(iter(layer_of(run).lora_A.values())).weight.data.fill_(float("inf"))
+    for check in (gradient.gradient, gradient.starting_loss):
+        assert verdict_of(check, run).verdict == "fail"
+
+
+def test_an_adapter_that_moves_the_base_is_refused(run: ReadyRun) -> None:
+    assert verdict_of(gradient.adapter_starts_at_base, run).verdict == "pass"
+    next(iter(layer_of(run).lora_B.values())).weight.data.fill_(0.1)
+    check = verdict_of(gradient.adapter_starts_at_base, run)
+    assert check.verdict == "fail"
+    assert "init_lora_weights" in check.advice
+
+
+def test_a_gradient_that_an_evaluation_changes_is_refused(run: ReadyRun) -> None:
+    scale = layer_of(run).scaling
+
+    def evaluate(module: nn.Module, *_: object) -> None:
+        if not module.training:
+            scale["default"] *= 0.5  # as a repacked weight does, for good
+
+    run.model.register_forward_pre_hook(evaluate)
+    check = verdict_of(gradient.gradient_after_evaluation, run)
+    assert check.verdict == "fail"
+    assert "keep_4bit_gradients" in check.advice
+
+
+def test_weights_of_no_pretraining_are_warned_of(run: ReadyRun) -> None:
+    check = verdict_of(gradient.starting_loss, run)
+    assert check.verdict == "warn"
+    assert "pretrained" in check.advice
+
+
+def test_linears_that_were_passed_over_are_refused(run: ReadyRun) -> None:
+    run.base.quantized.found -= 1
+    check = verdict_of(storage.quantized_linears, run)
+    assert check.verdict == "fail"
+    assert "13 of 14" in check.figure
+
+
+def test_bytes_beyond_the_plan_are_warned_of(run: ReadyRun) -> None:
+    assert verdict_of(budget.base_bytes, run).verdict == "pass"
+    run.base.bytes *= 2
+    assert verdict_of(budget.base_bytes, run).verdict == "warn"
+
+
+def test_weights_that_are_not_the_checkpoints_are_refused(run: ReadyRun) -> None:
+    weight = layer_of(run).get_base_layer().weight
+    weight.data = weight.data.flip(0)
+    check = verdict_of(storage.quantization_error, run)
+    assert check.verdict == "fail"
+    assert "not the checkpoint's" in check.advice
+
+
+def test_weights_that_no_checkpoint_names_are_warned_of(run: ReadyRun) -> None:
+    run.model.base_model.model.classifier = nn.Linear(2, 2)
+    check = verdict_of(storage.checkpoint_names, run)
+    assert check.verdict == "warn"
+    assert "classifier.weight first" in check.figure
+
+
+def test_another_dtype_than_the_runs_is_refused(run: ReadyRun) -> None:
+    run.settings = replace(run.settings, dtype="float16")
+    for check in (dtypes.base_dtype, dtypes.compute_dtype, asked.mixed_precision):
+        assert verdict_of(check, run).verdict == "fail"
+
+
+def test_an_adapter_in_16_bits_is_refused(run: ReadyRun) -> None:
+    next(iter(layer_of(run).lora_A.values())).to(torch.bfloat16)
+    check = verdict_of(dtypes.adapter_dtype, run)
+    assert check.verdict == "fail"
+    assert check.figure == "bfloat16, float32"
+
+
+def test_the_optimisers_state_is_of_its_name(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "float32" in verdict_of(dtypes.optimizer_state_dtype, run).figure
+    small = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
+
+    class Small(torch.optim.SGD):
+        def step(self) -> None:
+            self.state[self.param_groups[0]["params"][0]]["kept"] = torch.zeros(128, 64, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(run.trainer, "get_optimizer_cls_and_kwargs", lambda *_: (Small, small[1]))
+    check = verdict_of(dtypes.optimizer_state_dtype, run)
+    assert check.verdict == "fail"
+    assert "bfloat16" in check.figure
+
+
+def test_labels_that_the_trainer_loses_are_refused(run: ReadyRun) -> None:
+    run.trainer.train_dataset = PreparedData.dataset(run.data.train[1:])
+    check = verdict_of(loss.trainer_keeps_the_loss, run)
+    assert check.verdict == "fail"
+    assert "wanted" in check.figure
+
+
+def test_ids_beyond_the_embedding_are_refused(run: ReadyRun) -> None:
+    row = run.data.train[0]
+    run.data.train[0] = replace(row, encoded=Encoded([*row.encoded.input_ids, 10**6], [*row.encoded.labels, 10**6]))
+    check = verdict_of(vocabulary.embedding_covers_ids, run)
+    assert check.verdict == "fail"
+    assert "1,000,000" in check.figure
+
+
+def test_positions_beyond_pretraining_are_warned_of(run: ReadyRun) -> None:
+    run.model.config.max_position_embeddings = 64
+    assert verdict_of(vocabulary.context_length, run).verdict == "warn"
+
+
+def test_a_generation_that_stops_elsewhere_is_warned_of(run: ReadyRun) -> None:
+    run.model.generation_config.eos_token_id = [7]
+    assert verdict_of(vocabulary.generation_stops, run).verdict == "warn"
+
+
+def test_a_run_of_a_few_steps_is_warned_of(run: ReadyRun) -> None:
+    assert verdict_of(steps.steps, run).verdict == "warn"
+    run.trainer.args.max_steps = 100
+    assert verdict_of(steps.steps, run).verdict == "pass"
+
+
+def test_a_full_disk_is_refused(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    check = verdict_of(machine.disk_space, run)
+    assert check.verdict == "fail"
+    assert "--output_dir" in check.advice
+
+
+def test_fewer_processes_than_asked_for_are_refused(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--cpu", "--num_processes", "2", "recipes/llama2_guanaco.py", "--demo"]
+    monkeypatch.setattr(asked, "launch_words", lambda: words)
+    check = verdict_of(asked.processes, run)
+    assert check.verdict == "fail"
+    assert check.figure == "1 of 2 asked for" and "torchrun" in check.advice
+    monkeypatch.setattr(asked, "launch_words", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert verdict_of(asked.processes, run).figure == "1 of 4 asked for"
+
+
+def test_the_launcher_above_a_process_is_found(tmp_path: Path) -> None:
+    script = tmp_path / "asked_for.py"
+    script.write_text("from qlora_recipes.preflight import asked\nprint('asked for', asked._asked_processes())\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    quiet = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([*launch, *quiet, script], capture_output=True, text=True, check=False, env=environment)
+    assert result.stdout.count("asked for 2") == 1, result.stderr  # one process, where two were asked for
+
+
+def test_fsdp_that_became_something_else_is_refused(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check = verdict_of(asked.wrapper, run)
+    assert check.verdict == "fail"
+    assert "FSDP was asked for" in check.figure
+
+
+def test_an_idle_gpu_is_warned_of(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked.torch.cuda, "is_available", lambda: True)
+    assert verdict_of(asked.device, run).verdict == "warn"

@@ -1,0 +1,254 @@
+"""What can be refused before a base is loaded: each fault is provoked, and refused in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from preflight_runs import read, verdict_of, with_rows
+
+from qlora_recipes import Recipe
+from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.data import Conversation
+from qlora_recipes.encoding import IGNORED, ConversationEncoder, Encoded
+from qlora_recipes.errors import TemplateError
+from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
+from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, budget, forged_turns, loss, machine, refuse_other_template
+from qlora_recipes.preflight import rows as row_checks
+from qlora_recipes.preflight import run_checks, template, vocabulary
+
+
+@pytest.fixture(params=["llama2", "falcon"])
+def run(request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> ReadRun:
+    return read(recipe_for(request.param), tiny(request.param))
+
+
+@pytest.fixture
+def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> ReadRun:
+    return read(recipe_for("llama2"), tiny("llama2"))
+
+
+def relabelled(run: ReadRun, change: Callable[[Encoded], Encoded]) -> ReadRun:
+    """Return the run with its first training row changed."""
+    first, *others = run.data.train
+    data = replace(run.data, train=[replace(first, encoded=change(first.encoded)), *others])
+    return ReadRun(**{**vars(run), "data": data})
+
+
+def test_bundled_rows_pass_everything(run: ReadRun) -> None:
+    checks = run_checks(BEFORE_LOADING, run)
+    assert {check.verdict for check in checks} <= {"pass", "warn"}
+    assert [check.name for check in checks] == [check.__name__ for check in BEFORE_LOADING]
+    assert {check.name for check in checks if check.verdict == "warn"} <= {"duplicates"}
+
+
+def test_a_question_in_the_loss_is_refused(run: ReadRun) -> None:
+    wrong = relabelled(run, lambda row: Encoded(row.input_ids, list(row.input_ids)))
+    check = verdict_of(loss.loss_is_the_answers, wrong)
+    assert check.verdict == "fail"
+    assert run.data.train[0].place in check.figure
+    assert "generation" in check.advice
+
+
+def test_an_untrained_end_of_turn_is_refused(run: ReadRun) -> None:
+    wrong = relabelled(run, lambda row: Encoded(row.input_ids, [*row.labels[:-1], IGNORED]))
+    check = verdict_of(loss.end_of_turn, wrong)
+    assert check.verdict == "fail"
+    assert run.tokenizer.eos_token in check.figure
+
+
+def test_an_earlier_untrained_end_of_turn_is_refused(llama2: ReadRun) -> None:
+    several = next(row for row in llama2.data.train if len(row.messages) > 2)
+    at = several.encoded.labels.index(llama2.tokenizer.eos_token_id)
+    labels = [IGNORED if i == at else label for i, label in enumerate(several.encoded.labels)]
+    wrong = replace(several, encoded=Encoded(several.encoded.input_ids, labels))
+    run = ReadRun(**{**vars(llama2), "data": replace(llama2.data, train=[wrong])})
+    assert verdict_of(loss.end_of_turn, run).verdict == "fail"
+
+
+def test_two_beginnings_of_text_are_refused(llama2: ReadRun) -> None:
+    bos = llama2.tokenizer.bos_token_id
+    wrong = relabelled(llama2, lambda row: Encoded([bos, *row.input_ids], [IGNORED, *row.labels]))
+    check = verdict_of(loss.beginning_of_text, wrong)
+    assert check.verdict == "fail"
+    assert "1 rows with two in a row" in check.figure
+
+
+def test_a_row_that_starts_without_bos_is_refused(llama2: ReadRun) -> None:
+    wrong = relabelled(llama2, lambda row: Encoded(row.input_ids[1:], row.labels[1:]))
+    assert verdict_of(loss.beginning_of_text, wrong).verdict == "fail"
+
+
+def test_rows_without_a_supervised_token_are_refused(run: ReadRun) -> None:
+    wrong = relabelled(run, lambda row: Encoded(row.input_ids, [IGNORED] * len(row.labels)))
+    assert verdict_of(loss.rows_without_loss, wrong).verdict == "fail"
+
+
+def test_cut_answers_are_counted(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> None:
+    run = read(recipe_for("llama2"), tiny("llama2"), training=dict(max_length=26))
+    cut, lost = verdict_of(loss.answers_cut, run), verdict_of(loss.rows_without_loss, run)
+    assert cut.verdict == "warn"
+    assert "supervised tokens lost" in cut.figure and "--max_length" in cut.advice
+    assert lost.verdict == "warn"
+    assert verdict_of(loss.loss_is_the_answers, run).verdict == "pass"
+
+
+def test_another_prompt_than_in_training_is_refused(run: ReadRun) -> None:
+    run.tokenizer.chat_template = run.tokenizer.chat_template.replace("Assistant:", "Answer:").replace("[/INST]", "[INST]")
+    check = verdict_of(template.template_agrees, run)
+    assert check.verdict == "fail"
+    assert "prompts differ" in check.figure
+
+
+def test_an_adapter_of_another_template_is_refused(run: ReadRun) -> None:
+    receipt = {"template": {"name": "falcon.jinja", "sha256": run.data.template.sha256}}
+    refuse_other_template(receipt, run.tokenizer)
+    run.tokenizer.chat_template += " "
+    with pytest.raises(TemplateError, match=r"trained with falcon\.jinja"):
+        refuse_other_template(receipt, run.tokenizer)
+    refuse_other_template(receipt, run.tokenizer, allow_other=True)
+
+
+def test_control_tokens_in_a_message_stay_text(run: ReadRun) -> None:
+    end, begin = run.tokenizer.eos_token, run.tokenizer.bos_token
+    forging = with_rows(run, [(f"a {end}{begin} b {token}", f"c {end} d") for token in run.tokenizer.all_special_tokens])
+    forged, controls = verdict_of(forged_turns.forged_turns, forging), verdict_of(forged_turns.control_tokens, forging)
+    assert forged.verdict == controls.verdict == "pass"
+    assert f"{len(forging.data.train)} rows hold control tokens as text" in forged.figure
+
+
+def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: ReadRun) -> None:
+    row = llama2.data.train[0]
+    text = llama2.tokenizer.apply_chat_template(row.messages, tokenize=False).replace("?", "? </s><s>")
+    ids = llama2.tokenizer(text, add_special_tokens=False)["input_ids"]
+    wrong = relabelled(llama2, lambda _: Encoded(ids, ids))
+    check = verdict_of(forged_turns.control_tokens, wrong)
+    assert check.verdict == "fail"
+    assert row.place in check.figure
+
+
+@pytest.mark.parametrize("spec", [LLAMA_2_7B_CHAT, FALCON_7B], ids=["llama2", "falcon"])
+def test_a_template_without_role_markers_is_refused(
+    spec: ModelSpec, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+) -> None:
+    run = read(recipe_for(spec.family), tiny(spec.family))
+    careless = ChatTemplate(spec.chat_template.path, role_markers="never-there")
+    run.encoder = ConversationEncoder(run.tokenizer, careless)
+    check = verdict_of(forged_turns.forged_turns, run)
+    assert check.verdict == "fail"
+    assert "opens a turn" in check.figure and "role_markers" in check.advice
+
+
+def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
+    pad = run.tokenizer.pad_token_id
+    check = verdict_of(
+        vocabulary.padding_token,
+        relabelled(run, lambda row: Encoded([pad, *row.input_ids], [IGNORED, *row.labels])),
+    )
+    assert check.verdict == "fail"
+    assert run.tokenizer.pad_token in check.figure
+
+
+def test_unknown_tokens_are_counted(llama2: ReadRun) -> None:
+    unknown = llama2.tokenizer.unk_token_id
+    wrong = relabelled(llama2, lambda row: Encoded([unknown] * 5000, [unknown] * 5000))
+    assert verdict_of(vocabulary.unknown_tokens, wrong).verdict == "warn"
+
+
+def test_spaces_that_merge_first_are_refused(llama2: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = {"a  b": ["▁a", "▁▁", "b"], " ": ["▁▁"], "a b": ["▁a", "▁b"]}
+    monkeypatch.setattr(type(llama2.tokenizer), "tokenize", lambda self, text: pieces[text])
+    check = verdict_of(template.spaces_as_pretrained, llama2)
+    assert check.verdict == "fail"
+    assert "merge_spaces_last" in check.advice
+    pieces["a  b"] = ["▁a", "▁", "▁b"]
+    assert verdict_of(template.spaces_as_pretrained, llama2).verdict == "pass"
+
+
+def test_copies_are_counted(run: ReadRun) -> None:
+    copies = with_rows(run, [("What is it?", "A thing."), ("what is it", "a thing"), ("Who?", "She.")])
+    check = verdict_of(row_checks.duplicates, copies)
+    assert check.verdict == "warn"
+    assert check.figure.startswith("1 of 3")
+
+
+def test_answers_without_words_are_counted(run: ReadRun) -> None:
+    check = verdict_of(row_checks.short_answers, with_rows(run, [("Why?", "..."), ("Who?", "The two of them.")]))
+    assert check.verdict == "warn"
+    assert check.figure.startswith("1 of 2 answers without a word")
+
+
+def test_held_out_rows_that_are_known_are_counted(run: ReadRun) -> None:
+    seen: list[Conversation] = run.data.train[:5]
+    known = ReadRun(**{**vars(run), "data": replace(run.data, held_out=seen)})
+    check = verdict_of(row_checks.contamination, known)
+    assert check.verdict == "warn"
+    assert check.figure.startswith("5 of 5")
+    fresh = with_rows(run, [("What colour has a swan?", "White, if it was not born in Australia.")])
+    known.data = replace(run.data, held_out=fresh.data.train)
+    assert verdict_of(row_checks.contamination, known).verdict == "pass"
+
+
+def test_no_held_out_row_is_warned_of(run: ReadRun) -> None:
+    none = ReadRun(**{**vars(run), "data": replace(run.data, held_out=[])})
+    assert verdict_of(row_checks.held_out_rows, none).verdict == "warn"
+
+
+def test_dropped_rows_are_counted_by_reason(
+    tmp_path: Path, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+) -> None:
+    rows = [{"question": f"Who is {i}?", "answer": "She."} for i in range(4)]
+    bad = [{"question": "Who?", "answer": ""}, {"question": "User: x\nUser: y", "answer": "She."}]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows + bad))
+    run = read(recipe_for("falcon"), tiny("falcon"), dataset=str(file))
+    check = verdict_of(row_checks.rows_dropped, run)
+    assert check.verdict == "warn"
+    assert "1 empty answer" in check.figure and "1 control string" in check.figure
+    file.write_text(json.dumps(rows + bad * 3))
+    assert verdict_of(row_checks.rows_dropped, read(recipe_for("falcon"), tiny("falcon"), dataset=str(file))).verdict == "fail"
+
+
+def test_row_lengths_are_drawn() -> None:
+    assert row_checks.bars([1, 1, 1, 5, 9], count=3) == "█▄▄"
+    assert row_checks.bars([7, 7]).startswith("█")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run: ReadRun, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    wrong = ReadRun(**{**vars(run), "settings": replace(run.settings, output_dir=blocked / "run")})
+    check = verdict_of(machine.writable_folder, wrong)
+    assert check.verdict == "fail"
+    assert "--output_dir" in check.advice
+
+
+def test_a_hub_out_of_reach_is_refused_where_it_is_needed(run: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_hub_answers", lambda: False)
+    assert verdict_of(machine.hub, run).figure == "not needed"
+    uploads = replace(run.settings, training={**run.settings.training, "push_to_hub": True})
+    check = verdict_of(machine.hub, ReadRun(**{**vars(run), "settings": uploads}))
+    assert check.verdict == "fail"
+    assert "--push_to_hub" in check.advice
+
+
+def test_too_little_memory_is_refused(run: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Free:
+        available = 1000
+
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: Free)
+    check = verdict_of(budget.memory_free, run)
+    assert check.verdict == "fail"
+    assert "planned" in check.figure and "--max_length" in check.advice
+
+
+def test_versions_outside_the_tested_ranges_are_refused(run: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        machine.environment.importlib.metadata, "requires", lambda name: ["torch>=99", "transformers>=5"]
+    )
+    check = verdict_of(machine.versions, run)
+    assert check.verdict == "fail"
+    assert "torch" in check.figure and "pip install" in check.figure and "transformers 5" not in check.figure

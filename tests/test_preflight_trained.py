@@ -1,0 +1,228 @@
+"""What is checked after training and how checks are run: recorded, skipped, agreed on, and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from preflight_runs import verdict_of
+from rich.console import Console
+
+from qlora_recipes import Recipe
+from qlora_recipes.adapters import WEIGHTS
+from qlora_recipes.errors import CheckError, RecipeError, UsageError
+from qlora_recipes.preflight import (
+    ReadyRun,
+    TrainedRun,
+    answers,
+    check_names,
+    fail_unless,
+    names,
+    print_checks,
+    refuse_failed,
+    run_checks,
+    trained,
+)
+from qlora_recipes.runs import AdapterReceipt, Check, RunFolder
+from qlora_recipes.settings import resolve
+from qlora_recipes.training import prepare_run, train
+
+Tiny = Callable[[str], Path]
+RecipeFor = Callable[..., type[Recipe]]
+LEARNS = dict(max_steps=4, learning_rate=1e-2, warmup_steps=0, save_strategy="no")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+@pytest.fixture
+def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> TrainedRun:
+    """Train three steps and save, as `train` does."""
+    settings = resolve(recipe_for("llama2"), model=str(tiny("llama2")), output_dir=tmp_path, training=LEARNS)
+    prepared, _ = prepare_run(settings, console=quiet())
+    prepared.trainer.train()
+    folder = RunFolder(tmp_path)
+    prepared.trainer.save_model(str(folder.adapter))
+    weights = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
+    receipt = AdapterReceipt([], 14, weights, "float32", "", "", all_finite=True, unchanged=[], bytes=0)
+    return TrainedRun(**vars(prepared), adapter=receipt, folder=folder)
+
+
+def test_a_sound_adapter_passes_and_says_something(run: TrainedRun) -> None:
+    checks = run_checks([trained.losses_finite, trained.adapter_finite, trained.adapter_changed, trained.loss_fell], run)
+    checks += run_checks([trained.optimizer_state_kept, trained.base_unchanged, trained.adapter_reloads], run)
+    checks += run_checks([trained.tokenizer_reloads, answers.answers_end], run)
+    assert {check.name: check.figure for check in checks if check.verdict == "fail"} == {}
+    said = json.loads(run.folder.answers.read_text())
+    assert [set(answer) for answer in said] == [{"place", "question", "answer", "wanted", "ended"}] * len(said)
+
+
+def test_a_weight_that_is_not_finite_is_refused(run: TrainedRun) -> None:
+    run.adapter.all_finite = False
+    check = verdict_of(trained.adapter_finite, run)
+    assert check.verdict == "fail"
+    assert "--learning_rate" in check.advice
+
+
+def test_a_tensor_that_did_not_move_is_refused(run: TrainedRun) -> None:
+    run.adapter.unchanged = ["layers.0.q_proj.lora_A.default.weight"]
+    assert verdict_of(trained.adapter_changed, run).verdict == "warn"
+    run.adapter.unchanged += ["layers.0.q_proj.lora_B.default.weight"]
+    check = verdict_of(trained.adapter_changed, run)
+    assert check.verdict == "fail"
+    assert "target_modules" in check.advice
+
+
+def test_a_loss_that_is_not_finite_is_refused(run: TrainedRun) -> None:
+    run.trainer.state.log_history.append({"step": 9, "loss": 1.0, "grad_norm": float("nan")})
+    check = verdict_of(trained.losses_finite, run)
+    assert check.verdict == "fail"
+    assert "grad_norm of step 9" in check.figure
+
+
+def test_a_loss_that_rose_is_warned_of(run: TrainedRun) -> None:
+    run.trainer.state.log_history = [{"step": i, "loss": 1.0 + i} for i in range(20)]
+    check = verdict_of(trained.loss_fell, run)
+    assert check.verdict == "warn"
+    assert check.figure.startswith("1.500 to 19.500")
+
+
+def test_a_base_that_changed_is_refused(run: TrainedRun) -> None:
+    run.model.get_input_embeddings().weight.data[0, 0] += 1
+    check = verdict_of(trained.base_unchanged, run)
+    assert check.verdict == "fail"
+    assert "became" in check.figure
+
+
+def test_an_optimiser_state_that_is_not_finite_is_refused(run: TrainedRun) -> None:
+    state = next(iter(run.trainer.optimizer.optimizer.state.values()))
+    state["exp_avg"].fill_(float("nan"))
+    assert verdict_of(trained.optimizer_state_kept, run).verdict == "fail"
+
+
+def test_another_adapter_on_disk_is_refused(run: TrainedRun) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = run.folder.adapter / WEIGHTS
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    check = verdict_of(trained.adapter_reloads, run)
+    assert check.verdict == "fail"
+    assert check.figure.startswith("logits moved by")
+    assert run.model.active_adapter == "default"
+
+
+def test_another_template_on_disk_is_refused(run: TrainedRun) -> None:
+    file = run.folder.adapter / "chat_template.jinja"
+    file.write_text(file.read_text() + "\n{# another #}")
+    check = verdict_of(trained.tokenizer_reloads, run)
+    assert check.verdict == "fail"
+    assert "trained with" in check.figure
+
+
+def test_another_tokenizer_on_disk_is_refused(run: TrainedRun) -> None:
+    row = next(row for row in run.data.train if not row.truncated)
+    moved = [token + 1 for token in row.encoded.input_ids]
+    run.data = replace(run.data, train=[replace(row, encoded=replace(row.encoded, input_ids=moved))])
+    check = verdict_of(trained.tokenizer_reloads, run)
+    assert check.verdict == "fail"
+    assert "other ids" in check.figure
+
+
+def test_no_answer_that_ends_is_warned_of(run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_answer", lambda *_: {"answer": "and so on", "ended": False})
+    check = verdict_of(answers.answers_end, run)
+    assert check.verdict == "warn"
+    assert "and so on" in check.figure
+
+
+def never(run: ReadyRun) -> Check:
+    return fail_unless(False, "0 of 1", "Do it once.")
+
+
+def test_the_preflight_changes_nothing_and_the_receipt_has_it_all(
+    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    recipe = recipe_for("llama2", lora=dict(r=4, lora_dropout=0.1))
+    runs = {}
+    for skip in ([], names(recipe)):
+        folder = tmp_path / f"skip{len(skip)}"
+        settings = resolve(recipe, model=str(tiny("llama2")), output_dir=folder, training=LEARNS)
+        runs[len(skip)] = train(settings, skip_checks=skip, console=quiet()).receipt()
+    checked, unchecked = runs[0], runs[len(names(recipe))]
+    assert checked["adapter"]["final_sha256"] == unchecked["adapter"]["final_sha256"]
+    assert [check["name"] for check in checked["checks"]] == names(recipe)
+    assert {check["verdict"] for check in checked["checks"]} <= {"pass", "warn"}
+    assert {check["verdict"] for check in unchecked["checks"]} == {"off"}
+
+
+def test_a_failed_check_stops_the_run_and_nothing_is_written(
+    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    console, folder = quiet(), tmp_path / "run"
+    settings = resolve(recipe_for("llama2", checks=(never,)), model=str(tiny("llama2")), output_dir=folder)
+    with pytest.raises(CheckError, match=r"never: 0 of 1\. Do it once\."):
+        train(settings, console=console)
+    assert not folder.exists()
+    assert "fail never" in console.file.getvalue()
+    prepare_run(settings, skip_checks=["never"], console=console)
+
+
+def test_a_check_that_crashes_is_a_fail_that_says_how_to_go_without() -> None:
+    def broken(run: object) -> Check:
+        raise KeyError("nothing")
+
+    check = run_checks([broken], None)[0]
+    assert check.verdict == "fail"
+    assert "KeyError" in check.figure and "--skip_checks broken" in check.advice
+    with pytest.raises(CheckError, match="broken"):
+        refuse_failed([check])
+
+
+def test_a_misspelt_check_is_refused(recipe_for: RecipeFor) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'packing_leak'"):
+        check_names(["packing_leek"], names(recipe_for("llama2", checks=(never,))))
+    check_names(["never"], names(recipe_for("llama2", checks=(never,))))
+
+
+def test_checks_that_are_none_are_refused_with_the_recipe(recipe_for: RecipeFor) -> None:
+    with pytest.raises(RecipeError, match="wanted a list of functions"):
+        recipe_for("llama2", checks=("packing",))
+
+
+def test_the_table_fits_80_columns_and_takes_words_as_they_are() -> None:
+    console = quiet()
+    checks = [
+        Check("a_check", "pass", "[/INST] " * 30),
+        Check("another_check", "warn", "1 of 2", "Look."),
+        Check("third", "off", "turned off"),
+    ]
+    print_checks(checks, "Checks", console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("[/INST]") for line in lines) == 30
+    assert lines[-1] == "1 pass, 1 warn (another_check), 1 off (third)"
+
+
+def test_a_fault_of_one_process_stops_all_of_them(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import os\n"
+        "from accelerate import PartialState\n"
+        "from qlora_recipes.preflight import fail_unless, run_checks\n"
+        "PartialState(cpu=True)\n"
+        "def odd(run): return fail_unless(os.environ['RANK'] == '0', 'rank ' + os.environ['RANK'], '')\n"
+        "check = run_checks([odd], None)[0]\n"
+        "open('seen' + os.environ['RANK'], 'w').write(check.verdict + ' ' + check.figure)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, script], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    assert [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)] == ["fail rank 1"] * 2
