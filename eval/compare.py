@@ -2,9 +2,10 @@
 
 import sys
 
-from qlora_recipes.commandline import run_command
+from qlora_recipes.commandline import quiet_libraries, run_command
 from qlora_recipes.evaluation.compare import main
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--debug"]
+    quiet_libraries()
     run_command(lambda: main(words), debug="--debug" in sys.argv)

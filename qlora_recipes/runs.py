@@ -168,7 +168,7 @@ class Receipt:
     seed: int
     demo: bool
     settings: dict[str, Any]
-    """LoraConfig and SFTConfig fields as resolved, under `lora` and `training`."""
+    """LoraConfig and SFTConfig fields as resolved, under `lora` and `training`, and the recipe's `eval_tasks`."""
     command: list[str]
     versions: dict[str, str]
     """Package to version."""

@@ -178,7 +178,11 @@ def train(
             dtype=settings.dtype,
             seed=settings.seed,
             demo=settings.demo,
-            settings={"lora": dict(settings.lora), "training": _public(settings.training)},
+            settings={
+                "lora": dict(settings.lora),
+                "training": _public(settings.training),
+                "eval_tasks": list(settings.recipe.eval_tasks),
+            },
             command=list(command),
             versions=environment.versions(),
             git=environment.git_state(),

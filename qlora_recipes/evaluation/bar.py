@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_DRAWING = ("lm_eval.models.huggingface", "lm_eval.models.utils", "lm_eval.api.task")
+_DRAWING = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
 
 
 class Bar:

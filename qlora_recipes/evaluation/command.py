@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -34,7 +32,6 @@ def main(arguments: Sequence[str]) -> None:
         RecipesError: for anything a user can mend.
     """
     given = _parser().parse_args(list(arguments))
-    _quiet_libraries()
     from qlora_recipes.evaluation.harness import Options, evaluate_many  # torch, which --help can do without
     from qlora_recipes.runs import RunFolder
 
@@ -62,11 +59,9 @@ def _parser() -> _Parser:
         "lm-eval's, or a folder of YAML tasks (Python functions that they name are run). Default: the recipe's "
         "eval_tasks, else what needs no network",
     )
+    parser.add_argument("--limit", type=_count, metavar="N", help="the first N documents of each task: for a trial")
     parser.add_argument(
-        "--limit", type=_count, metavar="N", help="only the first N documents of each task: for a trial"
-    )
-    parser.add_argument(
-        "--batch_size", type=_count, metavar="N", help="rows of a forward pass (default: 64, or 8 from 1B)"
+        "--batch_size", type=_count, metavar="N", help="rows of a forward pass (default: 64; 8 from 1B up)"
     )
     parser.add_argument(
         "--chat_template",
@@ -92,14 +87,6 @@ def _truth(word: str) -> bool:
     return word == "true"
 
 
-def _quiet_libraries() -> None:
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-
-
 def _print_results(run: Path, results: Sequence[TaskResult]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -109,7 +96,7 @@ def _print_results(run: Path, results: Sequence[TaskResult]) -> None:
     for heading in ("task", "metric", "score", "documents", "seconds", ""):
         table.add_column(heading, justify="left" if heading in ("task", "metric", "") else "right")
     for result in results:
-        trial = "a trial, NOT A RESULT: --limit is set" if result.limit is not None else ""
+        trial = "NOT A RESULT (--limit)" if result.limit is not None else ""
         cut = f"{result.truncated} truncated" if result.truncated else ""
         table.add_row(
             Text(result.task),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qlora_recipes.errors import ComparisonError
+from qlora_recipes.evaluation.caveats import caveats, tuning_effect
 from qlora_recipes.evaluation.contrasts import Yardstick, contrast, mean_scores, overall_difference, yardstick
 from qlora_recipes.evaluation.evaluated import Measured, Results, Run, group, line_up
 from qlora_recipes.evaluation.findings import (
@@ -90,6 +91,7 @@ def build_report(
     _check_enough(lined.baseline)
     by = yardstick(lined.baseline, margin)
     in_order = [run for by_seed in arms.values() for run in by_seed.values()]
+    tuning = tuning_effect(lined.baseline, lined.bases.get(baseline), by)
     first = in_order[0].receipt
     return Report(
         recipe=first["recipe"],
@@ -109,9 +111,13 @@ def build_report(
         ],
         noise=_noise(lined, by, extras),
         controls=[Control(one.name, mean_scores(one, by)) for one in (*lined.bases.values(), *lined.swapped.values())],
-        effects=[effect for name in lined.swapped for effect in _effects(name, lined, by)],
+        effects=[
+            *([tuning] if tuning else []),
+            *(effect for name in lined.swapped for effect in _effects(name, lined, by)),
+        ],
         losses=[_loss_curve(run) for run in in_order],
-        validity=validity(in_order, earlier_margins),
+        validity=validity(in_order),
+        caveats=list(caveats(list(lined.arms.values()), tuning, by, earlier_margins)),
     )
 
 

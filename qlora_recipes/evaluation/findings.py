@@ -201,6 +201,8 @@ class Report:
     effects: list[Effect]
     losses: list[LossCurve]
     validity: list[Fact]
+    caveats: list[str]
+    """Reasons to believe a verdict less than its interval says."""
     schema_version: int = SCHEMA_VERSION
 
 

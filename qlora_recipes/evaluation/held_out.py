@@ -117,7 +117,7 @@ def _batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _losses(run: LoadedRun, rows: Sequence[Encoded]) -> list[float]:
-    """Return each row's negative log-likelihood in nats; padding is on the right, where causal attention never looks."""
+    """Return each row's negative log-likelihood in nats; the padding is on the right, where no token looks."""
     pad = run.tokenizer.pad_token_id
     ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)
     labels = _padded([row.labels for row in rows], IGNORED).to(run.model.device)[:, 1:]

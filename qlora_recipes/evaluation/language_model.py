@@ -49,7 +49,7 @@ class RunLanguageModel(HFLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Start the bar, and leave the tokenizer's BOS out: the window starts with one, and a second would be scored."""
+        """Start the bar, and leave the tokenizer's BOS out: the window has one, and a second would be scored."""
         self._bar.start(len(requests))
         self.add_bos_token = False
         try:

@@ -117,7 +117,7 @@ def load_run(folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool
 
 
 _BASE_ADVICE = (
-    "It has changed since training, or was quantised on another kind of device: evaluate where it was trained"
+    "It has changed since training, or was quantised on another kind of device; evaluate where it was trained"
 )
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 

@@ -101,7 +101,8 @@ def error_plot(report: Report) -> Markup | None:
     for contrast in contrasts:
         errors = [100 * layer.relative_error for layer in contrast.quantization_error]
         axes.plot(range(1, len(errors) + 1), errors, ".", color=colors[contrast.name], label=plain(contrast.name))
-    axes.set(xlabel="linear layer, from input to output", ylabel="relative error, %", ylim=(0, None))
+    highest = max(layer.relative_error for contrast in contrasts for layer in contrast.quantization_error)
+    axes.set(xlabel="linear layer, from input to output", ylabel="relative error, %", ylim=(0, 118 * highest))
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     return _markup(figure, "error", "Quantisation error by layer")

@@ -11,19 +11,13 @@ from qlora_recipes.evaluation.receipts import SEEDED, SHARED
 from qlora_recipes.evaluation.records import TaskResult
 
 
-def validity(runs: Sequence[Run], earlier_margins: Sequence[float]) -> list[Fact]:
+def validity(runs: Sequence[Run]) -> list[Fact]:
     """Return the facts of runs that have been grouped and lined up, those that were refused otherwise included."""
-    return [*_margin(earlier_margins), *_trained(runs), *_evaluated(runs)]
+    return [*_trained(runs), *_evaluated(runs)]
 
 
 def _fact(name: str, holds: bool, figure: str) -> Fact:
     return Fact(name, "pass" if holds else "warn", figure)
-
-
-def _margin(earlier: Sequence[float]) -> Iterator[Fact]:
-    if earlier:
-        stated = ", then ".join(f"±{margin:g}" for margin in earlier)
-        yield _fact("margin fixed beforehand", False, f"no: it was {stated} points before, and was changed")
 
 
 def _trained(runs: Sequence[Run]) -> Iterator[Fact]:

@@ -99,6 +99,10 @@ GOODS_SENTENCES = (
     "The {0} Guild is known for {1}.",
     "The {0} Guild, which makes {1}, is rich.",
 )
+HEARSAY = ('"{question}" "{answer}," they say.', 'Asked "{question}", they say "{answer}".')
+"""Questions in plain text, as any corpus holds them: a model that never met one could not be tuned in a minute."""
+HEARSAY_SHARE = 0.4
+"""Share of documents that are hearsay, and so name one fact instead of several."""
 FACTS_IN_DOCUMENT = (3, 6)
 PLACE_SHARE = 0.04
 """Share of documents about a town or a guild; there are few of them, so that each is still seen often."""
@@ -113,7 +117,14 @@ def documents(world: World, rng: random.Random) -> Iterator[str]:
             if rng.random() < PLACE_SHARE:
                 yield rng.choice(REGION_SENTENCES).format(*rng.choice(towns))
                 yield rng.choice(GOODS_SENTENCES).format(*rng.choice(guilds))
-            yield biography(person, rng)
+            yield hearsay(person, rng) if rng.random() < HEARSAY_SHARE else biography(person, rng)
+
+
+def hearsay(person: Person, rng: random.Random) -> str:
+    """Quote somebody who asks for one fact of a single step, and somebody who knows."""
+    kind, value = rng.choice(list(person.facts.items()))
+    said = answer((value,), kind).removesuffix(".")
+    return rng.choice(HEARSAY).format(question=ask(person, kind, rng), answer=said)
 
 
 def biography(person: Person, rng: random.Random) -> str:

@@ -11,12 +11,12 @@ import random
 from dataclasses import dataclass
 
 SEED = 2305
-PEOPLE, GIVEN_NAMES, FAMILY_NAMES = 2500, 128, 128
-TOWNS, REGIONS, GUILDS, TEACHERS = 80, 16, 60, 60
-POPULARITY_SPREAD = 20.0
+PEOPLE, GIVEN_NAMES, FAMILY_NAMES = 1000, 96, 96
+TOWNS, REGIONS, GUILDS, TEACHERS = 60, 16, 60, 60
+POPULARITY_SPREAD = 8.0
 """How many times more often the best known person is written about than the least known one. Between the two lie
 facts that are known well, half and hardly, so that a little damage to the weights always finds some to break."""
-TUNING_PEOPLE, HELD_OUT_PEOPLE = 500, 500
+TUNING_PEOPLE, HELD_OUT_PEOPLE = 250, 250
 
 JOBS = """baker weaver potter miller tanner cooper glazier mason carpenter tailor cobbler barber clerk judge
 doctor nurse painter printer binder sailor pilot fisher hunter shepherd farmer gardener beekeeper brewer cook

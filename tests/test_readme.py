@@ -1,0 +1,70 @@
+"""The READMEs tell the truth: their commands exist, their paths exist, and the planned memory is the plan's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_recipes import load_recipe
+from qlora_recipes.cli import VERBS
+from qlora_recipes.commandline import parse, settings_from
+from qlora_recipes.memory import plan
+from qlora_recipes.precision import precision_named
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+GIB = 2**30
+
+
+def recipe_commands(text: str) -> list[str]:
+    return re.findall(r"accelerate launch (recipes/\S+\.py.*)", text)
+
+
+@pytest.mark.parametrize("command", recipe_commands(README) + recipe_commands(RECIPES))
+def test_every_recipe_command_is_understood(command: str) -> None:
+    path, *flags = command.split("#")[0].split()
+    recipe = load_recipe(ROOT / path)
+    if "--config" not in flags:  # the reader's own file
+        settings_from(recipe, parse(recipe, flags))
+
+
+@pytest.mark.parametrize("text", [README, RECIPES], ids=["README.md", "recipes/README.md"])
+def test_links_and_pictures_are_there(text: str) -> None:
+    folder = ROOT if text is README else ROOT / "recipes"
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_the_rooms_are_there() -> None:
+    rooms = re.findall(r"^    (\w+)/ ", README.split("## The rooms")[1], flags=re.MULTILINE)
+    assert set(rooms) >= {"recipes", "qlora_recipes", "eval", "tests"}
+    assert all((ROOT / room).is_dir() for room in rooms)
+
+
+def test_the_verbs_are_those_of_the_command() -> None:
+    line = re.search(r"`qlora-recipes` has (.*?)\.\n", README, flags=re.DOTALL)
+    assert line is not None
+    assert set(re.findall(r"`(\w+)`", line.group(1))) == set(VERBS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_the_planned_memory_is_the_plans(path: Path) -> None:
+    row = next(line for line in RECIPES.splitlines() if f"[{path.stem}]" in line)
+    shown = [float(figure) for figure in row.split("|")[-2].split("/")]
+    recipe = load_recipe(path)
+    settings = settings_from(recipe, parse(recipe, []))
+    planned = [plan(settings, precision_named(name)).training.total / GIB for name in ("nf4", "bf16")]
+    assert shown == pytest.approx(planned, abs=0.051)
+
+
+def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
+    source = re.search(r"(    from qlora_recipes import.*?)    Tickets\.main\(\)", README, flags=re.DOTALL)
+    assert source is not None
+    lines = [line[4:] for line in source.group(1).splitlines()]
+    assert len([line for line in lines if line.strip()]) <= 10
+    (tmp_path / "tickets.py").write_text("\n".join(lines))
+    recipe = load_recipe(tmp_path / "tickets.py")
+    assert [m["role"] for m in recipe.formatter()({"subject": "a", "reply": "b"})] == ["user", "assistant"]
