@@ -127,6 +127,7 @@ def publish(written: Path, folder: Path) -> Checkpoint:
     if final.path.exists():
         _set_aside(final)
     written.rename(final.path)
+    written.parent.rmdir()
     _sync(folder)
     return final
 
@@ -148,15 +149,15 @@ def _sync(path: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, best: Path | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the best one and never a damaged one."""
+    """Delete the oldest checkpoints beyond `limit`, never the newest, the best or a damaged one."""
     for remains in folder.glob(f"{_DELETING}*"):
         shutil.rmtree(remains, ignore_errors=True)
-    if not limit or limit < 1:
-        return
     whole = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.fault(hashes=False) is None]
-    kept = [checkpoint for checkpoint in whole if best and checkpoint.path.name == best.name]
+    if not whole or not limit or limit < 1:
+        return
+    kept = {whole[0], *(checkpoint for checkpoint in whole if best and checkpoint.path.name == best.name)}
     others = [checkpoint for checkpoint in whole if checkpoint not in kept]
-    for checkpoint in others[max(1, limit - len(kept)) :]:  # the newest stays, to go on from
+    for checkpoint in others[max(0, limit - len(kept)) :]:
         gone = checkpoint.path.with_name(_DELETING + checkpoint.path.name)
         checkpoint.path.rename(gone)  # at once, so that a kill leaves no half of a checkpoint
         shutil.rmtree(gone)

@@ -94,7 +94,8 @@ def _run(recipe: type[Recipe], arguments: Sequence[str]) -> None:
         resume=flags.get("resume", False),
         skip_checks=flags.get("skip_checks", ()),
     )
-    print_summary(folder)
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(folder)
 
 
 def parse(recipe: type[Recipe], arguments: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     ├── ModelError           (OSError)        a base model or an adapter that cannot be had
     ├── QuantizationError    (RuntimeError)   the base is not stored as the precision says
     ├── CheckError           (RuntimeError)   a check on the loaded model or the trained adapter failed
+    ├── DivergenceError      (ArithmeticError) a loss or a gradient that is NaN or infinite
     ├── EnvironmentFault     (RuntimeError)   versions, devices, disk or network
     ├── RunFolderError       (OSError)        a run folder that is taken, damaged or another's
     └── ComparisonError      (ValueError)     two runs that cannot be held against each other
@@ -54,6 +55,10 @@ class QuantizationError(RecipesError, RuntimeError):
 
 class CheckError(RecipesError, RuntimeError):
     """A check on the loaded model or on the trained adapter failed."""
+
+
+class DivergenceError(RecipesError, ArithmeticError):
+    """The loss or a gradient is NaN or infinite."""
 
 
 class EnvironmentFault(RecipesError, RuntimeError):

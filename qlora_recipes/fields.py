@@ -90,6 +90,19 @@ def _as_float(value: object) -> float | None:
         return None
 
 
+# Fields that this package adds: a recipe and the command line give them as they give the others.
+_ADDED = {
+    "SFTConfig": (
+        Field(
+            "early_stopping_patience",
+            "int | None",
+            "Stop after so many evaluations without a better held-out loss, and keep the best adapter",
+        ),
+    ),
+    "LoraConfig": (),
+}
+
+
 @functools.cache
 def fields_of(config: str) -> Mapping[str, Field]:
     """Return name to Field for `"SFTConfig"` or `"LoraConfig"`.
@@ -100,7 +113,7 @@ def fields_of(config: str) -> Mapping[str, Field]:
     found: dict[str, Field] = {}
     for package, path, class_name in _SOURCES[config]:
         found.update(_class_fields(_source(package, path), class_name))
-    return found
+    return found | {field.name: field for field in _ADDED[config]}
 
 
 def _source(package: str, path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,10 +217,16 @@ def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def base_sha256(model: nn.Module) -> str:
     """Return the hash over the stored bytes of a base, the same with an adapter around it and without."""
     digest = hashlib.sha256()
-    for name, tensor in stored_tensors(model):
-        digest.update(base_name(name).encode())
-        digest.update(raw_bytes(tensor))
+    with ThreadPoolExecutor(max_workers=8) as threads:  # hashlib lets go of the interpreter: 3.6 GB at 2 GB/s each
+        for part in threads.map(_tensor_sha256, *zip(*stored_tensors(model), strict=True)):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _tensor_sha256(name: str, tensor: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(base_name(name).encode())
+    digest.update(raw_bytes(tensor))
+    return digest.digest()
 
 
 def base_name(name: str) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_recipes.runs import Resume, write_text
 
 
 class ProgressDisplay(TrainerCallback):
@@ -33,6 +36,7 @@ class ProgressDisplay(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.started = time.monotonic()
+        self.tokens_before = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
         self.task = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
         )
@@ -50,7 +54,7 @@ class ProgressDisplay(TrainerCallback):
         **kw: Any,
     ) -> None:
         if logs and "loss" in logs:
-            speed = logs.get("num_tokens", 0) / max(time.monotonic() - self.started, 1e-9)
+            speed = (logs.get("num_tokens", 0) - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
             self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}", speed=f"{speed:,.0f}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -58,10 +62,13 @@ class ProgressDisplay(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every logged step as one JSON line."""
+    """Writes every logged step as one JSON line; a resumed run first forgets what came after its checkpoint."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        write_text(self.file, "".join(_line(entry["step"], entry) for entry in state.log_history))
 
     def on_log(
         self,
@@ -73,7 +80,21 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                stream.write(_line(state.global_step, logs))
+
+
+def _line(step: int, logs: Mapping[str, Any]) -> str:
+    return json.dumps({"step": step, **logs}) + "\n"
+
+
+def print_resume(resume: Resume, console: Console) -> None:
+    """Say where a run is gone on with, and what was passed over."""
+    for name, fault in resume.passed_over.items():
+        console.print(Text(f"passed over {name}: {fault}"))
+    for name, change in resume.versions_changed.items():
+        console.print(Text(f"{name} {change} since the run was started: the same bits cannot be promised"))
+    because = f" ({resume.reason})" if resume.reason else ""
+    console.print(Text(f"going on after step {resume.from_step}{because}"))
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> None:

@@ -31,6 +31,13 @@ DERIVED = {
     "pad_token": "the pad_token of the recipe's ModelSpec",
     "model_init_kwargs": "--precision, --dtype and the recipe's ModelSpec",
     "resume_from_checkpoint": "--resume",
+    "restore_callback_states_from_checkpoint": "--resume, which always does",
+    "ignore_data_skip": "--resume, which goes on with the rows that are left",
+    "save_only_model": "--resume, which needs the optimizer's state",
+    "enable_jit_checkpoint": "nothing; SIGTERM and SIGINT always save the running step",
+    "logging_nan_inf_filter": "nothing; a NaN ends the run",
+    "use_cpu": "the devices that are there; CUDA_VISIBLE_DEVICES= hides them",
+    "disable_tqdm": "nothing; the display is this package's",
     "task_type": "nothing; it is CAUSAL_LM",
     "peft_type": "nothing; it is LORA",
     "base_model_name_or_path": "--model",
@@ -87,7 +94,9 @@ class Recipe:
         max_grad_norm=0.3,  # QLoRA's
         seed=0,  # of the adapter, the order of the rows and dropout
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=0.05,  # share of all steps; what a sudden end can cost, against the time of a save
+        save_total_limit=2,  # a checkpoint takes three times the adapter's size
         report_to="none",
     )
     format_row: ClassVar[Callable[..., list[Message]] | None] = None
@@ -208,6 +217,9 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("training", "num_train_epochs", lambda value: value > 0, "a positive number"),
     ("training", "per_device_train_batch_size", lambda value: value >= 1, "at least 1"),
     ("training", "gradient_accumulation_steps", lambda value: value >= 1, "at least 1"),
+    ("training", "save_steps", lambda value: value > 0, "a number of steps, or a share of them below 1"),
+    ("training", "save_total_limit", lambda value: value is None or value >= 1, "at least 1 checkpoint"),
+    ("training", "early_stopping_patience", lambda value: value is None or value >= 1, "at least 1 evaluation"),
     ("training", "max_grad_norm", lambda value: value >= 0, "0 (no clipping) or a positive number"),
 )
 

@@ -13,7 +13,11 @@ from qlora_recipes.errors import RunFolderError
 
 SCHEMA_VERSION = 1
 RECEIPT = "run.json"
-_OWN = {RECEIPT, "adapter", "checkpoints", "metrics.jsonl", "loss.png", "held_out.json", "answers.json", "evaluation"}
+STARTED = "started.json"
+_OWN = {
+    RECEIPT, STARTED, "adapter", "checkpoints", "metrics.jsonl", "loss.png", "held_out.json", "answers.json",
+    "evaluation",
+}  # fmt: skip
 
 
 @dataclass
@@ -158,6 +162,22 @@ class Check:
 
 
 @dataclass
+class Resume:
+    """One time that the run was gone on with after it had been interrupted."""
+
+    at: str
+    """UTC, ISO 8601."""
+    from_step: int
+    """The step of the checkpoint; 0 where there was none yet."""
+    reason: str = ""
+    """Why, where this package went on by itself."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Newer checkpoints that were damaged, and how."""
+    versions_changed: dict[str, str] = field(default_factory=dict)
+    """Packages of another version than the run was started with; the same bits cannot be promised then."""
+
+
+@dataclass
 class Receipt:
     """Everything a run can prove about itself."""
 
@@ -185,6 +205,8 @@ class Receipt:
     repairs: list[str]
     """Upstream defects found and mended in this run."""
     checks: list[Check] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
+    """Every time that the run was gone on with."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -203,6 +225,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Resumable states."""
         return self.path / "checkpoints"
+
+    @property
+    def started(self) -> Path:
+        """What the run was started as, and when it was gone on with."""
+        return self.path / STARTED
 
     @property
     def metrics(self) -> Path:
@@ -264,7 +291,7 @@ class RunFolder:
             RunFolderError: naming what is there.
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            is_run = self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= _OWN
+            is_run = self.path.is_dir() and {_owner(entry.name) for entry in self.path.iterdir()} <= _OWN
             if not (overwrite and is_run):
                 what = "a finished run" if self.finished else "an unfinished run" if is_run else "other files"
                 hint = "or --overwrite to replace it" if is_run else "since nothing of it may be lost"
@@ -276,6 +303,11 @@ class RunFolder:
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+
+
+def _owner(name: str) -> str:
+    """Return the file that a name belongs to: `.run.json.123` is what a killed `write_text` left of `run.json`."""
+    return name[1:].rpartition(".")[0] if name.startswith(".") else name
 
 
 def write_json(file: Path, content: Any) -> None:

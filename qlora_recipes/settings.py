@@ -13,7 +13,7 @@ from qlora_recipes.errors import UsageError
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
 from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
-from qlora_recipes.standins import ROWS, STANDINS
+from qlora_recipes.standins import ROWS, STANDINS, StandIn
 
 RUNS = Path("runs")
 STANDIN = "standin-"
@@ -101,7 +101,7 @@ def resolve(
         **(standin.lora if standin else {}),
         **(lora or {}),
     }
-    training = {**recipe.training, **(standin.training if standin else {}), **(training or {})}
+    training = {**recipe.training, **(_of_standin(standin) if standin else {}), **(training or {})}
     if faults := list(bound_faults(lora, training)):
         raise UsageError("; ".join(faults))
     source = model or (f"{STANDIN}{standin.family}" if standin else recipe.model.hub_id)
@@ -120,6 +120,15 @@ def resolve(
     )
     folder = Path(output_dir) if output_dir else RUNS / settings.name / f"{precision}-seed{settings.seed}"
     return Settings(**{**vars(settings), "output_dir": folder})
+
+
+def _of_standin(standin: StandIn) -> dict[str, Any]:
+    return {**standin.training, "save_strategy": "no"}  # a demo takes less time than its checkpoints are worth
+
+
+def public(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as files may hold them: whatever is a secret is left out."""
+    return {name: value for name, value in training.items() if "token" not in name or "tokens" in name}
 
 
 def _bundled_rows(recipe: type[Recipe]) -> str:

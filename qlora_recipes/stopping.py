@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Self
@@ -31,7 +30,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.loop_runs = False
-        """Whether somebody looks at `received` soon; elsewhere nothing is left to be saved, and a signal stops at once."""
+        """Whether somebody looks at `received` soon; elsewhere nothing is left to save, and a signal stops at once."""
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -50,7 +49,5 @@ class StopSignals:
         self.received = signal.Signals(number)
         if not self.loop_runs:
             raise Stopped(self.received, None)
-        print(
-            f"\n{self.received.name}: the running step is finished and saved, then this stops; once more stops at once",
-            file=sys.stderr,
-        )
+        notice = f"\n{self.received.name}: stopping when the running step is finished and saved; again stops at once\n"
+        os.write(2, notice.encode())  # print() may be what the signal interrupted

@@ -2,75 +2,42 @@
 
 from __future__ import annotations
 
-import datetime
+import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from jinja2 import Environment, PackageLoader
 from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from qlora_recipes import environment, preflight, repairs
-from qlora_recipes.adapters import (
-    ADAPTER,
-    WEIGHTS,
-    adapted_modules,
-    adapter_sha256,
-    adapter_tensors,
-    attach,
+from qlora_recipes.accounting import (
+    describe_adapter,
+    describe_memory,
+    describe_training,
+    saved_bytes,
+    write_model_card,
 )
-from qlora_recipes.data import PreparedData, prepare
-from qlora_recipes.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.adapters import adapter_sha256, adapter_tensors, attach
+from qlora_recipes.checkpoints import Checkpoint
+from qlora_recipes.data import Conversation, PreparedData, prepare
+from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.faults import OutOfMemoryFault, batch_of, machine_faults, with_half_the_batch
 from qlora_recipes.loading import load_base, load_tokenizer
 from qlora_recipes.preflight import LoadedRun, ReadRun, ReadyRun, TrainedRun
-from qlora_recipes.progress import MetricsFile, ProgressDisplay, plot_loss
-from qlora_recipes.runs import (
-    AdapterReceipt,
-    Check,
-    MemoryReceipt,
-    Receipt,
-    RunFolder,
-    TrainingReceipt,
-    write_json,
-)
-from qlora_recipes.settings import Settings
-
-
-@dataclass
-class TokenCount:
-    """What this process has run through the model."""
-
-    positions: int = 0
-    real: int = 0
-    supervised: int = 0
-    micro_batches: int = 0
-
-    def add(self, inputs: Mapping[str, Any]) -> None:
-        ids = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        self.micro_batches += 1
-        self.positions += ids.numel()
-        self.real += ids.numel() if mask is None else int(mask.sum())
-        self.supervised += int((inputs["labels"] != IGNORED).sum())
-
-
-class CountingTrainer(SFTTrainer):
-    """SFTTrainer that counts the tokens it was given, padding apart."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.count = TokenCount()
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.count.add(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+from qlora_recipes.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
+from qlora_recipes.resuming import Journal, find_checkpoint, of_run
+from qlora_recipes.runs import AdapterReceipt, Check, Receipt, RunFolder, TrainingReceipt, write_json
+from qlora_recipes.settings import Settings, public
+from qlora_recipes.stopping import Stopped, StopSignals
+from qlora_recipes.trainer import RunTrainer
 
 
 def prepare_run(
@@ -150,68 +117,160 @@ def train(
     Raises:
         RecipesError: for anything that would make the run fail or mean something else than it says.
     """
-    started = datetime.datetime.now(datetime.UTC)
-    folder = RunFolder(settings.output_dir)
-    checkpoint = _newest_checkpoint(folder) if resume else None
-    if not resume:
-        folder.check_free(overwrite=overwrite)
-    run, checks = prepare_run(settings, skip_checks=skip_checks, console=console)
-    trainer = run.trainer
-    main = PartialState().is_main_process
-    if main and not resume:
-        folder.claim(overwrite=overwrite)
-    PartialState().wait_for_everyone()
+    launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, console or Console())
+    while True:
+        try:
+            with StopSignals() as signals, machine_faults(launch.settings):
+                return _train(launch, signals)
+        except OutOfMemoryFault:
+            smaller = with_half_the_batch(launch.settings)
+            if smaller is None or not RunFolder(settings.output_dir).started.exists():
+                raise
+        reason = f"out of memory with {batch_of(launch.settings)}, now {batch_of(smaller)}"
+        launch = replace(launch, settings=smaller, overwrite=False, resume=True, reason=reason)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What `train` was called with."""
+
+    asked: Settings
+    settings: Settings
+    """Those asked for, or the same with a smaller batch where memory ran out."""
+    command: Sequence[str]
+    overwrite: bool
+    resume: bool
+    skip_checks: Sequence[str]
+    console: Console
+    reason: str = ""
+    """Why this is not the first attempt."""
+
+
+def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
+    folder = RunFolder(launch.settings.output_dir)
+    checkpoint, passed_over = _where_to_start(launch, folder)
+    run, checks = prepare_run(launch.settings, skip_checks=launch.skip_checks, console=launch.console)
     initial = adapter_sha256(run.model)
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
-    if main:
-        trainer.add_callback(ProgressDisplay(console or Console()))
-        trainer.add_callback(MetricsFile(folder.metrics))
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    adapter = _describe_adapter(run, initial, before)
-    training = _describe_training(trainer, outcome.metrics["train_runtime"])
-    checks += _prove(TrainedRun(**vars(run), adapter=adapter, folder=folder), skip_checks, console)
-    if main:
-        adapter.bytes = (folder.adapter / WEIGHTS).stat().st_size
-        receipt = Receipt(
-            recipe=settings.name,
-            precision=settings.precision.name,
-            dtype=settings.dtype,
-            seed=settings.seed,
-            demo=settings.demo,
-            settings={
-                "lora": dict(settings.lora),
-                "training": _public(settings.training),
-                "eval_tasks": list(settings.recipe.eval_tasks),
-            },
-            command=list(command),
-            versions=environment.versions(),
-            git=environment.git_state(),
-            started=started.isoformat(timespec="seconds"),
-            data=run.data.receipt,
-            template=run.data.template,
-            base=run.base,
-            adapter=adapter,
-            training=training,
-            memory=MemoryReceipt(
-                peak_bytes=environment.peak_bytes(trainer.args.device.type), base_bytes=run.base_bytes
-            ),
-            repairs=run.repairs,
-            checks=checks,
-        )
-        plot_loss(folder.metrics, folder.loss_plot, f"{settings.name}, {settings.precision.name}, seed {settings.seed}")
-        _write_model_card(folder, receipt)
-        write_json(
-            folder.held_out,
-            [{"place": row.place, "messages": row.messages} for row in run.data.held_out],
-        )
-        folder.write_receipt(receipt)
+    journal = _open_journal(launch, folder, of_run(launch.asked, run, initial), checkpoint, passed_over)
+    seconds = _run_steps(launch, run, folder, signals, checkpoint)
+    adapter = describe_adapter(run, initial, before)
+    training = describe_training(run.trainer, seconds)
+    checks += _prove(TrainedRun(**vars(run), adapter=adapter, folder=folder), launch)
+    if PartialState().is_main_process:
+        adapter.bytes = saved_bytes(folder)
+        _write_results(folder, run, _receipt(launch, run, journal, adapter, training, checks))
     PartialState().wait_for_everyone()
     return folder
 
 
-def build_trainer(run: LoadedRun, folder: RunFolder) -> CountingTrainer:
+def _where_to_start(launch: _Launch, folder: RunFolder) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Return the checkpoint to go on from, if any, and the damaged ones passed over; refuse a folder that is taken."""
+    if launch.resume:
+        return find_checkpoint(folder, launch.asked)
+    folder.check_free(overwrite=launch.overwrite)
+    return None, {}
+
+
+def _open_journal(
+    launch: _Launch,
+    folder: RunFolder,
+    identity: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    passed_over: Mapping[str, str],
+) -> Journal:
+    """Claim the folder for a new run, or make sure that it is this run's and write down that it is gone on with."""
+    journal, main = Journal(folder), PartialState().is_main_process
+    if launch.resume and folder.started.exists():
+        journal.refuse_another(identity)
+        if main:
+            resume = journal.note(checkpoint.step if checkpoint else 0, passed_over, launch.reason)
+            print_resume(resume, launch.console)
+    elif main:
+        folder.claim(overwrite=launch.overwrite)
+        journal.begin(identity)
+    PartialState().wait_for_everyone()
+    return journal
+
+
+def _run_steps(
+    launch: _Launch, run: ReadyRun, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
+) -> float:
+    """Train, and return the seconds that it took."""
+    trainer, display = run.trainer, ProgressDisplay(launch.console)
+    trainer.signals = signals
+    if PartialState().is_main_process:
+        trainer.add_callback(display)
+        trainer.add_callback(MetricsFile(folder.metrics))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except Stopped as stopped:
+        _say_how_to_go_on(stopped, folder)
+        raise
+    except pickle.UnpicklingError as error:
+        raise RunFolderError(
+            f"{checkpoint.path if checkpoint else folder.path} holds more than tensors and numbers, and none of it was "
+            "run: it is not a checkpoint of this package. Remove it to go on from the one before it"
+        ) from error
+    finally:
+        display.progress.stop()
+    return trainer.seconds
+
+
+def _say_how_to_go_on(stopped: Stopped, folder: RunFolder) -> None:
+    if PartialState().is_main_process and stopped.step is not None:
+        where = f"{folder.path} has the checkpoint of step {stopped.step}"
+        print(f"stopped by {stopped.signal.name}: {where}; the same command with --resume goes on", file=sys.stderr)
+
+
+def _receipt(
+    launch: _Launch,
+    run: ReadyRun,
+    journal: Journal,
+    adapter: AdapterReceipt,
+    training: TrainingReceipt,
+    checks: list[Check],
+) -> Receipt:
+    settings = launch.settings
+    return Receipt(
+        recipe=settings.name,
+        precision=settings.precision.name,
+        dtype=settings.dtype,
+        seed=settings.seed,
+        demo=settings.demo,
+        settings={
+            "lora": dict(settings.lora),
+            "training": public(settings.training),
+            "eval_tasks": list(settings.recipe.eval_tasks),
+        },
+        command=list(launch.command),
+        versions=environment.versions(),
+        git=environment.git_state(),
+        started=journal.started,
+        data=run.data.receipt,
+        template=run.data.template,
+        base=run.base,
+        adapter=adapter,
+        training=training,
+        memory=describe_memory(run),
+        repairs=run.repairs,
+        checks=checks,
+        resumes=journal.resumes,
+    )
+
+
+def _write_results(folder: RunFolder, run: ReadyRun, receipt: Receipt) -> None:
+    """Write what a finished run has beside its adapter, and last its receipt."""
+    title = f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}"
+    plot_loss(folder.metrics, folder.loss_plot, title)
+    write_model_card(folder, receipt)
+    write_json(folder.held_out, [{"place": row.place, "messages": row.messages} for row in run.data.held_out])
+    folder.write_receipt(receipt)
+
+
+def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
     """Return the SFTTrainer of a run, with float32 adapter weights whatever the base."""
-    held_out = run.data.held_out if run.settings.training.get("eval_strategy", "no") != "no" else None
+    held_out = _held_out(run)
     with (
         repairs.float32_adapter(run.model) as cast,
         warnings.catch_warnings(),
@@ -219,12 +278,14 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> CountingTrainer:
     ):
         # Raised for every model that TRL did not load itself; the loss mask is ours and is counted.
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
-        trainer = CountingTrainer(
+        trainer = RunTrainer(
             model=run.model,
             args=_sft_config(run.settings, aside),
             train_dataset=PreparedData.dataset(run.data.train),
             eval_dataset=PreparedData.dataset(held_out) if held_out else None,
             processing_class=run.tokenizer,
+            callbacks=_early_stopping(run.settings),
+            rows=run.data.train,
         )
     trainer.args.output_dir = str(folder.checkpoints)
     if cast:
@@ -233,104 +294,52 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> CountingTrainer:
     return trainer
 
 
+def _held_out(run: LoadedRun) -> list[Conversation] | None:
+    """Return the rows to evaluate on while training, where that is asked for."""
+    if run.settings.training.get("eval_strategy", "no") == "no":
+        return None
+    if not run.data.held_out:
+        raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
+    return run.data.held_out
+
+
+def _early_stopping(settings: Settings) -> list[TrainerCallback]:
+    patience = settings.training.get("early_stopping_patience")
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
 def _sft_config(settings: Settings, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
+    training = dict(settings.training)
+    training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
+    if training.pop("early_stopping_patience", None) is not None:
+        training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
     try:
         return SFTConfig(
-            **settings.training,
+            **training,
             output_dir=folder,
             bf16=settings.dtype == "bfloat16",
             fp16=settings.dtype == "float16",
             use_cpu=PartialState().device.type == "cpu",
             disable_tqdm=True,  # the display is ours
             logging_nan_inf_filter=False,  # or a NaN is logged as a loss of 0.0
+            restore_callback_states_from_checkpoint=True,  # early stopping's patience goes on where it was
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(f"SFTConfig refuses these settings: {error}") from error
 
 
-def _newest_checkpoint(folder: RunFolder) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    newest = get_last_checkpoint(str(folder.checkpoints)) if folder.checkpoints.is_dir() else None
-    if newest is None:
-        raise RunFolderError(
-            f"{folder.path} has no checkpoint to go on from. Train with --save_strategy steps --save_steps N, "
-            "or leave --resume out"
-        )
-    return newest
-
-
-def _describe_adapter(run: ReadyRun, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
-    after = dict(adapter_tensors(run.model))
-    modules = adapted_modules(run.model)
-    return AdapterReceipt(
-        targets=sorted({name.rsplit(".")[-1] for name in modules}),
-        modules=len(modules),
-        parameters=sum(tensor.numel() for tensor in after.values()),
-        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in after.values()})),
-        initial_sha256=initial,
-        final_sha256=adapter_sha256(run.model),
-        all_finite=all(bool(torch.isfinite(tensor).all()) for tensor in after.values()),
-        unchanged=sorted(name for name, tensor in after.items() if torch.equal(tensor, before[name])),
-        bytes=0,
-    )
-
-
-def _prove(run: TrainedRun, skip_checks: Sequence[str], console: Console | None) -> list[Check]:
+def _prove(run: TrainedRun, launch: _Launch) -> list[Check]:
     """Check what was trained, save it, and check what was saved; raises where one fails, and no receipt is written."""
-    checks = preflight.run_checks(preflight.AFTER_TRAINING, run, skip_checks)
-    _refuse_failed(checks, "After training", console)
+    checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
+    _refuse_failed(checks, "After training", launch.console)
     _save_adapter(run.trainer, run.folder)
     PartialState().wait_for_everyone()
-    checks += preflight.run_checks(preflight.AFTER_SAVING, run, skip_checks)
-    _show(checks, "After training", console)
+    checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
+    _show(checks, "After training", launch.console)
     preflight.refuse_failed(checks)
     return checks
 
 
-def _describe_training(trainer: CountingTrainer, seconds: float) -> TrainingReceipt:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tail = losses[-max(1, len(losses) // 10) :]
-    count, total = trainer.count, _over_processes(trainer)
-    return TrainingReceipt(
-        steps=trainer.state.global_step,
-        micro_batches=count.micro_batches,
-        epochs=float(trainer.state.epoch or 0),
-        first_loss=losses[0],
-        final_loss=sum(tail) / len(tail),
-        tokens=total.real,
-        supervised_tokens=total.supervised,
-        padding_share=1 - total.real / total.positions,
-        tokens_per_second=total.real / seconds,
-        seconds=seconds,
-        packed=bool(trainer.args.packing),
-        processes=trainer.accelerator.num_processes,
-        device=_device_name(trainer.args.device),
-        attention=trainer.model.config._attn_implementation,
-    )
-
-
-def _over_processes(trainer: CountingTrainer) -> TokenCount:
-    counts = torch.tensor(list(asdict(trainer.count).values()), device=trainer.args.device)
-    return TokenCount(*trainer.accelerator.reduce(counts, "sum").tolist())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _save_adapter(trainer: SFTTrainer, folder: RunFolder) -> None:
+def _save_adapter(trainer: RunTrainer, folder: RunFolder) -> None:
     trainer.save_model(str(folder.adapter))  # gathers a sharded adapter; writes the tokenizer and its template too
-    (folder.adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle that can hold the hub token
-
-
-def _write_model_card(folder: RunFolder, receipt: Receipt) -> None:
-    environment_ = Environment(loader=PackageLoader("qlora_recipes", "."), keep_trailing_newline=True)
-    card = environment_.get_template("model_card.md.jinja").render(run=receipt, adapter_name=ADAPTER)
-    (folder.adapter / "README.md").write_text(card, encoding="utf-8")
-
-
-def _public(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as receipts may hold them: whatever is a secret is left out."""
-    return {name: value for name, value in training.items() if "token" not in name or "tokens" in name}

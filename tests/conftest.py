@@ -31,13 +31,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(family: str) -> Path:
         if family not in made:
-            made[family] = _make_tiny(family, tmp_path_factory.mktemp(family))
+            made[family] = make_tiny(family, tmp_path_factory.mktemp(family))
         return made[family]
 
     return make
 
 
-def _make_tiny(family: str, folder: Path) -> Path:
+def make_tiny(family: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(STANDINS[family].folder)
@@ -66,7 +66,13 @@ def recipe_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., type[R
             "model": spec,
             "dataset": DatasetSpec(str(files[family]), demo=rows[family]),
             "lora": dict(r=4),
-            "training": dict(max_steps=3, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=1),
+            "training": dict(
+                max_steps=3,
+                max_length=128,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=1,
+                save_strategy="no",
+            ),
             "__module__": __name__,
         }
         return type("TestRecipe", (Recipe,), {**declared, **attributes})

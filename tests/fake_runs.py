@@ -154,16 +154,12 @@ def write_results(
     write_task(folder, measured, [change(document(i, score, measured.task)) for i, score in enumerate(scores)])
     if text:
         worse = 0.02 if run["precision"] != "bf16" else 0.0
-        docs = [
-            document(i, 1 + worse, "standin_text", bits=(100 + i) * (1 + worse), bytes=100 + i) for i in range(30)
-        ]
+        docs = [document(i, 1 + worse, "standin_text", bits=(100 + i) * (1 + worse), bytes=100 + i) for i in range(30)]
         kind = {"task": "standin_text", "kind": "bits_per_byte", "metric": "bits_per_byte", "higher_is_better": False}
         write_task(folder, replace(measured, **kind), docs)
 
 
-def make_run(
-    root: Path, precision: str, seed: int = 0, scores: Sequence[float] | None = None, **options: Any
-) -> Path:
+def make_run(root: Path, precision: str, seed: int = 0, scores: Sequence[float] | None = None, **options: Any) -> Path:
     """Write a trained and evaluated run and return its folder; `receipt` holds changes to the receipt."""
     folder = root / f"{precision}-seed{seed}"
     (folder / "adapter").mkdir(parents=True)
@@ -183,5 +179,3 @@ def flipped(scores: np.ndarray, lost: int, won: int = 0) -> np.ndarray:
     changed[np.flatnonzero(scores == 1)[:lost]] = 0
     changed[np.flatnonzero(scores == 0)[:won]] = 1
     return changed
-
-

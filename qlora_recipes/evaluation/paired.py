@@ -355,8 +355,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Adjust the p-values of several tasks, so that the chance of any false find stays at 5 % (Holm 1979)."""
     if bad := {name: p for name, p in p_values.items() if not 0 <= p <= 1}:
         raise ComparisonError(f"got {bad}, wanted p-values between 0 and 1")
-    if not p_values:
-        return {}
+    if len(p_values) < 2:  # nothing to adjust; statsmodels would collect garbage for half a second
+        return dict(p_values)
     return dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1].tolist(), strict=True))
 
 

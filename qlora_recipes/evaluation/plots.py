@@ -142,9 +142,8 @@ def _markup(figure: Figure, name: str, title: str) -> Markup:
         figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)  # its style is for `*`
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg.replace("\n", " "), count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", svg, count=1)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable}, {color})")
     svg = re.sub(r"font: [^;\"]*?(\d+)px[^;\"]*", r"font: \1px system-ui, sans-serif", svg)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def render_markdown(report: Report) -> str:
     return _environment(autoescape=False, finalize=markdown).get_template("report.md.jinja").render(report=report)
 
 
+@cache
 def _environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
     environment = Environment(
         loader=PackageLoader("qlora_recipes.evaluation", "."), autoescape=autoescape, finalize=finalize

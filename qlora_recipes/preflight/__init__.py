@@ -28,7 +28,6 @@ from qlora_recipes.preflight import (
 from qlora_recipes.preflight.running import CheckFunction, check_names, refuse_failed, run_checks
 from qlora_recipes.preflight.subject import LoadedRun, ReadRun, ReadyRun, TrainedRun
 from qlora_recipes.preflight.table import print_checks, tally
-from qlora_recipes.preflight.template import refuse_other_template
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.recipe import Recipe
 
@@ -124,7 +123,6 @@ __all__ = [
     "passed",
     "print_checks",
     "refuse_failed",
-    "refuse_other_template",
     "run_checks",
     "tally",
     "warn_unless",

@@ -19,7 +19,7 @@ def answers_end(run: TrainedRun) -> Check:
     rows = spread([row for row in run.data.held_out if not row.truncated], _QUESTIONS)
     if not rows:
         return passed("no held-out row to ask")
-    answers = [_answer(run, row) for row in rows]
+    answers = _ask(run, rows)
     if run.trainer.accelerator.is_main_process:
         write_json(run.folder.answers, answers)
     ended = sum(answer["ended"] for answer in answers)
@@ -31,29 +31,38 @@ def answers_end(run: TrainedRun) -> Check:
 
 
 @torch.no_grad()
-def _answer(run: TrainedRun, row: Conversation) -> dict[str, object]:
+def _ask(run: TrainedRun, rows: list[Conversation]) -> list[dict[str, object]]:
+    """Answer all questions in one batch, padded on the left, so that the answers start together."""
     run.model.eval()
-    prompt = run.encoder.encode_prompt(row.messages[:-1])
-    ids = torch.tensor([prompt], device=run.trainer.args.device)
+    prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]
+    width, pad, end = max(map(len, prompts)), run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = run.trainer.args.device
     with run.trainer.compute_loss_context_manager():
         whole = run.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=_NEW_TOKENS,
+            use_cache=True,
             do_sample=False,
             temperature=None,
             top_p=None,
-            max_new_tokens=_NEW_TOKENS,
-            use_cache=True,
-            eos_token_id=run.tokenizer.eos_token_id,
-            pad_token_id=run.tokenizer.pad_token_id,
+            eos_token_id=end,
+            pad_token_id=pad,
         )
-    new = whole[0, len(prompt) :].tolist()
+    return [_said(run, row, new) for row, new in zip(rows, whole[:, width:].tolist(), strict=True)]
+
+
+def _said(run: TrainedRun, row: Conversation, new: list[int]) -> dict[str, object]:
+    end = run.tokenizer.eos_token_id
+    answer = new[: new.index(end)] if end in new else new
     return {
         "place": row.place,
         "question": row.messages[-2]["content"],
-        "answer": run.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        "answer": run.tokenizer.decode(answer, skip_special_tokens=True).strip(),
         "wanted": row.messages[-1]["content"],
-        "ended": new[-1] == run.tokenizer.eos_token_id,
+        "ended": end in new,
     }
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_recipes.data import Conversation
 from qlora_recipes.encoding import IGNORED
-from qlora_recipes.errors import TemplateError
 from qlora_recipes.preflight.samples import spread
 from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed
@@ -72,24 +70,6 @@ def spaces_as_pretrained(run: ReadRun) -> Check:
         f"two spaces before a word are {' '.join(pieces)!r}",
         "This tokenizer.json was converted by Transformers 5, and repairs.merge_spaces_last did not mend it.",
     )
-
-
-def refuse_other_template(
-    run: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, allow_other: bool = False
-) -> None:
-    """Refuse to chat with an adapter, or to evaluate it, with another template than it was trained with.
-
-    `run` is a receipt as `RunFolder.receipt` gives it; `allow_other` is for who means it.
-
-    Raises:
-        TemplateError: naming both hashes.
-    """
-    trained, now = run["template"]["sha256"], template_sha256(tokenizer)
-    if now != trained and not allow_other:
-        raise TemplateError(
-            f"the tokenizer has the chat template {now[:12]}, and the adapter was trained with "
-            f"{run['template']['name']} {trained[:12]}. Load the tokenizer from the run's adapter folder"
-        )
 
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,286 @@
+"""A benchmark trains and scores what is missing, and interrupted anywhere gives the report of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import answers, flipped, make_run, receipt, write_results
+
+from qlora_recipes.benchmark import command, scoring, training
+from qlora_recipes.benchmark.plan import Plan, settle
+from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
+from qlora_recipes.evaluation.divergence_files import read_divergence, write_divergence
+from qlora_recipes.evaluation.findings import Divergence
+from qlora_recipes.evaluation.records import TaskResult, finished_tasks
+from qlora_recipes.runs import RunFolder
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPE = RECIPES / "llama2_guanaco.py"
+ROOT = RECIPES.parent
+
+
+def plan_of(output: Path, precisions: tuple[str, ...] = ("nf4", "bf16"), **options: Any) -> Plan:
+    return settle(RECIPE, **{"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "demo": True, "output": output}
+                  | options)  # fmt: skip
+
+
+# The plan
+
+
+def test_a_plan_has_every_arm_with_the_baseline_first(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, flags=["--max_steps", "5"])
+    assert (plan.baseline, plan.precisions) == ("bf16", ["bf16", "nf4"])
+    assert [arm.name for arm in plan.arms] == ["bf16, seed 0", "nf4, seed 0", "bf16, seed 1", "nf4, seed 1"]
+    assert plan.arms[1].folder.path == tmp_path / "nf4-seed0"
+    assert {arm.settings.training["max_steps"] for arm in plan.arms} == {5}
+    assert "--demo" in plan.arms[0].words
+
+
+def test_of_more_than_two_the_first_is_the_baseline(tmp_path: Path) -> None:
+    assert plan_of(tmp_path, ("bf16", "nf4", "fp4")).baseline == "bf16"
+    assert plan_of(tmp_path, ("nf4", "fp4", "int8")).baseline == "nf4"
+
+
+def test_the_quantised_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> None:
+    assert {arm.settings.dtype for arm in plan_of(tmp_path, ("nf4", "fp16")).arms} == {"float16"}
+    assert {arm.settings.dtype for arm in plan_of(tmp_path).arms} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precisions": ["nf4"]}, "wanted two or more"),
+        ({"precisions": ["nf4", "nf4"]}, "nf4 is given twice"),
+        ({"precisions": ["nf4", "bf61"]}, "Did you mean 'bf16'"),
+        ({"precisions": ["bf16", "fp16"]}, "different dtypes"),
+        ({"seeds": [1, 1]}, "1 is given twice"),
+        ({"flags": ["--seed", "3"]}, "--seed is set by the benchmark .* --seeds"),
+        ({"flags": ["--max_stps", "3"]}, "Did you mean 'max_steps'"),
+        ({"flags": ["--precision", "nf4"]}, "--precisions"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan_of(tmp_path, **options)
+
+
+# Doing it, with fakes for what takes long
+
+
+class Laboratory:
+    """Stands in for training and scoring: writes what they would, and can be interrupted before any piece of work."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.interrupt_at = -1
+
+    def work(self, what: str) -> None:
+        if len(self.done) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.done.append(what)
+
+    def train(self, plan: Plan, arm: Any, *_: Any) -> None:
+        shutil.rmtree(arm.folder.path, ignore_errors=True)
+        precision, seed = arm.precision, arm.settings.seed
+        arm.folder.path.mkdir(parents=True)
+        (arm.folder.path / "metrics.jsonl").write_text("")
+        self.work(f"train {precision} {seed}")
+        shutil.rmtree(arm.folder.path)
+        settings = {"lora": dict(arm.settings.lora), "training": dict(arm.settings.training)}
+        make_run(plan.output, precision, seed, receipt={"settings": json.loads(json.dumps(settings))})
+
+    def evaluate(self, folders: list[RunFolder], tasks: Any, *, options: Any, overwrite: bool, **_: Any) -> Any:
+        return [[self._evaluate_one(folder, options, overwrite)] for folder in folders]
+
+    def _evaluate_one(self, folder: RunFolder, options: Any, overwrite: bool) -> TaskResult:
+        content = folder.receipt()
+        output = folder.evaluation / options.control(content)
+        if "standin_choice" not in finished_tasks(output) or overwrite:
+            precision = options.precision or content["precision"]
+            self.work(f"score {folder.path.name} {output.name}")
+            run = {**content, "precision": precision, "base": receipt(precision, content["seed"])["base"]}
+            scores = flipped(answers(120), content["seed"] + (5 if precision == "nf4" else 0))
+            scores = scores if options.adapter else answers(120, wrong=0.7)
+            write_results(
+                output, run, scores[: options.limit], adapter=options.adapter, limit=options.limit, text=False
+            )
+        return finished_tasks(output)["standin_choice"]
+
+    def measure(self, reference: RunFolder, others: list[RunFolder], **_: Any) -> None:
+        for other in others:
+            if read_divergence(reference, other) is None:
+                self.work(f"divergence {other.path.name}")
+                write_divergence(reference, other, Divergence(900, 0.01, 0.001, 0.2, 97.5))
+
+
+@pytest.fixture
+def laboratory(monkeypatch: pytest.MonkeyPatch) -> Laboratory:
+    fake = Laboratory()
+    monkeypatch.setattr(training, "_train", fake.train)
+    monkeypatch.setattr(scoring, "evaluate_many", fake.evaluate)
+    monkeypatch.setattr(scoring, "measure", fake.measure)
+    return fake
+
+
+def report_of(output: Path) -> bytes:
+    return b"".join((output / "report" / name).read_bytes() for name in ("report.json", "report.md", "index.html"))
+
+
+def test_everything_is_done_once(tmp_path: Path, laboratory: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run(plan_of(tmp_path / "b"))
+    assert laboratory.done == [
+        *("train bf16 0", "train nf4 0", "train bf16 1", "train nf4 1"),
+        *("score bf16-seed0 evaluation", "score bf16-seed1 evaluation", "score bf16-seed0 base"),
+        *("score nf4-seed0 evaluation", "score nf4-seed1 evaluation", "score nf4-seed0 base"),
+        *("score bf16-seed0 on-nf4", "score bf16-seed1 on-nf4"),
+        *("divergence bf16-seed1", "divergence nf4-seed0"),
+    ]
+    said = capsys.readouterr().out
+    assert "nf4" in said and "bf16" in said and str(tmp_path / "b" / "report" / "index.html") in said
+    before = report_of(tmp_path / "b")
+    command.run(plan_of(tmp_path / "b"))
+    assert len(laboratory.done) == 14 and report_of(tmp_path / "b") == before
+
+
+def test_interrupted_anywhere_it_gives_the_same_report(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path / "whole"))
+    whole, pieces = report_of(tmp_path / "whole"), len(laboratory.done)
+    laboratory.done.clear()
+    for interrupted in range(pieces):
+        laboratory.interrupt_at = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            command.run(plan_of(tmp_path / "b"))
+        assert not (tmp_path / "b" / "report").exists()
+    laboratory.interrupt_at = -1
+    command.run(plan_of(tmp_path / "b"))
+    assert len(laboratory.done) == pieces
+    assert report_of(tmp_path / "b") == whole
+
+
+def lose(*paths: str) -> Callable[[Path], None]:
+    def remove(output: Path) -> None:
+        for path in paths:
+            target = output / path
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    return remove
+
+
+def spoil(output: Path) -> None:
+    file = output / "nf4-seed1" / "evaluation" / "standin_choice.docs.jsonl"
+    file.write_text(file.read_text()[:-30])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose("report"),
+        lose("nf4-seed1/evaluation"),
+        lose("bf16-seed0/run.json"),
+        lose("bf16-seed0", "nf4-seed0/evaluation/divergence"),
+        lose("bf16-seed0/evaluation/base", "bf16-seed1/evaluation/on-nf4"),
+        spoil,
+    ],
+)
+def test_what_is_lost_is_made_again(tmp_path: Path, laboratory: Laboratory, damage: Callable[[Path], None]) -> None:
+    command.run(plan_of(tmp_path))
+    whole = report_of(tmp_path)
+    damage(tmp_path)
+    command.run(plan_of(tmp_path))
+    assert report_of(tmp_path) == whole
+
+
+def test_a_margin_that_was_changed_is_told(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path, margin=0.5))
+    command.run(plan_of(tmp_path, margin=3.0))
+    assert json.loads((tmp_path / "benchmark.json").read_text())["margins"] == [0.5, 3.0]
+    assert "±0.5 points before" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_trial_gives_way_to_the_whole(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path, limit=30))
+    assert "NOT A RESULT" in (tmp_path / "report" / "index.html").read_text()
+    laboratory.interrupt_at = len(laboratory.done) + 3
+    with pytest.raises(KeyboardInterrupt):
+        command.run(plan_of(tmp_path))
+    laboratory.interrupt_at = -1
+    command.run(plan_of(tmp_path))
+    assert "NOT A RESULT" not in (tmp_path / "report" / "index.html").read_text()
+    with pytest.raises(RunFolderError, match="holds whole results"):
+        command.run(plan_of(tmp_path, limit=30))
+
+
+def test_another_benchmarks_folder_is_refused(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path / "b"))
+    with pytest.raises(RunFolderError, match=r"is a benchmark with flags \[\]"):
+        command.run(plan_of(tmp_path / "b", flags=["--max_steps", "5"]))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match="holds other files"):
+        command.run(plan_of(tmp_path / "mine"))
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path))
+    file = tmp_path / "nf4-seed0" / "run.json"
+    content = json.loads(file.read_text())
+    content["settings"]["training"]["learning_rate"] = 1.0
+    file.write_text(json.dumps(content))
+    with pytest.raises(RunFolderError, match=r"trained with settings\.training\.learning_rate 1\.0"):
+        command.run(plan_of(tmp_path))
+
+
+def test_an_unknown_task_is_refused_before_training(tmp_path: Path, laboratory: Laboratory) -> None:
+    with pytest.raises(RecipesError, match="standin_choise"):
+        command.run(plan_of(tmp_path, tasks=["./standin_choise.yaml"]))
+    assert laboratory.done == [] and not (tmp_path / "benchmark.json").exists()
+
+
+# Training in a process of its own
+
+
+def fake_recipe(folder: Path, body: str) -> Plan:
+    plan = plan_of(folder / "b", seeds=[0])
+    script = folder / "recipe.py"
+    script.write_text(body)
+    plan.output.mkdir()
+    return Plan(**{**vars(plan), "recipe_file": script})
+
+
+def quiet() -> Any:
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def test_an_unfinished_run_is_trained_anew(tmp_path: Path) -> None:
+    write = "import sys, pathlib, json\nfolder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+    write += "folder.mkdir(exist_ok=True)\n(folder / 'run.json').write_text(json.dumps(sys.argv))\n"
+    plan = fake_recipe(tmp_path, write)
+    (plan.output / "nf4-seed0").mkdir()
+    (plan.output / "nf4-seed0" / "metrics.jsonl").write_text("")
+    training.train_missing(plan, quiet())
+    words = {arm.precision: json.loads((arm.folder.path / "run.json").read_text()) for arm in plan.arms}
+    assert "--overwrite" in words["nf4"] and "--overwrite" not in words["bf16"]
+
+
+def test_a_training_that_fails_says_its_last_words(tmp_path: Path) -> None:
+    plan = fake_recipe(tmp_path, "print('error: the disk is full'); raise SystemExit(2)")
+    with pytest.raises(
+        CheckError, match=r"training bf16, seed 0 ended with exit code 2(.*\n)*  error: the disk is full"
+    ):
+        training.train_missing(plan, quiet())
+
+
+def test_the_script_answers_at_once() -> None:
+    words = [sys.executable, str(ROOT / "eval" / "benchmark.py"), str(RECIPE), "--precisions", "nf4"]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --precisions: got nf4, wanted two or more")

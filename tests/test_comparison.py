@@ -1,0 +1,398 @@
+"""Evaluated runs in, one report out: what is refused, what is said, and what stands beside the verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_runs import answers, flipped, make_run, receipt, write_results
+
+from qlora_recipes.errors import CheckError, ComparisonError, RecipesError, RunFolderError
+from qlora_recipes.evaluation.compare import compare_folders, main
+from qlora_recipes.evaluation.comparison import choose_baseline
+from qlora_recipes.evaluation.divergence_files import (
+    read_divergence,
+    read_quantization_error,
+    write_divergence,
+    write_quantization_error,
+)
+from qlora_recipes.evaluation.findings import Divergence, LayerError, Report
+from qlora_recipes.evaluation.receipts import differences
+from qlora_recipes.runs import RunFolder
+
+N = 800
+SCORES = answers(N)
+
+
+def pair(root: Path, lost: int = 4, won: int = 4, **options: Any) -> list[Path]:
+    """An nf4 run and its bf16 baseline; `options` go to the nf4 run."""
+    return [
+        make_run(root, "nf4", scores=flipped(SCORES, lost, won), **options),
+        make_run(root, "bf16", scores=SCORES),
+    ]
+
+
+def ladder(root: Path, seeds: int = 2) -> list[Path]:
+    """Three precisions, with controls, divergence and quantisation error beside the first seeds."""
+    folders = []
+    for precision, lost in (("bf16", 0), ("nf4", 6), ("fp4", 60)):
+        for seed in range(seeds):
+            of_seed = flipped(SCORES, 3 * seed, 2 * seed)
+            folders.append(make_run(root, precision, seed, flipped(of_seed, lost, lost // 2)))
+        write_results(
+            root / f"{precision}-seed0" / "evaluation" / "base",
+            receipt(precision, 0),
+            answers(N, wrong=0.6),
+            adapter=False,
+        )
+    for precision in ("nf4", "fp4"):
+        for seed in range(seeds):
+            swapped = {**receipt("bf16", seed), "precision": precision, "base": receipt(precision, seed)["base"]}
+            folder = root / f"bf16-seed{seed}" / "evaluation" / f"on-{precision}"
+            write_results(folder, swapped, flipped(SCORES, 3, 2))
+    return folders
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"recipe": "falcon_faq-demo"}, "recipe: .*falcon_faq-demo"),
+        ({"dtype": "float16"}, "dtype: float16 and bfloat16"),
+        ({"data__fingerprint": "f2"}, "data.fingerprint: f2 and f1"),
+        ({"settings__training": {"learning_rate": 1e-4, "seed": 0}}, r"settings\.training\.learning_rate: 0.0001"),
+        ({"settings__lora": {"r": 16, "lora_alpha": 16}}, r"settings\.lora\.r: 16 and 8"),
+        ({"template__sha256": "other"}, "template.sha256: other and template"),
+        ({"versions": {"trl": "1.17.0", "torch": "2.13.0"}}, "versions.trl: 1.17.0 and 1.16.0"),
+        ({"adapter__initial_sha256": "drawn again"}, "adapter.initial_sha256"),
+        ({"adapter__dtype": "bfloat16"}, "adapter.dtype"),
+        ({"training__tokens": 1}, "training.tokens: 1 and 15336"),
+        ({"training__attention": "eager"}, "training.attention"),
+        ({"training__device": "cuda"}, "training.device"),
+        ({"base__model": "another"}, "base.model: another and standin-llama2"),
+    ],
+)
+def test_receipts_that_differ_in_more_than_precision_are_refused(
+    tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    runs = pair(tmp_path, receipt=change)
+    with pytest.raises(ComparisonError, match=rf"differ in more than precision:\n(.*\n)*?.*{key}"):
+        compare_folders(runs, 1.0)
+
+
+def test_receipts_may_differ_in_timings_paths_and_storage() -> None:
+    other = receipt("nf4", 0, training__seconds=1.0, command=["elsewhere"], started="later", git={"commit": "c"})
+    assert dict(differences(receipt("bf16", 0), other)) == {}
+
+
+def test_every_key_that_differs_is_named(tmp_path: Path) -> None:
+    runs = pair(tmp_path, receipt={"data__fingerprint": "f2", "dtype": "float16"})
+    with pytest.raises(ComparisonError) as refusal:
+        compare_folders(runs, 1.0)
+    assert "data.fingerprint" in str(refusal.value) and "dtype" in str(refusal.value)
+
+
+def test_other_seeds_are_refused(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "nf4", 1, SCORES), make_run(tmp_path, "bf16", 0, SCORES)]
+    with pytest.raises(ComparisonError, match=r"seeds \[1\] of nf4 and \[0\] of bf16"):
+        compare_folders(runs, 1.0)
+
+
+def test_one_precision_twice_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "nf4", 0, SCORES)
+    with pytest.raises(ComparisonError, match="both nf4 with seed 0"):
+        compare_folders([run, run], 1.0)
+    with pytest.raises(ComparisonError, match="runs of nf4 alone"):
+        compare_folders([run], 1.0)
+
+
+def test_a_run_that_is_not_finished_or_not_evaluated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no finished run"):
+        compare_folders([tmp_path / "nowhere"], 1.0)
+    run = make_run(tmp_path, "nf4")
+    with pytest.raises(ComparisonError, match=r"nf4-seed0 is not evaluated: .* qlora-recipes evaluate"):
+        compare_folders([run], 1.0)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ComparisonError, match="has a receipt and no adapter"):
+        compare_folders([run], 1.0)
+
+
+def test_scores_of_other_weights_are_refused(tmp_path: Path) -> None:
+    runs = pair(tmp_path, adapter_sha256="another adapter's")
+    with pytest.raises(ComparisonError, match="scored with the adapter another adap"):
+        compare_folders(runs, 1.0)
+    write_results(runs[0] / "evaluation", receipt("nf4", 0), SCORES, base_sha256="another base's")
+    with pytest.raises(ComparisonError, match="scored with the base another base"):
+        compare_folders(runs, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"task": "standin_chioce"}, "not evaluated on the same tasks: standin_chioce, standin_choice"),
+        ({"num_fewshot": 5}, "num_fewshot 5 in .*nf4-seed0.* and 0 in"),
+        ({"limit": 50}, "limit 50"),
+        ({"batch_size": 8}, "batch_size 8"),
+        ({"loglikelihood_dtype": "bfloat16"}, "loglikelihood_dtype 'bfloat16'"),
+        ({"change": lambda d: replace(d, prompt_hash="other")}, "differ in prompt_hash alone"),
+    ],
+)
+def test_other_measurements_are_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    runs = pair(tmp_path, text=False, **options)
+    write_results(runs[1] / "evaluation", receipt("bf16", 0), SCORES, text=False)
+    (runs[1] / "evaluation" / "standin_text.docs.jsonl").unlink()
+    with pytest.raises(ComparisonError, match=said):
+        compare_folders(runs, 1.0)
+
+
+def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match=r"'standin_chioce'.*Did you mean 'standin_choice'\?"):
+        compare_folders(pair(tmp_path), 1.0, tasks=["standin_chioce"])
+
+
+def test_too_few_documents_are_refused(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, p, scores=SCORES[:12]) for p in ("nf4", "bf16")]
+    with pytest.raises(ComparisonError, match="12 documents, too few to say anything; wanted at least 20"):
+        compare_folders(runs, 1.0)
+
+
+def test_nothing_to_give_a_verdict_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match="standin_text have no score between 0 and 1"):
+        compare_folders(pair(tmp_path), 1.0, tasks=["standin_text"])
+
+
+def test_nan_scores_are_refused(tmp_path: Path) -> None:
+    runs = pair(tmp_path)
+    file = runs[0] / "evaluation" / "standin_choice.docs.jsonl"
+    lines = file.read_text().splitlines()
+    lines[3] = json.dumps({**json.loads(lines[3]), "score": float("nan")})
+    text = "\n".join(lines) + "\n"
+    file.write_text(text)
+    from qlora_recipes.evaluation.records import sha256
+
+    result = runs[0] / "evaluation" / "standin_choice.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "docs_sha256": sha256(text)}))
+    with pytest.raises(CheckError, match="document 3 of standin_choice has the score nan"):
+        compare_folders(runs, 1.0)
+
+
+def test_half_written_scores_are_refused(tmp_path: Path) -> None:
+    runs = pair(tmp_path)
+    file = runs[0] / "evaluation" / "standin_choice.docs.jsonl"
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(RunFolderError, match="Evaluate standin_choice again"):
+        compare_folders(runs, 1.0)
+
+
+# Verdicts
+
+
+def test_equivalent(tmp_path: Path) -> None:
+    report = compare_folders(pair(tmp_path), 2.0)
+    (found,) = report.contrasts
+    assert found.overall.verdict == "equivalent"
+    assert found.sentence.startswith("nf4 matches bf16: its score differs by 0.00 points (90 % interval −")  # noqa: RUF001
+    assert "inside the margin of ±2 points, over 800 documents of 1 task and 1 seed" in found.sentence
+
+
+def test_different(tmp_path: Path) -> None:
+    found = compare_folders(pair(tmp_path, lost=60, won=0), 1.0).contrasts[0]
+    assert found.overall.verdict == "different"
+    assert found.overall.difference == pytest.approx(-7.5)
+    assert "nf4 does not match bf16: it scores 7.50 points below it (95 % interval −" in found.sentence  # noqa: RUF001
+    assert "margin of ±1 point," in found.sentence
+
+
+def test_inconclusive_says_how_many_documents_it_would_take(tmp_path: Path) -> None:
+    found = compare_folders(pair(tmp_path, lost=30, won=28), 1.0).contrasts[0]
+    assert found.overall.verdict == "inconclusive"
+    assert found.overall.n_needed > N
+    assert found.sentence.startswith("Inconclusive: nf4 scores −0.25 points against bf16")  # noqa: RUF001
+    assert f"About {found.overall.n_needed:,} documents would settle it." in found.sentence
+
+
+def test_a_limited_run_is_no_result(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, p, scores=SCORES[:10], limit=10, text=False) for p in ("nf4", "bf16")]
+    report = compare_folders(runs, 50.0)
+    assert report.limit == 10
+    assert report.contrasts[0].overall.verdict == "inconclusive"
+    assert report.contrasts[0].sentence.startswith("NOT A RESULT: the evaluation was limited to 10 documents")
+
+
+def test_the_order_of_the_runs_does_not_turn_the_sign(tmp_path: Path) -> None:
+    runs = pair(tmp_path, lost=60)
+    for order in (runs, runs[::-1]):
+        report = compare_folders(order, 1.0)
+        assert (report.baseline, report.contrasts[0].name) == ("bf16", "nf4")
+        assert report.contrasts[0].overall.difference < 0
+
+
+def test_subjects_are_clusters(tmp_path: Path) -> None:
+    assert compare_folders(pair(tmp_path), 1.0).contrasts[0].overall.n_clusters == 8
+
+
+@pytest.mark.parametrize(
+    ("precisions", "baseline"),
+    [
+        (["nf4", "bf16"], "bf16"),
+        (["fp16", "nf4"], "fp16"),
+        (["nf4", "fp4"], "fp4"),
+        (["bf16", "nf4", "fp4"], "bf16"),
+        (["int8", "nf4", "bf16"], "int8"),
+    ],
+)
+def test_the_baseline(precisions: list[str], baseline: str) -> None:
+    assert choose_baseline(precisions) == baseline
+
+
+# Beside the verdict
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A ladder of three precisions and two seeds with everything that can stand beside it."""
+    root = tmp_path_factory.mktemp("ladder")
+    folders = ladder(root)
+    reference = RunFolder(root / "bf16-seed0")
+    for name in ("nf4-seed0", "fp4-seed0", "bf16-seed1"):
+        write_divergence(reference, RunFolder(root / name), Divergence(900, 0.01, 0.001, 0.2, 97.5))
+    write_quantization_error(RunFolder(root / "nf4-seed0"), "base-nf4", [LayerError("model.layers.0.q_proj", 0.09)])
+    return compare_folders(folders, 1.0)
+
+
+def test_a_ladder_holds_every_precision_against_the_first(report: Report) -> None:
+    assert [(c.name, c.baseline) for c in report.contrasts] == [("nf4", "bf16"), ("fp4", "bf16")]
+    assert [arm.precision for arm in report.arms] == ["bf16", "nf4", "fp4"]
+    assert report.contrasts[1].overall.verdict == "different"
+    assert len(report.contrasts[0].overall.seed_differences) == 2
+
+
+def test_noise_is_the_baselines_second_seed_against_its_first(report: Report) -> None:
+    assert report.noise is not None
+    assert (report.noise.name, report.noise.baseline) == ("bf16 seed 1", "bf16 seed 0")
+    assert report.noise.overall.difference == pytest.approx(100 * (2 - 3) / N)
+    assert report.noise.divergence is not None
+
+
+def test_one_seed_has_no_noise_row(tmp_path: Path) -> None:
+    assert compare_folders(pair(tmp_path), 1.0).noise is None
+
+
+def test_flips_are_counted_for_each_task_and_seed(report: Report) -> None:
+    counted = [(count.task, count.seed, count.flips.right_to_wrong) for count in report.contrasts[0].flips]
+    assert counted == [("standin_choice", 0, 6), ("standin_choice", 1, 6)]
+    assert report.contrasts[0].changed_share == pytest.approx(100 * 9 / N)
+
+
+def test_changed_answers_show_both_sides(report: Report) -> None:
+    changed = report.contrasts[1].changed
+    assert {change.change for change in changed} >= {"right to wrong", "wrong to right"}
+    worse = next(change for change in changed if change.change == "right to wrong")
+    assert (worse.target, worse.baseline_answer) == ("In Kropa.", "In Kropa.")
+    assert worse.answer.startswith("In Samul")
+
+
+def test_bits_per_byte_have_an_interval(report: Report) -> None:
+    (found,) = report.contrasts[0].bits
+    assert (found.task, found.a, found.b) == ("standin_text", pytest.approx(1.02), pytest.approx(1.0))
+    assert found.comparison is not None and found.comparison.interval[0] > 0
+
+
+def test_controls_split_inference_from_training(report: Report) -> None:
+    names = [control.name for control in report.controls]
+    assert names[:2] == ["bf16 base before tuning", "nf4 base before tuning"]
+    assert "bf16 adapter on the nf4 base" in names
+    effects = {effect.name: effect.comparison.difference for effect in report.effects}
+    assert effects["bf16: tuning"] > 10
+    whole = report.contrasts[0].overall.difference
+    assert effects["nf4: inference"] + effects["nf4: training"] == pytest.approx(whole)
+    assert not report.caveats
+
+
+def test_a_control_of_other_weights_is_refused(tmp_path: Path) -> None:
+    runs = pair(tmp_path)
+    write_results(runs[0] / "evaluation" / "base", receipt("nf4", 0), SCORES, adapter=False, base_sha256="other")
+    with pytest.raises(ComparisonError, match="nf4 base before tuning: standin_choice was scored with the base other"):
+        compare_folders(runs, 1.0)
+
+
+def test_validity_tells_what_was_counted(report: Report) -> None:
+    facts = {fact.name: fact for fact in report.validity}
+    assert "nf4: 28 Linear4bit, 28 of 28 quantised" in facts["base as stored"].figure
+    assert "6 of 6 runs" in facts["weights evaluated"].figure
+    assert "800" in facts["documents"].figure
+    assert {fact.verdict for fact in report.validity} == {"pass"}
+
+
+def test_arms_that_cannot_differ_are_a_caveat(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, p, scores=np.zeros(N)) for p in ("nf4", "bf16")]
+    write_results(runs[1] / "evaluation" / "base", receipt("bf16", 0), np.zeros(N), adapter=False)
+    said = " ".join(compare_folders(runs, 1.0).caveats)
+    assert "standin_choice cannot tell the arms apart: every answer of every arm is wrong" in said
+    assert "Tuning itself made no difference" in said
+
+
+def test_generations_are_shown_beside_the_verdict(tmp_path: Path) -> None:
+    runs = pair(tmp_path)
+    for run, precision, score in zip(runs, ("nf4", "bf16"), (0.4, 0.5), strict=True):
+        folder = run / "evaluation"
+        write_results(folder, receipt(precision, 0), np.full(30, score), kind="generation", task="held_out_answers")
+    found = compare_folders(runs, 1.0).contrasts[0]
+    assert [task.task for task in found.tasks] == ["standin_choice", "held_out_answers"]
+    assert "1 task" in found.sentence
+
+
+def test_divergences_of_other_weights_are_not_read(tmp_path: Path) -> None:
+    runs = [RunFolder(run) for run in pair(tmp_path)]
+    write_divergence(runs[1], runs[0], Divergence(900, 0.01, 0.001, 0.2, 97.5))
+    write_quantization_error(runs[0], "base-nf4", [LayerError("q_proj", 0.09)])
+    assert read_divergence(runs[1], runs[0]) == Divergence(900, 0.01, 0.001, 0.2, 97.5)
+    content = receipt("nf4", 0, adapter__final_sha256="trained again", base__sha256="another")
+    (runs[0].path / "run.json").write_text(json.dumps(content))
+    assert read_divergence(runs[1], runs[0]) is None
+    assert read_quantization_error(runs[0]) == []
+
+
+# The command
+
+
+def test_the_command_writes_a_report_beside_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*map(str, pair(tmp_path)), "--margin", "2"])
+    said = capsys.readouterr().out
+    assert "nf4 matches bf16" in said and str(tmp_path / "report" / "index.html") in said
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["index.html", "report.json", "report.md"]
+
+
+def test_another_margin_is_told(tmp_path: Path) -> None:
+    runs = [*map(str, pair(tmp_path, lost=30, won=20))]
+    for margin in ("1", "1", "5"):
+        main([*runs, "--margin", margin])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["margin"], report["earlier_margins"]) == (5.0, [1.0])
+    assert "±1 points before" in report["caveats"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--margin", "none"], "wanted points above 0"),
+        (["--margn", "1"], "unrecognized arguments: --margn"),
+        (["--baseline", "int8"], "no run has the precision int8"),
+    ],
+)
+def test_the_command_refuses(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(RecipesError, match=said):
+        main([*map(str, pair(tmp_path)), *words])
+
+
+def test_nothing_but_a_report_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.md").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"holds thesis\.md, which is no report"):
+        main([*map(str, pair(tmp_path)), "--output", str(tmp_path / "out")])

@@ -1,0 +1,415 @@
+"""Evaluation: the run's own weights, the training format to the token, results that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from qlora_recipes import Recipe, environment
+from qlora_recipes.adapters import WEIGHTS, generate
+from qlora_recipes.encoding import IGNORED
+from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
+from qlora_recipes.evaluation import harness, loaded
+from qlora_recipes.evaluation.bar import Bar
+from qlora_recipes.evaluation.command import main
+from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate, evaluate_many
+from qlora_recipes.evaluation.held_out import score_held_out
+from qlora_recipes.evaluation.loaded import BaseKey, load_run, load_run_base
+from qlora_recipes.evaluation.records import DocRecord, TaskResult, finished_tasks, read_task, write_task
+from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, load_tasks
+from qlora_recipes.runs import RunFolder
+from qlora_recipes.settings import resolve
+from qlora_recipes.training import train
+
+SHORT = Options(limit=4, batch_size=4)
+TASKS = ["standin_choice", "standin_answer", "standin_text", "held_out"]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], RunFolder]:
+    """Return a function that trains a run of three steps, once."""
+    made: dict[tuple[str, str], RunFolder] = {}
+
+    def make(family: str = "llama2", precision: str = "nf4", seed: int = 0) -> RunFolder:
+        key = (family, precision, seed)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("runs") / "-".join(map(str, key))
+            settings = resolve(
+                recipe_for(family),
+                precision=precision,
+                model=str(tiny(family)),
+                output_dir=folder,
+                training={"seed": seed, "learning_rate": 0.05},
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(environment, "share_threads", lambda processes: None)  # test processes share the cores
+                made[key] = train(settings)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def run(trained: Callable[..., RunFolder], tmp_path: Path) -> RunFolder:
+    """A trained run of its own, to be evaluated or spoilt."""
+    return RunFolder(Path(shutil.copytree(trained().path, tmp_path / "run")))
+
+
+@pytest.mark.parametrize("family", ["llama2", "falcon"])
+def test_every_offline_task_is_scored_on_the_runs_own_weights(
+    family: str, trained: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    folder = RunFolder(Path(shutil.copytree(trained(family).path, tmp_path / "run")))
+    results = evaluate(folder, [*TASKS, "held_out_answers"], options=SHORT)
+    receipt = folder.receipt()
+    assert [result.task for result in results] == [*TASKS, "held_out_answers"]
+    for result in results:
+        assert result.adapter_sha256 == receipt["adapter"]["final_sha256"]
+        assert result.base_sha256 == receipt["base"]["sha256"]
+        assert result.adapter_on_off_difference > 0
+        assert (result.limit, result.truncated, result.prompts_unlike_training) == (4, 0, 0)
+        again, docs = read_task(folder.evaluation, result.task)
+        assert again == result and 0 < len(docs) == result.n_docs <= 4
+        assert result.metrics[result.metric] == pytest.approx(_pooled(result, docs))
+    assert {doc.subject for doc in read_task(folder.evaluation, "standin_choice")[1]} == {"town"}
+
+
+def _pooled(result: TaskResult, docs: list[DocRecord]) -> float:
+    if result.kind == "bits_per_byte":
+        return sum(doc.bits for doc in docs) / sum(doc.bytes for doc in docs)
+    return sum(doc.score for doc in docs) / len(docs)
+
+
+def test_two_evaluations_give_the_same_scores(run: RunFolder) -> None:
+    evaluate(run, TASKS, options=SHORT)
+    first = [read_task(run.evaluation, task)[1] for task in TASKS]
+    evaluate(run, TASKS, options=SHORT, overwrite=True)
+    assert [read_task(run.evaluation, task)[1] for task in TASKS] == first
+
+
+def test_runs_of_one_base_share_it_and_are_scored_as_alone(
+    trained: Callable[..., RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [RunFolder(Path(shutil.copytree(trained(seed=seed).path, tmp_path / str(seed)))) for seed in (0, 1)]
+    alone = [evaluate(folder, ["held_out"], options=SHORT)[0].metrics for folder in folders]
+    loads: list[BaseKey] = []
+    monkeypatch.setattr(harness, "load_run_base", lambda key: loads.append(key) or load_run_base(key))
+    together = evaluate_many(folders, ["held_out"], options=SHORT, overwrite=True)
+    assert [results[0].metrics for results in together] == alone
+    assert alone[0] != alone[1] and len(loads) == 1
+
+
+def test_controls_lie_beside_the_run(trained: Callable[..., RunFolder], tmp_path: Path) -> None:
+    folder = RunFolder(Path(shutil.copytree(trained(precision="bf16").path, tmp_path / "run")))
+    (own,) = evaluate(folder, ["held_out"], options=SHORT)
+    (base,) = evaluate(folder, ["held_out"], options=replace(SHORT, adapter=False))
+    (swapped,) = evaluate(folder, ["held_out"], options=replace(SHORT, precision="nf4"))
+    assert (base.adapter_sha256, base.adapter_on_off_difference, base.base_sha256) == (None, None, own.base_sha256)
+    assert (swapped.adapter_sha256, swapped.precision) == (own.adapter_sha256, "nf4")
+    assert len({own.metrics["loss"], base.metrics["loss"], swapped.metrics["loss"]}) == 3
+    assert (folder.evaluation / "base" / "held_out.json").is_file()
+    assert (folder.evaluation / "on-nf4" / "held_out.json").is_file()
+
+
+def test_an_exchanged_adapter_is_refused(run: RunFolder) -> None:
+    weights = load_file(run.adapter / WEIGHTS)
+    first = sorted(weights)[0]
+    weights[first] = weights[first] + 1e-3
+    save_file(weights, run.adapter / WEIGHTS)
+    with pytest.raises(CheckError, match="the adapter is not this run's"):
+        evaluate(run, ["held_out"], options=SHORT)
+    assert not run.evaluation.exists()
+
+
+def test_an_adapter_that_does_nothing_is_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = load_file(run.adapter / WEIGHTS)
+    save_file({name: torch.zeros_like(weight) for name, weight in weights.items()}, run.adapter / WEIGHTS)
+    monkeypatch.setattr(loaded, "_check_same", lambda *_: None)
+    with pytest.raises(CheckError, match="switching the adapter off changes no logit"):
+        evaluate(run, ["held_out"], options=SHORT)
+
+
+def test_another_base_is_refused(run: RunFolder, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny("llama2"), tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    _edit_receipt(run, lambda receipt: receipt["base"].update(model=str(other)))
+    with pytest.raises(CheckError, match="the base is not this run's"):
+        evaluate(run, ["held_out"], options=SHORT)
+
+
+def test_an_edited_template_and_a_missing_adapter_are_refused(run: RunFolder) -> None:
+    template = run.adapter / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(CheckError, match="the chat template is not this run's"):
+        evaluate(run, ["held_out"], options=SHORT)
+    (run.adapter / WEIGHTS).unlink()
+    template.write_text(template.read_text()[:-1])
+    with pytest.raises(RecipesError, match="no adapter at"):
+        evaluate(run, ["held_out"], options=SHORT)
+
+
+def _edit_receipt(run: RunFolder, edit: Callable[[dict], None]) -> None:
+    receipt = run.receipt()
+    edit(receipt)
+    (run.path / "run.json").write_text(json.dumps(receipt))
+
+
+def test_finished_tasks_are_kept_and_unfinished_ones_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(run, ["held_out"], options=SHORT)
+    monkeypatch.setattr(harness, "load_run_base", lambda key: pytest.fail("loaded a base for a finished task"))
+    evaluate(run, ["held_out"], options=SHORT)
+    monkeypatch.undo()
+    (run.evaluation / "held_out.json").unlink()  # as after a kill between the two files
+    assert finished_tasks(run.evaluation) == {}
+    assert [result.task for result in evaluate(run, ["held_out"], options=SHORT)] == ["held_out"]
+
+
+def test_results_of_other_options_are_not_replaced(run: RunFolder) -> None:
+    evaluate(run, ["held_out"], options=SHORT)
+    before = (run.evaluation / "held_out.json").read_bytes()
+    with pytest.raises(RunFolderError, match=r"held_out with limit 4, now None is asked for\. Give --overwrite"):
+        evaluate(run, ["held_out"], options=Options(batch_size=4))
+    assert (run.evaluation / "held_out.json").read_bytes() == before
+    assert evaluate(run, ["held_out"], options=Options(batch_size=4), overwrite=True)[0].limit is None
+
+
+def test_held_out_loss_is_that_of_one_row_at_a_time(run: RunFolder) -> None:
+    key = BaseKey.of(run.receipt())
+    with load_run(run, load_run_base(key), key) as it, torch.no_grad():
+        scores = score_held_out(it, batch_size=2, limit=None, bar=_silent())
+        for messages, doc in zip(it.held_out, scores.docs, strict=True):
+            row = it.encoder.encode(messages)
+            labels = torch.tensor(row.labels[1:])
+            logits = it.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
+            wanted = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            assert doc.bits * torch.log(torch.tensor(2.0)) == pytest.approx(float(wanted), rel=1e-2)  # bf16 batches
+            assert doc.bytes == sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+
+
+def _silent() -> Bar:
+    from rich.console import Console
+
+    return Bar("test", Console(quiet=True))
+
+
+@pytest.mark.parametrize("family", ["llama2", "falcon"])
+def test_prompts_and_choices_are_the_training_format_to_the_token(
+    family: str, trained: Callable[..., RunFolder]
+) -> None:
+    from qlora_recipes.evaluation.language_model import RunLanguageModel
+
+    folder = trained(family)
+    key = BaseKey.of(folder.receipt())
+    (task,) = load_tasks(["standin_choice"])["standin_choice"]
+    with load_run(folder, load_run_base(key), key) as it:
+        model = RunLanguageModel(it, 2, _silent())
+        part = task.parts[0]
+        part.build_all_requests(limit=3, apply_chat_template=True, chat_template=model.apply_chat_template)
+        for instance in part.instances:
+            prompt, choice = instance.args
+            messages = [
+                {"role": "user", "content": instance.doc["question"]},
+                {"role": "assistant", "content": instance.doc["choices"][instance.idx]},
+            ]
+            context, words = model._encode_pair(prompt, choice)
+            whole = it.encoder.encode(messages).input_ids
+            assert context == it.encoder.encode_prompt(messages[:1])
+            assert context + words == whole[: len(context) + len(words)]
+            assert model.tok_decode(whole[len(context) + len(words) :]).strip() == ""
+        assert model.prompts_unlike_training == 0
+
+
+def test_a_document_that_spells_a_control_token_is_counted(run: RunFolder, tmp_path: Path) -> None:
+    folder = _task_folder(tmp_path, rows=[{"q": "What is </s>?", "a": "no"}, {"q": "What is two?", "a": "yes"}])
+    (result,) = evaluate(run, [str(folder)], options=Options(batch_size=2))
+    assert result.prompts_unlike_training == 1
+
+
+def test_rolling_text_starts_with_one_bos(run: RunFolder) -> None:
+    evaluate(run, ["standin_text"], options=SHORT)
+    _, docs = read_task(run.evaluation, "standin_text")
+    key = BaseKey.of(run.receipt())
+    with load_run(run, load_run_base(key), key) as it, torch.no_grad():
+        for doc in docs:
+            plain = it.tokenizer(doc.target, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([[it.tokenizer.bos_token_id, *plain]])
+            logits = it.model(input_ids=ids).logits.float()
+            nats = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+            assert doc.bits * torch.log(torch.tensor(2.0)) == pytest.approx(float(nats), rel=1e-2)
+
+
+def test_a_batch_of_answers_is_what_each_prompt_gets_alone(tiny: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for family in ("llama2", "falcon"):
+        model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tiny(family))
+        prompts = [tokenizer(text)["input_ids"] for text in ("Where does Anna live?", "Who?", "A longer one, is it?")]
+        settings = dict(end=tokenizer.eos_token_id, pad=5, max_new_tokens=8)
+        together = generate(model, prompts, **settings)
+        assert together == [generate(model, [prompt], **settings)[0] for prompt in prompts]
+        assert all(0 < len(answer) <= 8 for answer in together)
+
+
+def _task_folder(tmp_path: Path, *, rows: list[dict] | None = None, **changes: object) -> Path:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = rows or [{"q": "Is it?", "a": "yes"}, {"q": "Was it?", "a": "no"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "{{['yes', 'no'].index(a)}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        **changes,
+    }
+    (folder / "mine.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return folder
+
+
+def test_a_folder_of_ones_own_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _task_folder(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (task,) = load_tasks(["../mine"])["../mine"]
+    assert (task.name, task.metric, task.kind, len(task.parts[0].eval_docs)) == ("mine", "acc", "accuracy", 2)
+    assert load_tasks([str(folder / "mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"metric_list": [{"metric": "acuracy"}]}, UsageError, "no metric 'acuracy'"),
+        ({"metric_list": [{"metric": "acc", "aggregation": "maen"}]}, UsageError, "Did you mean 'mean'"),
+        ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, DataError, "names the data gone.jsonl"),
+        ({"doc_to_target": "{{nothing"}, DataError, "lm-eval cannot make a task of it"),
+        ({"include": "gone.yaml"}, DataError, "cannot be read as a task"),
+        ({"task": None}, DataError, "names no task"),
+    ],
+)
+def test_a_broken_task_is_refused_before_anything_runs(
+    changes: dict, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        load_tasks([str(_task_folder(tmp_path, **changes))])
+
+
+def test_broken_yaml_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("task: [")
+    with pytest.raises(DataError, match=r"broken\.yaml cannot be read as a task"):
+        load_tasks([str(tmp_path)])
+    with pytest.raises(UsageError, match="no task folder at"):
+        load_tasks([str(tmp_path / "gone")])
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"unknown task 'standin_choce'\. Did you mean 'standin_choice'\?"):
+        load_tasks(["standin_choce"])
+
+
+def test_a_task_asked_for_twice_is_refused(run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="the task standin_text is asked for twice"):
+        evaluate(run, ["standin_text", "eval/tasks"], options=SHORT)
+
+
+def test_the_folder_of_tasks_holds_the_shipped_ones() -> None:
+    tasks = load_tasks(["eval/tasks"])["eval/tasks"]
+    assert {task.name for task in tasks} == set(STANDIN_TASKS)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5, 0, -1, True, "4"])
+def test_a_limit_that_is_no_count_is_refused(limit: object) -> None:
+    with pytest.raises(UsageError, match="limit: got"):
+        Options(limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--limit", "1.0"], "got '1.0', wanted a whole number"),
+        (["--limits", "4"], "Did you mean 'limit'"),
+        (["--batch_size", "auto"], "wanted a whole number"),
+        (["--precision", "nf5"], "invalid choice: 'nf5'"),
+    ],
+)
+def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        main(["run", *words])
+
+
+def test_the_command_scores_and_prints(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(run.path), "--tasks", "held_out", "--limit", "2"])
+    printed = capsys.readouterr().out
+    assert "held_out" in printed and "bits_per_byte" in printed and "NOT A RESULT" in printed
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no finished run"):
+        main([str(tmp_path)])
+
+
+def test_default_tasks() -> None:
+    receipt = {"demo": True, "data": {"rows_held_out": 3}, "settings": {"eval_tasks": ["mmlu"]}}
+    assert default_tasks(receipt) == [*STANDIN_TASKS, "held_out"]
+    assert default_tasks({**receipt, "demo": False}) == ["mmlu"]
+    assert default_tasks({**receipt, "demo": False, "settings": {}}) == ["held_out", "held_out_answers"]
+    with pytest.raises(UsageError, match="give --tasks"):
+        default_tasks({"demo": False, "data": {"rows_held_out": 0}, "settings": {}})
+
+
+def _result(**changes: object) -> TaskResult:
+    values: dict = dict(
+        task="a/b.c", kind="accuracy", metric="acc", higher_is_better=True, metrics={"acc": 1.0}, stderr={}, n_docs=1,
+        limit=None, num_fewshot=0, chat_template=True, template_sha256="t", prompts_unlike_training=0, truncated=0,
+        batch_size=8, loglikelihood_dtype="float32", version="1", precision="nf4", base_sha256="b",
+        adapter_sha256="a", adapter_on_off_difference=0.5, device="cpu", seconds=1.0,
+    )  # fmt: skip
+    return TaskResult(**{**values, **changes})
+
+
+def _doc(**changes: object) -> DocRecord:
+    values: dict = dict(
+        task="a/b.c", subject="s", doc_id="0", doc_hash="d", prompt_hash="p", target_hash="t", score=1.0,
+        answer="line\u2028separator", target="\x85", prompt="\n\r'\"",
+    )  # fmt: skip
+    return DocRecord(**{**values, **changes})
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    written = write_task(tmp_path, _result(), [_doc(), _doc(doc_id="1", bits=2.0, bytes=3)])
+    assert read_task(tmp_path, "a/b.c") == (written, [_doc(), _doc(doc_id="1", bits=2.0, bytes=3)])
+    assert finished_tasks(tmp_path) == {"a/b.c": written}
+    assert {file.parent for file in tmp_path.rglob("*")} == {tmp_path}  # a name cannot leave the folder
+
+
+def test_half_a_result_is_none(tmp_path: Path) -> None:
+    write_task(tmp_path, _result(), [_doc()])
+    (docs,) = tmp_path.glob("*.docs.jsonl")
+    docs.write_text(docs.read_text() + docs.read_text())
+    assert finished_tasks(tmp_path) == {}
+    with pytest.raises(RunFolderError, match="is not the one that"):
+        read_task(tmp_path, "a/b.c")
+    with pytest.raises(RunFolderError, match="is missing"):
+        read_task(tmp_path, "other")
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match=r"document 7 of a/b\.c has the score nan"):
+        write_task(tmp_path, _result(), [_doc(), _doc(doc_id="7", score=float("nan"))])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,102 @@
+"""The token-by-token view: what it says of a row, on the terminal and as a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from preflight_runs import read, with_rows
+from rich.console import Console
+
+from qlora_recipes import Recipe
+from qlora_recipes.errors import UsageError
+from qlora_recipes.inspect import describe, draw_lengths, main, print_page, render_html, tokens_of
+from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, run_checks
+
+ROOT = Path(__file__).parent.parent
+FORGED = "<script>alert('[/INST] </s>')</script> 你好 😊"
+
+
+@pytest.fixture(params=["llama2", "falcon"])
+def run(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+) -> ReadRun:
+    return read(recipe_for(request.param), tiny(request.param))
+
+
+def test_tokens_read_as_the_row_and_say_what_is_in_the_loss(run: ReadRun) -> None:
+    for row in run.data.train[:5]:
+        tokens = list(tokens_of(run.tokenizer, row))
+        text = run.tokenizer.apply_chat_template(row.messages, tokenize=False)
+        assert "".join(token.text for token in tokens).replace(" ", "") == text.replace(" ", "")
+        assert sum(len(token.ids) for token in tokens) == len(row.encoded.input_ids)
+        said = "".join(token.text for token in tokens if token.in_loss and not token.control)
+        answers = [message["content"] for message in row.messages if message["role"] == "assistant"]
+        assert "".join(said.split()) == "".join("".join(answers).split())
+
+
+def test_a_character_of_several_tokens_is_one(run: ReadRun) -> None:
+    row = with_rows(run, [("Who?", "你好 😊")]).data.train[0]
+    tokens = list(tokens_of(run.tokenizer, row))
+    assert "😊" in "".join(token.text for token in tokens)
+    assert not any("\ufffd" in token.text for token in tokens)
+
+
+def test_the_terminal_shows_80_columns_with_and_without_colours(run: ReadRun) -> None:
+    page = describe(run, run_checks(BEFORE_LOADING, run))
+    for colours in (None, "truecolor"):
+        console = Console(file=io.StringIO(), width=80, color_system=colours, force_terminal=bool(colours))
+        print_page(page, console)
+        shown = console.file.getvalue()
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+        assert max(map(len, plain.splitlines())) <= 80
+        assert ("[[" in plain) == (colours is None)
+        assert "The shortest row" in plain and "The longest row" in plain and "in the loss" in plain
+
+
+def test_a_long_row_is_shown_from_both_ends(run: ReadRun) -> None:
+    long = with_rows(run, [("Why?", "because of this and that, " * 100)])
+    console = Console(file=io.StringIO(), width=80)
+    print_page(describe(long, []), console)
+    assert "more tokens ..." in console.file.getvalue()
+
+
+def test_the_page_escapes_every_word_and_needs_no_other_file(run: ReadRun) -> None:
+    refused = "[/INST]" in run.encoder.template.source
+    text = FORGED.replace("[/INST]", "[/ INST]") if refused else FORGED
+    page = render_html(describe(with_rows(run, [(text, text)]), run_checks(BEFORE_LOADING, run)))
+    assert "<script" not in page
+    assert "&lt;" in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_histogram_is_a_picture() -> None:
+    assert b"<svg" in draw_lengths([3, 4, 4, 9])
+    assert b"<svg" in draw_lengths([5])
+
+
+def test_the_command_takes_the_recipes_flags(
+    tmp_path: Path, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, page = tmp_path / "rows.json", tmp_path / "rows.html"
+    rows.write_text(json.dumps([{"question": f"Who is {i}?", "answer": f"Number {i}."} for i in range(9)]))
+    recipe = str(ROOT / "recipes" / "falcon_faq.py")
+    main([recipe, "--model", str(tiny("falcon")), "--dataset", str(rows), "--html", str(page)])
+    assert "rows.json: 9 rows" in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("words", [["--html"], ["--html", "--demo"], ["--html", "nowhere/page.html"]])
+def test_a_page_without_a_place_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="--html"):
+        main([str(ROOT / "recipes" / "falcon_faq.py"), *words])
+
+
+def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert "in the loss" in capsys.readouterr().out

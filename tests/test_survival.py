@@ -1,0 +1,568 @@
+"""A run that was stopped, damaged or starved goes on to the same bits, or says what is wrong and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kill_and_resume import outcome
+
+from qlora_recipes import DatasetSpec, Recipe, checkpoints, faults, training
+from qlora_recipes.checkpoints import Checkpoint, newest_intact
+from qlora_recipes.errors import DivergenceError, EnvironmentFault, RunFolderError, UsageError
+from qlora_recipes.faults import OutOfMemoryFault
+from qlora_recipes.resuming import Journal, find_checkpoint
+from qlora_recipes.runs import RunFolder
+from qlora_recipes.settings import Settings, resolve
+from qlora_recipes.stopping import Stopped
+from qlora_recipes.trainer import RunTrainer
+
+STEPS = dict(
+    max_steps=6,
+    gradient_accumulation_steps=2,
+    save_strategy="steps",
+    save_steps=2,
+    eval_strategy="steps",
+    eval_steps=3,
+    logging_steps=2,
+)
+
+
+@dataclass
+class Runs:
+    """Trains one recipe, each run in a folder of its own."""
+
+    recipe: type[Recipe]
+    model: Path
+    folder: Path
+
+    def settings(self, name: str, **training: Any) -> Settings:
+        return resolve(
+            self.recipe,
+            model=str(self.model),
+            dataset=self.recipe.dataset.source,
+            output_dir=self.folder / name,
+            training={**STEPS, **training},
+        )
+
+    def train(self, name: str, *, resume: bool = False, **training_: Any) -> RunFolder:
+        return training.train(self.settings(name, **training_), resume=resume)
+
+    def copy(self, name: str) -> RunFolder:
+        """Return the finished run as a kill right before its receipt would have left it."""
+        folder = self.folder / name
+        shutil.copytree(self.folder / "whole", folder)
+        (folder / "run.json").unlink()
+        return RunFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    rows = recipe_for().dataset.source
+    recipe = recipe_for(dataset=DatasetSpec(rows, held_out=0.1), lora=dict(r=4, lora_dropout=0.1))
+    made = Runs(recipe, tiny("llama2"), tmp_path_factory.mktemp("runs"))
+    made.train("whole", save_total_limit=3)
+    return made
+
+
+@pytest.fixture
+def whole(runs: Runs) -> dict[str, Any]:
+    """What the run that nothing happened to came to."""
+    return outcome(runs.folder / "whole")
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Return a function that has something done in the midst of a step."""
+
+    def arrange(step: int, act: Callable[[], object]) -> None:
+        plain, acts = RunTrainer.training_step, [act]
+
+        def training_step(self: RunTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == step - 1 and acts:
+                acts.pop()()  # in the first pass of the step, once
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(RunTrainer, "training_step", training_step)
+
+    return arrange
+
+
+def names(folder: RunFolder) -> set[str]:
+    return {path.name for path in folder.checkpoints.iterdir()}
+
+
+# ---- Checkpoints ----
+
+
+def cut(name: str, to: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / name
+        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * to)])
+
+    return damage
+
+
+def lose(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def zero_4_kib(folder: Path) -> None:
+    with (folder / "adapter_model.safetensors").open("r+b") as stream:
+        stream.seek(-4096, os.SEEK_END)
+        stream.write(bytes(4096))
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE = {
+    "adapter truncated": cut("adapter_model.safetensors", 0.5),
+    "adapter emptied": cut("adapter_model.safetensors", 0),
+    "adapter missing": lose("adapter_model.safetensors"),
+    "adapter zeroed for 4 KiB": zero_4_kib,
+    "trainer state missing": lose("trainer_state.json"),
+    "trainer state cut in half": cut("trainer_state.json", 0.5),
+    "optimizer missing": lose("optimizer.pt"),
+    "optimizer truncated": cut("optimizer.pt", 0.5),
+    "scheduler missing": lose("scheduler.pt"),
+    "scheduler truncated": cut("scheduler.pt", 0.5),
+    "random state missing": lose("rng_state.pth"),
+    "random state truncated": cut("rng_state.pth", 0.5),
+    "folder empty": empty,
+    "manifest missing": lose("manifest.json"),
+    "manifest cut": cut("manifest.json", 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(runs: Runs, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(runs.folder / "whole" / "checkpoints", tmp_path, dirs_exist_ok=True)
+    DAMAGE[kind](tmp_path / "checkpoint-6")
+    found, passed_over = newest_intact(tmp_path)
+    assert found == Checkpoint(tmp_path / "checkpoint-4")
+    assert list(passed_over) == ["checkpoint-6"]
+    file = {"adapter": "adapter_model", "trainer": "trainer_state", "random": "rng_state", "folder": "manifest"}
+    assert file.get(kind.split()[0], kind.split()[0]) in passed_over["checkpoint-6"]
+    assert (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_going_on_past_a_damaged_checkpoint_ends_the_same_and_keeps_it(
+    runs: Runs, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runs.copy("damaged")
+    zero_4_kib(folder.checkpoints / "checkpoint-6")
+    runs.train("damaged", resume=True, save_total_limit=3)
+    assert outcome(folder.path) == whole
+    (resume,) = folder.receipt()["resumes"]
+    assert resume["from_step"] == 4
+    assert resume["passed_over"] == {"checkpoint-6": "adapter_model.safetensors has other contents than were written"}
+    assert "passed over checkpoint-6: adapter_model.safetensors has other contents" in capsys.readouterr().out
+    assert names(folder) == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "damaged-checkpoint-6-1"}
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_refused_and_nothing_is_deleted(runs: Runs) -> None:
+    folder = runs.copy("ruined")
+    for name in names(folder):
+        lose("optimizer.pt")(folder.checkpoints / name)
+    with pytest.raises(RunFolderError) as caught:
+        find_checkpoint(folder, runs.settings("ruined"))
+    assert "checkpoint-6: optimizer.pt is missing" in str(caught.value)
+    assert "checkpoint-2: optimizer.pt is missing" in str(caught.value)
+    assert names(folder) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+def test_a_run_killed_after_its_last_step_takes_no_further_one(runs: Runs, whole: dict[str, Any]) -> None:
+    folder = runs.copy("late")
+    (folder.checkpoints / ".writing" / "checkpoint-8").mkdir(parents=True)  # what a kill in a save leaves
+    runs.train("late", resume=True)
+    assert outcome(folder.path) == whole
+
+
+def test_a_crafted_checkpoint_runs_no_code(runs: Runs, tmp_path: Path) -> None:
+    class Crafted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "it ran",))
+
+    folder = runs.copy("crafted")
+    checkpoint = folder.checkpoints / "checkpoint-6"
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Crafted()))
+    checkpoint.rename(tmp_path / "checkpoint-6")
+    checkpoints.publish(tmp_path / "checkpoint-6", folder.checkpoints)  # with hashes that fit
+    assert Checkpoint(checkpoint).fault() is None
+    with pytest.raises(RunFolderError, match=r"checkpoint-6.*holds more than tensors"):
+        runs.train("crafted", resume=True)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "training_args.bin", "surprise.txt"])
+def test_a_checkpoint_with_other_files_is_not_loaded(runs: Runs, tmp_path: Path, name: str) -> None:
+    shutil.copytree(runs.folder / "whole" / "checkpoints", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-6" / name).write_bytes(b"")
+    assert name in newest_intact(tmp_path)[1]["checkpoint-6"]
+
+
+def test_the_newest_the_best_and_the_damaged_survive_rotation(runs: Runs, tmp_path: Path) -> None:
+    original = runs.folder / "whole" / "checkpoints" / "checkpoint-6"
+    for step in (1, 2, 3, 4, 5):
+        shutil.copytree(original, tmp_path / f"checkpoint-{step}")
+    empty(tmp_path / "checkpoint-2")
+    checkpoints.rotate(tmp_path, 2, tmp_path / "checkpoint-1")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-5"}
+
+
+# ---- Signals ----
+
+
+@pytest.mark.parametrize(("which", "step", "code"), [(signal.SIGTERM, 3, 143), (signal.SIGINT, 1, 130)])
+def test_a_signal_saves_the_running_step_and_the_run_goes_on_the_same(
+    runs: Runs,
+    whole: dict[str, Any],
+    at_step: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    which: signal.Signals,
+    step: int,
+    code: int,
+) -> None:
+    name = f"signal {which}"
+    before = signal.getsignal(which)
+    at_step(step, lambda: os.kill(os.getpid(), which))
+    with pytest.raises(Stopped) as stopped:
+        runs.train(name)
+    folder = RunFolder(runs.folder / name)
+    assert stopped.value.code == code
+    assert f"checkpoint-{step}" in names(folder)
+    assert not folder.adapter.exists()
+    assert not folder.finished
+    assert signal.getsignal(which) is before
+    assert not any("eval_loss" in line for line in folder.metrics.read_text().splitlines())  # due at step 3
+    runs.train(name, resume=True)
+    assert outcome(folder.path) == whole
+
+
+def test_a_signal_in_an_evaluation_saves_its_step_and_makes_up_for_it(
+    runs: Runs, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = RunTrainer.prediction_step
+
+    def prediction_step(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="143"):
+        patch.setattr(RunTrainer, "prediction_step", prediction_step)
+        runs.train("evaluating")
+    folder = RunFolder(runs.folder / "evaluating")
+    assert names(folder) == {"checkpoint-2", "checkpoint-3"}
+    runs.train("evaluating", resume=True)
+    assert outcome(folder.path) == whole
+
+
+SIGNALLED = """
+import os, signal, time
+from qlora_recipes.stopping import StopSignals
+with StopSignals() as signals:
+    signals.loop_runs = {runs}
+    os.kill(os.getpid(), signal.{first})
+    assert signals.received == signal.{first}
+    os.kill(os.getpid(), signal.{second})
+    time.sleep(10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("runs", "first", "second", "code"),
+    [(True, "SIGTERM", "SIGTERM", 143), (True, "SIGTERM", "SIGINT", 130), (False, "SIGINT", "SIGTERM", 130)],
+)
+def test_a_second_signal_or_one_outside_the_steps_stops_at_once(runs: bool, first: str, second: str, code: int) -> None:
+    program = SIGNALLED.format(runs=runs, first=first, second=second)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("again stops at once" in done.stderr) == runs
+
+
+def test_random_kills_end_the_same() -> None:
+    """A few of what `python tests/kill_and_resume.py --kills 30` does; docs/reliability.md has its figures."""
+    program = Path(__file__).parent / "kill_and_resume.py"
+    words = ["--kills", "4", "--variants", "nf4, packed", "--seed", "7"]
+    done = subprocess.run([sys.executable, str(program), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4 runs ended bit-identical" in done.stdout
+
+
+# ---- Another run ----
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(training=dict(seed=1)), "training.seed: was 0, now 1"),
+        (dict(training=dict(learning_rate=1e-3)), "training.learning_rate: was 0.0002, now 0.001"),
+        (dict(training=dict(max_steps=7)), "training.max_steps: was 6, now 7"),
+        (dict(precision="bf16"), "precision: was nf4, now bf16"),
+        (dict(model="another/model"), "now another/model"),
+        (dict(dataset="another/dataset"), "dataset: was guanaco.jsonl, now another/dataset"),
+        (dict(lora=dict(r=8)), "lora.r: was 4, now 8"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(runs: Runs, change: dict[str, Any], named: str) -> None:
+    folder = RunFolder(runs.folder / "whole")
+    choices = dict(model=str(runs.model), dataset=runs.recipe.dataset.source, output_dir=folder.path) | change
+    choices["training"] = STEPS | choices.get("training", {})
+    unfinished = runs.folder / f"other {named}".replace("/", "-")
+    unfinished.mkdir()
+    shutil.copy(folder.started, unfinished)
+    with pytest.raises(RunFolderError) as caught:
+        find_checkpoint(RunFolder(unfinished), resolve(runs.recipe, **choices))
+    assert f"  {named}" in str(caught.value) or named in str(caught.value)
+    assert str(caught.value).count("was") == 1
+
+
+def test_what_is_kept_and_shown_may_change(runs: Runs) -> None:
+    journal = Journal(RunFolder(runs.folder / "whole"))
+    from qlora_recipes.resuming import of_settings
+
+    journal.refuse_another(of_settings(runs.settings("whole", save_steps=1, save_total_limit=1, logging_steps=1)))
+
+
+@pytest.mark.parametrize("key", ["rows", "template", "base weights", "first adapter", "processes"])
+def test_other_weights_or_rows_under_the_same_names_are_another_run(runs: Runs, key: str) -> None:
+    journal = Journal(RunFolder(runs.folder / "whole"))
+    identity = json.loads(journal.folder.started.read_text())["run"]
+    journal.refuse_another(identity)
+    with pytest.raises(RunFolderError, match=rf"  {key}: was .*, now other"):
+        journal.refuse_another({**identity, key: "other"})
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(runs: Runs) -> None:
+    with pytest.raises(RunFolderError, match="finished run; nothing is left"):
+        runs.train("whole", resume=True)
+
+
+def test_a_folder_of_other_files_is_not_gone_on_with(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds other files"):
+        find_checkpoint(RunFolder(tmp_path), runs.settings("whole"))
+
+
+def test_a_folder_whose_start_is_unreadable_is_refused(runs: Runs) -> None:
+    folder = runs.copy("unreadable")
+    folder.started.write_text("{")
+    with pytest.raises(RunFolderError, match=r"started\.json cannot be read"):
+        find_checkpoint(folder, runs.settings("unreadable"))
+
+
+def test_leftovers_of_a_killed_write_do_not_keep_a_run_from_being_replaced(runs: Runs) -> None:
+    folder = runs.copy("leftover")
+    (folder.path / ".run.json.123").write_text("{")
+    folder.check_free(overwrite=True)
+    (folder.path / ".thesis.txt.123").write_text("mine")
+    with pytest.raises(RunFolderError, match="other files"):
+        folder.check_free(overwrite=True)
+
+
+# ---- Faults of the machine and of the numbers ----
+
+
+def test_a_nan_ends_the_run_with_the_rows_of_its_batch_and_saves_nothing(
+    runs: Runs, at_step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = RunTrainer.compute_loss
+
+    def compute_loss(self: RunTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = plain(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    with monkeypatch.context() as patch, pytest.raises(DivergenceError) as caught:
+        patch.setattr(RunTrainer, "compute_loss", compute_loss)
+        runs.train("nan")
+    message = str(caught.value)
+    assert "the loss of step 3 is nan" in message
+    assert "line " in message
+    assert "[INST]" in message
+    folder = RunFolder(runs.folder / "nan")
+    assert names(folder) == {"checkpoint-2"}
+    assert not folder.adapter.exists()
+    assert not folder.finished
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_infinite_gradient_is_refused_before_it_is_applied(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    plain = RunTrainer._clip_grad_norm
+
+    def clip(self: RunTrainer, model: torch.nn.Module) -> Any:
+        if self.state.global_step == 1:
+            next(weight for weight in model.parameters() if weight.grad is not None).grad[0, 0] = float("inf")
+        return plain(self, model)
+
+    monkeypatch.setattr(RunTrainer, "_clip_grad_norm", clip)
+    with pytest.raises(DivergenceError, match="the gradient norm of step 2 is (inf|nan)"):
+        runs.train(f"gradient {packing}", packing=packing, eval_strategy="no", save_steps=1)
+    assert names(RunFolder(runs.folder / f"gradient {packing}")) == {"checkpoint-1"}
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[], None]]:
+    """Return a function after which the system refuses to write files beyond 100 kB, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints(
+    runs: Runs, whole: dict[str, Any], small_files: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = RunTrainer._save_checkpoint
+
+    def save(self: RunTrainer, *args: Any) -> None:
+        if self.state.global_step == 4:
+            small_files()
+        plain(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(EnvironmentFault, match=r"GiB are free.*--resume"):
+        patch.setattr(RunTrainer, "_save_checkpoint", save)
+        runs.train("full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    folder = RunFolder(runs.folder / "full")
+    assert newest_intact(folder.checkpoints)[0].step == 2
+    runs.train("full", resume=True)
+    assert outcome(folder.path) == whole
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_takes_no_files_is_one_error(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    """Root writes into read-only folders, so the system's answer is given in its place."""
+    settings = replace(runs.settings("unused"), output_dir=tmp_path)
+    with pytest.raises(EnvironmentFault) as caught, faults.machine_faults(settings):
+        raise OSError(number, os.strerror(number), str(tmp_path / "checkpoints"))
+    assert os.strerror(number) in str(caught.value)
+    assert "--resume" in str(caught.value)
+
+
+def starve(monkeypatch: pytest.MonkeyPatch, rows: int, step: int) -> None:
+    """Let a step of more than so many rows at a time find no memory."""
+    plain = RunTrainer.training_step
+
+    def training_step(self: RunTrainer, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        if self.args.per_device_train_batch_size > rows and self.state.global_step == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(self, model, inputs, *args)
+
+    monkeypatch.setattr(RunTrainer, "training_step", training_step)
+
+
+def test_out_of_memory_is_one_error_with_the_plan(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    starve(monkeypatch, rows=1, step=0)
+    with pytest.raises(OutOfMemoryFault) as caught:
+        runs.train("starved", eval_strategy="no")
+    message = str(caught.value)
+    assert "out of memory with 2 rows of up to 128 tokens" in message
+    assert "The plan was" in message
+    assert "--auto_find_batch_size" in message
+
+
+def test_when_asked_for_the_batch_is_halved_and_the_run_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    starve(monkeypatch, rows=1, step=3)
+    choices = dict(auto_find_batch_size=True, packing=False, eval_strategy="no")
+    receipt = runs.train("halved", **choices).receipt()
+    assert receipt["settings"]["training"]["per_device_train_batch_size"] == 1
+    assert receipt["settings"]["training"]["gradient_accumulation_steps"] == 4
+    (resume,) = receipt["resumes"]
+    assert resume["from_step"] == 2
+    assert resume["reason"] == "out of memory with 2 rows x 2 passes, now 1 rows x 4 passes"
+    monkeypatch.undo()
+    plain = runs.train("unhalved", **choices).receipt()
+    for name in ("steps", "tokens", "supervised_tokens"):
+        assert receipt["training"][name] == plain["training"][name]
+    assert receipt["training"]["final_loss"] == pytest.approx(plain["training"]["final_loss"], rel=1e-2)
+
+
+# ---- The best, the last, and stopping early ----
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    """Have the held-out rows score what the test says, by step."""
+    plain = RunTrainer.evaluate
+
+    def evaluate(self: RunTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        loss = losses[self.state.global_step]
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "prediction_step", lambda *a, **k: (torch.tensor(loss), None, None), raising=False)
+            return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "evaluate", evaluate)
+
+
+BEST = dict(eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=2, logging_steps=1)
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored(monkeypatch, {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 4.4, 6: 4.3})
+    folder = runs.train("best", load_best_model_at_end=True, metric_for_best_model="loss", **BEST)
+    assert names(folder) == {"checkpoint-2", "checkpoint-6"}
+    saved = [
+        (path / "adapter_model.safetensors").read_bytes()
+        for path in (folder.adapter, folder.checkpoints / "checkpoint-2")
+    ]
+    assert saved[0] == saved[1]
+    assert folder.receipt()["adapter"]["parameters"] > 0
+
+
+def test_training_stops_early_and_stays_stopped(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored(monkeypatch, {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5})
+    folder = runs.train("early", early_stopping_patience=2, **BEST)
+    assert folder.receipt()["training"]["steps"] == 4
+    assert names(folder) == {"checkpoint-2", "checkpoint-4"}
+    first = outcome(folder.path)
+    (folder.path / "run.json").unlink()  # killed before its receipt
+    runs.train("early", resume=True, early_stopping_patience=2, **BEST)
+    assert outcome(folder.path) == first
+
+
+def test_patience_goes_on_where_it_was(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, at_step: Callable[..., None]
+) -> None:
+    scored(monkeypatch, {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5})
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        runs.train("patient", early_stopping_patience=2, **BEST)
+    folder = runs.train("patient", resume=True, early_stopping_patience=2, **BEST)
+    assert folder.receipt()["training"]["steps"] == 4
+
+
+def test_evaluating_needs_rows_to_evaluate_on(runs: Runs, recipe_for: Callable[..., type[Recipe]]) -> None:
+    none_kept = recipe_for(dataset=DatasetSpec(runs.recipe.dataset.source, held_out=0.0))
+    settings = replace(runs.settings("nothing held out"), recipe=none_kept)
+    with pytest.raises(UsageError, match="needs held-out rows"):
+        training.train(settings)
+    assert not settings.output_dir.exists()
+
+
+def test_the_tokens_of_a_resumed_run_go_on(runs: Runs, whole: dict[str, Any]) -> None:
+    steps = [row["step"] for row in whole["curve"] if "loss" in row]
+    assert steps == [2, 4, 6]
+    tokens = [row["num_tokens"] for row in whole["curve"] if "loss" in row]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == whole["counts"]["tokens"]
