@@ -22,10 +22,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("run", help="run folder, such as runs/llama2_guanaco-demo/nf4-seed0")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="where an answer is cut (default: 256)")
     parser.add_argument("--base", action="store_true", help="talk to the base before tuning")
+    parser.add_argument("--other_template", action="store_true", help="take a chat template edited after training")
     flags = parser.parse_args(arguments)
     folder = RunFolder(Path(flags.run))
     key = BaseKey.of(folder.receipt())
-    with load_run(folder, load_run_base(key), key, adapter=not flags.base) as run:
+    with load_run(folder, load_run_base(key), key, adapter=not flags.base, other_template=flags.other_template) as run:
         _converse(run, flags.max_new_tokens)
 
 

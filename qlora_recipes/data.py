@@ -204,6 +204,7 @@ def _template_receipt(encoder: ConversationEncoder, train: list[Conversation]) -
     return TemplateReceipt(
         name=encoder.template.path.name,
         sha256=encoder.template.sha256,
+        role_markers=encoder.template.role_markers,
         bos_per_row=[min(counts), max(counts)],
         end_token=str(encoder.tokenizer.eos_token),
         end_token_trained=all(ends),

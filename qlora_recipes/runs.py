@@ -56,6 +56,8 @@ class TemplateReceipt:
 
     name: str
     sha256: str
+    role_markers: str
+    """Regular expression for the strings of the template that a message's text may not hold."""
     bos_per_row: list[int]
     """Smallest and largest number of BOS tokens in a row: one a turn pair with Llama-2, none where BOS is EOS."""
     end_token: str

@@ -153,8 +153,11 @@ def test_an_edited_template_and_a_missing_adapter_are_refused(run: RunFolder) ->
     template.write_text(template.read_text() + " ")
     with pytest.raises(CheckError, match="the chat template is not this run's"):
         evaluate(run, ["held_out"], options=SHORT)
-    (run.adapter / WEIGHTS).unlink()
+    (edited,) = evaluate(run, ["held_out"], options=replace(SHORT, other_template=True))
+    assert edited.template_sha256 not in (None, run.receipt()["template"]["sha256"])
+    shutil.rmtree(run.evaluation)
     template.write_text(template.read_text()[:-1])
+    (run.adapter / WEIGHTS).unlink()
     with pytest.raises(RecipesError, match="no adapter at"):
         evaluate(run, ["held_out"], options=SHORT)
 

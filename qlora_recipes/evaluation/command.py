@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         chat_template=given.chat_template,
         adapter=not given.no_adapter,
         precision=given.precision,
+        other_template=given.other_template,
     )
     folders = [RunFolder(Path(run)) for run in given.run]
     results = evaluate_many(folders, given.tasks, options=options, overwrite=given.overwrite)
@@ -71,6 +72,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="control: the adapter on a base stored otherwise")
     parser.add_argument("--no_adapter", action="store_true", help="control: the base before tuning")
+    parser.add_argument("--other_template", action="store_true", help="take a chat template edited after training")
     parser.add_argument("--overwrite", action="store_true", help="replace results that stand already")
     return parser
 

@@ -48,6 +48,8 @@ class Options:
     """False scores the base before tuning."""
     precision: str | None = None
     """Another storage of the base than the run was trained on: training effect against inference effect."""
+    other_template: bool = False
+    """Take a chat template that was edited after training; its hash is recorded in the results."""
 
     def __post_init__(self) -> None:
         checked_limit(self.limit)
@@ -123,7 +125,9 @@ def evaluate_many(
             for i in mine:
                 missing = [task for task in wanted[i] if task.name not in results[i]]
                 if missing:
-                    with load_run(jobs[i].folder, base, key, adapter=options.adapter) as run:
+                    with load_run(
+                        jobs[i].folder, base, key, adapter=options.adapter, other_template=options.other_template
+                    ) as run:
                         results[i] |= _score(run, missing, options, jobs[i].output, console or Console(stderr=True))
             del base
             gc.collect()  # before the next base needs the room
@@ -208,7 +212,7 @@ def _score(
             limit=options.limit,
             num_fewshot=_shots(task),
             chat_template=_chat_template(task, options),
-            template_sha256=run.receipt["template"]["sha256"] if _chat_template(task, options) else None,
+            template_sha256=run.encoder.template.sha256 if _chat_template(task, options) else None,
             prompts_unlike_training=scores.prompts_unlike_training,
             truncated=scores.truncated,
             batch_size=options.batch(run.receipt),

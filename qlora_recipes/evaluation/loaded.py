@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_recipes.adapters import adapter_sha256, load_adapter
-from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
+from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import CheckError, ModelError
 from qlora_recipes.evaluation.records import sha256
@@ -24,7 +24,6 @@ from qlora_recipes.runs import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NO_MARKERS = "(?!)"  # matches nothing: the rows of a template of one's own were looked through before training
 _PROBES = 4  # conversations on which the adapter is switched on and off
 
 
@@ -77,7 +76,9 @@ def load_run_base(key: BaseKey) -> LoadedBase:
 
 
 @contextmanager
-def load_run(folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool = True) -> Iterator[LoadedRun]:
+def load_run(
+    folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool = True, other_template: bool = False
+) -> Iterator[LoadedRun]:
     """Attach a run's adapter to its base for the time of the context, and prove both against the receipt.
 
     Raises:
@@ -85,7 +86,7 @@ def load_run(folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool
         ModelError: when there is no adapter, or one for another base.
     """
     receipt = folder.receipt()
-    tokenizer = load_run_tokenizer(folder, receipt)
+    tokenizer = load_run_tokenizer(folder, receipt, other_template=other_template)
     encoder = ConversationEncoder(tokenizer, _template(folder, receipt))
     if key.precision == receipt["precision"]:
         _check_same("base", base.sha256, receipt["base"]["sha256"], _BASE_ADVICE)
@@ -122,8 +123,12 @@ _BASE_ADVICE = (
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 
 
-def load_run_tokenizer(folder: RunFolder, receipt: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def load_run_tokenizer(
+    folder: RunFolder, receipt: Mapping[str, Any], *, other_template: bool = False
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the run saved, with the chat template that it was trained with.
+
+    `other_template` takes whatever template lies there, for whoever edited it on purpose.
 
     Raises:
         ModelError: when it is missing.
@@ -134,12 +139,14 @@ def load_run_tokenizer(folder: RunFolder, receipt: Mapping[str, Any]) -> PreTrai
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"no tokenizer at {folder.adapter}: {first} Wanted the one that training saved") from error
-    _check_same(
-        "chat template",
-        sha256(str(tokenizer.chat_template)),
-        receipt["template"]["sha256"],
-        f"{folder.adapter / 'chat_template.jinja'} was edited after training: put it back",
-    )
+    if not other_template:
+        _check_same(
+            "chat template",
+            sha256(str(tokenizer.chat_template)),
+            receipt["template"]["sha256"],
+            f"{folder.adapter / 'chat_template.jinja'} was edited after training: put it back, or give "
+            "--other_template",
+        )
     return tokenizer
 
 
@@ -151,10 +158,8 @@ def read_held_out(folder: RunFolder) -> list[list[Message]]:
 
 
 def _template(folder: RunFolder, receipt: Mapping[str, Any]) -> ChatTemplate:
-    """Return the template that the run saved, with the role markers of the one of ours that it is."""
-    saved = folder.adapter / "chat_template.jinja"
-    markers = {ours.sha256: ours.role_markers for ours in (LLAMA_2_CHAT, FALCON_CHAT)}
-    return ChatTemplate(saved, role_markers=markers.get(receipt["template"]["sha256"], _NO_MARKERS))
+    """Return the template that the run saved, with the role markers that training kept out of the rows."""
+    return ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt["template"]["role_markers"])
 
 
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:
