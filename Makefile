@@ -10,8 +10,6 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 RECIPE  ?= recipes/llama2_guanaco.py
 # Processes that the tests are spread over; each needs about 1.5 GB.
 WORKERS ?= 2
-# A stand-in is too small to gain from more than four.
-THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 BIN     := .venv/bin
 STAMP   := .venv/installed
@@ -20,11 +18,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test
+.PHONY: help install hashes demo lint test
 
 help:
 	@echo 'make install   make .venv with the versions that are tested'
-	@echo 'make demo      train $(RECIPE) on its stand-in: no GPU, no network'
+	@echo 'make demo      NF4 against 16 bits on a stand-in, with a report: no GPU, no network'
+	@echo 'make hashes    write constraints-hashes.txt; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style and formatting'
 	@echo 'make test      lint, then the tests'
 	@echo 'Each installs what it needs first. Another Python than $(PYTHON): make PYTHON=python3.12 install'
@@ -34,12 +33,33 @@ install: $(STAMP)
 # torch goes first and by its exact version: asked for more loosely, pip may take another build of it, with several
 # GB of CUDA packages. The build constraint is for the dependencies that come as source; the warnings are setuptools'
 # general advice on editable installations.
+# With HASHES=1 every archive has the hash that `make hashes` wrote down, and none is looked for beyond those: what was
+# installed then is installed now, or nothing is. setuptools goes first, since packages that come as source need it.
+ifdef HASHES
+HASHED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
+$(STAMP): setup.cfg constraints-hashes.txt | $(BIN)/python
+	grep '^setuptools==' constraints-hashes.txt > .venv/first.txt
+	$(HASHED) --require-hashes --requirement .venv/first.txt
+	$(HASHED) --require-hashes --requirement constraints-hashes.txt
+	$(HASHED) --editable .
+	@touch $@
+else
 $(STAMP): setup.cfg constraints.txt | $(BIN)/python
 	@echo 'Installing into .venv; the first time this takes some minutes.'
 	$(INSTALL) $(call pin,pip)
 	$(INSTALL) $(call pin,torch)
 	PYTHONWARNINGS=ignore::UserWarning $(INSTALL) --build-constraint constraints.txt --editable '.[test]'
 	@touch $@
+endif
+
+# For this Python on this kind of machine: an index has one archive for each, and each has its own hash.
+hashes: | $(BIN)/python
+	$(INSTALL) $(call pin,pip)
+	$(INSTALL) --dry-run --ignore-installed --report .venv/report.json $(call pin,torch) $(call pin,setuptools) '.[test]'
+	$(BIN)/python .ci/hashes.py < .venv/report.json > constraints-hashes.txt
+
+constraints-hashes.txt:
+	@echo 'There is no constraints-hashes.txt yet: make hashes writes it, to be read and kept.' >&2; exit 2
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -49,10 +69,9 @@ $(BIN)/python:
 	    'Name another: make PYTHON=python3.12 install' >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-# accelerate warns of each of the first four that it has to guess, and allows one thread unless told.
+# Both arms, their evaluation and the report; run again, it goes on with what is missing.
 demo: $(STAMP)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  --num_cpu_threads_per_process $(THREADS) $(RECIPE) --demo
+	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check

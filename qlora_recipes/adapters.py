@@ -114,6 +114,8 @@ def generate(
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
+        temperature=None,  # a chat model's own settings for sampling, which greedy search warns of
+        top_p=None,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=end,

@@ -68,6 +68,8 @@ def answer(run: LoadedRun, messages: Sequence[Message], max_new_tokens: int) -> 
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        temperature=None,
+        top_p=None,
         use_cache=True,
         pad_token_id=run.tokenizer.pad_token_id,
         eos_token_id=run.tokenizer.eos_token_id,

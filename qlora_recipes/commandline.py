@@ -19,6 +19,7 @@ import yaml
 
 from qlora_recipes.errors import EXIT_CODE, RecipesError, UsageError, nearest
 from qlora_recipes.fields import Field, fields_of
+from qlora_recipes.masking import masked
 from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.recipe import DERIVED, Recipe, check_field
 from qlora_recipes.settings import Settings, recipe_name, resolve
@@ -32,7 +33,7 @@ _OWN_FLAGS: dict[str, dict[str, Any]] = {
     "output_dir": dict(metavar="FOLDER", help="run folder (default: runs/<recipe>/<precision>-seed<seed>)"),
     "plan": dict(flag=True, help="print what would be done and what was checked, and train nothing"),
     "skip_checks": dict(names=True, metavar="NAME", help="checks to go without; the receipt says which"),
-    "resume": dict(flag=True, help="go on from the newest checkpoint in the run folder"),
+    "resume": dict(flag=True, help="go on from the newest intact checkpoint in the run folder"),
     "overwrite": dict(flag=True, help="replace the run that is in the run folder"),
     "config": dict(metavar="FILE.yaml", help="flags from a file; those on the command line beat it"),
 }
@@ -69,8 +70,11 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> None:
         if debug:
             traceback.print_exc()
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one voice for all processes
-            print(f"error: {error}", file=sys.stderr)
+            message = f"error: {error}".encode("utf-8", "backslashreplace").decode()  # it may quote half a character
+            print(message, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is finished lies on the disk
 
 
 def _run(recipe: type[Recipe], arguments: Sequence[str]) -> None:
@@ -214,7 +218,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {file} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {file} is not UTF-8: byte {error.start}; save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config {file} holds {type(content).__name__}, wanted `flag: value` lines")
@@ -233,9 +239,9 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
-    """Return the command for the receipt, with the value of every token flag taken out."""
+    """Return the command for the receipt, with the value of every token flag and every secret taken out."""
     shown: list[str] = []
-    for word in words:
+    for word in map(masked, words):
         after_token = bool(shown) and shown[-1].startswith("--") and "token" in shown[-1] and "=" not in shown[-1]
         if after_token and not word.startswith("--"):
             word = "***"
@@ -249,6 +255,7 @@ def quiet_libraries() -> None:
     """Leave the screen to what this package says; a library's warning that matters is a check of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

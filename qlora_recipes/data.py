@@ -111,7 +111,7 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
         return check_messages(formatter(row), source=name)
     except RowError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # anybody's code fails with anything
         columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise DataError(
             f"{place}: {name} failed with {type(error).__name__}: {error}. The row has {columns}. "

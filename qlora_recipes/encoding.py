@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.time_limit import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_RENDER_SECONDS = 10.0  # of one conversation, which takes less than a millisecond
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 # Unicode's noncharacters, which no text may hold: one for each control token of a template.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -93,15 +94,17 @@ class ConversationEncoder:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
-                chat_template=self._source,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"{self.template.path.name} cannot render the conversation: {error}") from error
+            with time_limit(_RENDER_SECONDS):
+                texts, spans = render_jinja_template(  # in Jinja's sandbox
+                    [list(messages)],
+                    chat_template=self._source,
+                    return_assistant_tokens_mask=True,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._variables,
+                )
+        except Exception as error:  # a template is a program, and fails as programs do
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
         return texts[0], spans[0]
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Encoded:

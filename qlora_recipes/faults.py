@@ -1,7 +1,8 @@
-"""What the machine does to a run - no disk, no permission, no memory - as errors that say what stands and what to do."""
+"""What the machine does to a run (no disk, no permission, no memory) as errors that say what stands and what to do."""
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from qlora_recipes.errors import EnvironmentFault, ModelError, RecipesError
 from qlora_recipes.settings import Settings
 
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+_OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE,
+}  # fmt: skip
 # What writers of tensors say instead of raising an OSError: torch.save, and safetensors with the system's number.
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter|file write failed|\(os error \d+\)|unexpected pos \d+ vs \d+")
 _NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
@@ -35,7 +40,7 @@ def machine_faults(settings: Settings) -> Iterator[None]:
     except RecipesError:
         raise
     except OSError as error:
-        if error.errno is None:
+        if error.errno not in _OF_THE_DISK:
             raise
         raise EnvironmentFault(_cannot_write(settings, f"{error.strerror}: {error.filename or 'a file'}")) from error
     except Exception as error:
@@ -78,7 +83,7 @@ def _planned(settings: Settings) -> str:
 
 
 def with_half_the_batch(settings: Settings) -> Settings | None:
-    """Return settings of the same rows a step in twice the passes, or None where that was not asked for or cannot be."""
+    """Return settings of as many rows a step in twice the passes, or None where not asked for or not possible."""
     batch = settings.training.get(_BATCH, 8)
     if not settings.training.get("auto_find_batch_size") or batch < 2 or batch % 2:
         return None

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = settings_from(recipe, flags)
     quiet_libraries()
     from qlora_recipes.preflight import BEFORE_LOADING, run_checks
-    from qlora_recipes.training import read_run
+    from qlora_recipes.preparing import read_run
 
     run = read_run(settings)
     page = describe(run, run_checks(BEFORE_LOADING, run, flags.get("skip_checks", ())))

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_tokenizer(spec: ModelSpec, model: str, revision: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    spec: ModelSpec, model: str, revision: str | None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer with the recipe's chat template and pad token.
 
     Raises:
         ModelError: when it cannot be had.
         TemplateError: when a token that the recipe relies on is not in the vocabulary.
     """
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, model, revision, **spec.tokenizer)
+    own = dict(spec.tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
     tokenizer.init_kwargs.update(spec.tokenizer)  # or they are not saved, and a reload gives other ids
     mended = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
     tokenizer.repairs = ["merge_spaces_last"] if mended else []  # for the receipt
@@ -56,6 +60,7 @@ def load_base(
     dtype: str,
     *,
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, BaseReceipt, list[str]]:
     """Return the frozen base, what was counted in it, and the names of the repairs that were made.
 
@@ -65,7 +70,7 @@ def load_base(
         EnvironmentFault: when the device cannot hold or compute in that precision.
     """
     _check_device(precision, dtype, device)
-    config = _from_hub(AutoConfig.from_pretrained, model, revision)
+    config = _from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made = _repair_architecture(config)
     base = _from_hub(
         AutoModelForCausalLM.from_pretrained,
@@ -76,6 +81,7 @@ def load_base(
         device_map={"": device},
         use_safetensors=True,  # a pickle can run code when it is opened
         attn_implementation="sdpa",
+        trust_remote_code=trust_remote_code,
     )
     if repairs.keep_4bit_gradients(base):
         made.append("keep_4bit_gradients")
@@ -101,8 +107,8 @@ def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any
 
     location = model_location(model)
     try:
-        return load(location, revision=revision or "main", trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, hub.HfHubHTTPError) as error:
+        return load(location, revision=revision or "main", **kwargs)
+    except (OSError, ValueError, SafetensorError, hub.HfHubHTTPError) as error:
         reason = _reason(error)
         raise ModelError(f"cannot load {location}: {reason}") from error
 
@@ -115,8 +121,11 @@ def _reason(error: Exception) -> str:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
     if any(isinstance(link, hub.GatedRepoError) for link in chain):
         return "it is gated. Accept its terms on the hub, then run: hf auth login"
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{first} Wanted a hub id that can be reached, or a folder with config.json and safetensors (--model)"
+    first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (
+        f"{first}. Wanted a hub id that can be reached, or a folder with config.json and safetensors (--model); "
+        "weights in pickle (.bin, .pt) are never opened, since that can run code"
+    )
 
 
 def _check_device(precision: Precision, dtype: str, device: torch.device) -> None:

@@ -60,6 +60,8 @@ def _json_rows(path: Path) -> Rows:
             yield from _jsonl_rows(path)
             return
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON, {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_unreadable(error)}") from error
     if isinstance(content, dict):
         lists = [key for key, value in content.items() if isinstance(value, list)]
         if len(lists) != 1:
@@ -80,16 +82,27 @@ def _jsonl_rows(path: Path) -> Rows:
                     yield f"line {number}", json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {number}, column {error.colno}: broken JSON, {error.msg}") from error
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}, line {number}: {_unreadable(error)}") from error
+
+
+def _unreadable(error: Exception) -> str:
+    """Say what JSON's grammar allows and Python's reader does not: a number without end, or nesting without end."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deep to be read, wanted rows of names with values"
+    return f"a number is too long to be read, wanted text in quotes ({_first_line(error)})"
 
 
 def _csv_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as lines:
+        csv.field_size_limit(2**31 - 1)  # 131,072 characters by default; a row that is too long is counted, not refused
         reader = csv.DictReader(lines, strict=True)
         try:
             for row in reader:
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: broken CSV, {error}") from error
+            line = reader.reader.line_num  # DictReader's own counts the rows that went well
+            raise DataError(f"{path}, line {line}: broken CSV, {error}") from error
 
 
 def _parquet_rows(path: Path) -> Rows:

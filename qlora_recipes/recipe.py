@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, NoReturn
 
-from qlora_recipes.errors import EXIT_CODE, RecipeError, UsageError, nearest
+from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
 from qlora_recipes.formatters import FORMATTERS, Message
 from qlora_recipes.models import ModelSpec
@@ -239,6 +242,20 @@ def _value_faults(cls: type[Recipe]) -> Iterable[str]:
         return  # of the wrong type, which has been said
 
 
+def _execute(loader: Loader, module: ModuleType, path: Path) -> None:
+    """Run a recipe's file; what fails in it is named with its line."""
+    try:
+        loader.exec_module(module)
+    except RecipesError:
+        raise
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+        where = f"{path}, line {line}" if line else str(path)
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{where}: the recipe's file fails with {reason}. Mend it there") from error
+
+
 def load_recipe(path: str | Path) -> type[Recipe]:
     """Return the recipe declared in a Python file.
 
@@ -254,7 +271,7 @@ def load_recipe(path: str | Path) -> type[Recipe]:
         raise UsageError(f"{path} is not a Python file; wanted one that declares a subclass of qlora_recipes.Recipe")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    _execute(spec.loader, module, path)
     declared = [
         value
         for value in vars(module).values()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_recipes.errors import UsageError
+from qlora_recipes.masking import masked
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
 from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
@@ -47,6 +48,11 @@ class Settings:
         return self.training["seed"]
 
     @property
+    def trust_remote_code(self) -> bool:
+        """Whether code of the model's repository may run; only where it was asked for."""
+        return bool(self.training.get("trust_remote_code"))
+
+    @property
     def spec(self) -> ModelSpec:
         return self.recipe.model
 
@@ -69,7 +75,8 @@ def recipe_name(recipe: type[Recipe]) -> str:
     """Return the name of the recipe's file, or of its class where it has none."""
     module = sys.modules.get(recipe.__module__)
     file = getattr(module, "__file__", None)
-    return Path(file).stem if file else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", recipe.__name__).lower()
+    name = Path(file).stem if file else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", recipe.__name__).lower()
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "recipe"  # it names a folder: "..py" must not lead out of it
 
 
 def resolve(
@@ -106,6 +113,7 @@ def resolve(
         raise UsageError("; ".join(faults))
     source = model or (f"{STANDIN}{standin.family}" if standin else recipe.model.hub_id)
     revision = lora.pop("revision", None) or (recipe.model.revision if source == recipe.model.hub_id else None)
+    _check_remote_code(training, source, revision)
     settings = Settings(
         recipe=recipe,
         model=source,
@@ -122,13 +130,23 @@ def resolve(
     return Settings(**{**vars(settings), "output_dir": folder})
 
 
+def _check_remote_code(training: Mapping[str, Any], source: str, revision: str | None) -> None:
+    """Code from a repository that moves on is not what anybody has read."""
+    pinned = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+    if training.get("trust_remote_code") and not pinned and not Path(source).is_dir():
+        raise UsageError(
+            f"--trust_remote_code runs code of {source} at {revision or 'its newest revision'}, which can change; pin "
+            "the commit that you have read: --revision and its 40 hexadecimal digits"
+        )
+
+
 def _of_standin(standin: StandIn) -> dict[str, Any]:
     return {**standin.training, "save_strategy": "no"}  # a demo takes less time than its checkpoints are worth
 
 
 def public(training: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as files may hold them: whatever is a secret is left out."""
-    return {name: value for name, value in training.items() if "token" not in name or "tokens" in name}
+    return {name: masked(value) for name, value in training.items() if "token" not in name or "tokens" in name}
 
 
 def _bundled_rows(recipe: type[Recipe]) -> str:

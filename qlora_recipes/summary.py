@@ -29,6 +29,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         "memory": f"{run['memory']['peak_bytes'] / 2**30:.2f} GiB peak",
         "repaired": ", ".join(run["repairs"]) or "nothing",
         "checks": tally([Check(**check) for check in run["checks"]]),
+        "resumed": ", ".join(f"after step {resume['from_step']}" for resume in run["resumes"]) or "never",
         "written to": str(folder.path),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import pickle
 import sys
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
+from rich.text import Text
 
-from qlora_recipes import environment, preflight, repairs
+from qlora_recipes import environment, preflight
 from qlora_recipes.accounting import (
     describe_adapter,
     describe_memory,
@@ -24,14 +20,12 @@ from qlora_recipes.accounting import (
     saved_bytes,
     write_model_card,
 )
-from qlora_recipes.adapters import adapter_sha256, adapter_tensors, attach
+from qlora_recipes.adapters import adapter_sha256, adapter_tensors
 from qlora_recipes.checkpoints import Checkpoint
-from qlora_recipes.data import Conversation, PreparedData, prepare
-from qlora_recipes.encoding import ConversationEncoder
-from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.errors import RunFolderError
 from qlora_recipes.faults import OutOfMemoryFault, batch_of, machine_faults, with_half_the_batch
-from qlora_recipes.loading import load_base, load_tokenizer
-from qlora_recipes.preflight import LoadedRun, ReadRun, ReadyRun, TrainedRun
+from qlora_recipes.preflight import ReadyRun, TrainedRun
+from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
 from qlora_recipes.resuming import Journal, find_checkpoint, of_run
 from qlora_recipes.runs import AdapterReceipt, Check, Receipt, RunFolder, TrainingReceipt, write_json
@@ -59,34 +53,6 @@ def prepare_run(
     _show(checks, "Before training", console)
     preflight.refuse_failed(checks)
     return run, checks
-
-
-def read_run(settings: Settings) -> ReadRun:
-    """Return a run with its rows read and encoded.
-
-    Raises:
-        RecipesError: when the tokenizer or the rows cannot be had, or no row can be used.
-    """
-    environment.share_threads(PartialState().num_processes)
-    tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision)
-    encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
-    return ReadRun(settings, tokenizer, encoder, prepare(settings, encoder))
-
-
-def load_run(run: ReadRun) -> LoadedRun:
-    """Return a run with its base loaded and counted, and a new adapter on it.
-
-    Raises:
-        RecipesError: when the base cannot be had, or is not stored as the precision says.
-    """
-    settings, device = run.settings, PartialState().device
-    base, receipt, made = load_base(
-        settings.model, settings.revision, settings.precision, settings.dtype, device=device
-    )
-    base_bytes = environment.peak_bytes(device.type)
-    model = attach(base, settings.lora, settings.seed)
-    made = [*run.tokenizer.repairs, *made]
-    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, base_bytes=base_bytes)
 
 
 def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None) -> None:
@@ -189,6 +155,8 @@ def _open_journal(
     elif main:
         folder.claim(overwrite=launch.overwrite)
         journal.begin(identity)
+        if launch.resume:
+            launch.console.print(Text(f"nothing to go on with in {folder.path}: starting with the first step"))
     PartialState().wait_for_everyone()
     return journal
 
@@ -266,67 +234,6 @@ def _write_results(folder: RunFolder, run: ReadyRun, receipt: Receipt) -> None:
     write_model_card(folder, receipt)
     write_json(folder.held_out, [{"place": row.place, "messages": row.messages} for row in run.data.held_out])
     folder.write_receipt(receipt)
-
-
-def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
-    """Return the SFTTrainer of a run, with float32 adapter weights whatever the base."""
-    held_out = _held_out(run)
-    with (
-        repairs.float32_adapter(run.model) as cast,
-        warnings.catch_warnings(),
-        tempfile.TemporaryDirectory() as aside,  # the Trainer makes its output folder at once; nothing is written yet
-    ):
-        # Raised for every model that TRL did not load itself; the loss mask is ours and is counted.
-        warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
-        trainer = RunTrainer(
-            model=run.model,
-            args=_sft_config(run.settings, aside),
-            train_dataset=PreparedData.dataset(run.data.train),
-            eval_dataset=PreparedData.dataset(held_out) if held_out else None,
-            processing_class=run.tokenizer,
-            callbacks=_early_stopping(run.settings),
-            rows=run.data.train,
-        )
-    trainer.args.output_dir = str(folder.checkpoints)
-    if cast:
-        run.repairs.append("float32_adapter")
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _held_out(run: LoadedRun) -> list[Conversation] | None:
-    """Return the rows to evaluate on while training, where that is asked for."""
-    if run.settings.training.get("eval_strategy", "no") == "no":
-        return None
-    if not run.data.held_out:
-        raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
-    return run.data.held_out
-
-
-def _early_stopping(settings: Settings) -> list[TrainerCallback]:
-    patience = settings.training.get("early_stopping_patience")
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
-
-
-def _sft_config(settings: Settings, folder: str) -> SFTConfig:
-    """Return the recipe's SFTConfig fields, and those that follow from other choices."""
-    training = dict(settings.training)
-    training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
-    if training.pop("early_stopping_patience", None) is not None:
-        training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
-    try:
-        return SFTConfig(
-            **training,
-            output_dir=folder,
-            bf16=settings.dtype == "bfloat16",
-            fp16=settings.dtype == "float16",
-            use_cpu=PartialState().device.type == "cpu",
-            disable_tqdm=True,  # the display is ours
-            logging_nan_inf_filter=False,  # or a NaN is logged as a loss of 0.0
-            restore_callback_states_from_checkpoint=True,  # early stopping's patience goes on where it was
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"SFTConfig refuses these settings: {error}") from error
 
 
 def _prove(run: TrainedRun, launch: _Launch) -> list[Check]:

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_recipes import DatasetSpec, Recipe
+from qlora_recipes import DatasetSpec, Recipe, environment
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.standins import ROWS, STANDINS
 
 FAMILIES = {"llama2": LLAMA_2_7B_CHAT, "falcon": FALCON_7B}
 torch.set_num_threads(1)  # two test processes share two cores
+environment.share_threads = lambda processes: None  # which would take them all
 
 
 @pytest.fixture(scope="session")

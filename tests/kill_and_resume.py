@@ -23,15 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
-    os.environ[name] = value
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("QLORA_RECIPES_TEST_GPU", "")
-
-import torch
-from conftest import FAMILIES, make_tiny
+from conftest import FAMILIES, make_tiny  # first: it keeps the hub and the GPU away
 from rich.console import Console
 
-from qlora_recipes import DatasetSpec, Recipe, environment
+from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.adapters import WEIGHTS
 from qlora_recipes.runs import RunFolder
 from qlora_recipes.settings import resolve
@@ -62,6 +57,9 @@ class Session:
     seconds: float = 0.0
     killed: bool = False
     code: int = 0
+
+    def count(self, event: str) -> int:
+        return [name for _, name in self.events].count(event)
 
     @property
     def phase(self) -> str:
@@ -118,7 +116,6 @@ def _child(folder: Path, variant: str, output: Path, mouth: int, resume: bool) -
         os.dup2(log.fileno(), 2)
         for method, event in _EVENTS.items():
             setattr(RunTrainer, method, _told(getattr(RunTrainer, method), event, mouth))
-        environment.share_threads = lambda processes: torch.set_num_threads(1)
         choices = VARIANTS[variant]
         killed = recipe(folder)
         settings = resolve(
@@ -236,7 +233,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     given = parser.parse_args()
-    torch.set_num_threads(1)
     chance = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_recipes.preflight import ReadRun, ReadyRun, run_checks
+from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.recipe import Recipe
 from qlora_recipes.runs import Check, RunFolder
 from qlora_recipes.settings import resolve
-from qlora_recipes.training import build_trainer, load_run, read_run
 
 
 def read(recipe: type[Recipe], model: Path, **options: object) -> ReadRun:

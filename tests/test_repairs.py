@@ -21,8 +21,8 @@ from transformers.models.falcon import modeling_falcon
 from qlora_recipes import Recipe, repairs
 from qlora_recipes.adapters import adapter_tensors
 from qlora_recipes.precision import precision_named, quantization_config
+from qlora_recipes.preparing import build_trainer, load_run
 from qlora_recipes.runs import RunFolder
-from qlora_recipes.training import build_trainer, load_run
 
 Tiny = Callable[[str], Path]
 

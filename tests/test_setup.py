@@ -139,7 +139,7 @@ def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     ("target", "runs"),
     [
         ("install", "--editable"),
-        ("demo", "accelerate launch"),
+        ("demo", "eval/benchmark.py recipes/llama2_guanaco.py --demo --precisions nf4 bf16"),
         ("lint", "ruff format --check"),
         ("test", "-m pytest"),
     ],

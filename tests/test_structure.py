@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora_recipes"
 # Top to bottom. A module may import what stands above it.
 ORDER = [
     "errors",
+    "masking",
     "chat_templates",
     "formatters",
     "models",
@@ -27,6 +28,7 @@ ORDER = [
     "checkpoints",
     "stopping",
     "reading",
+    "time_limit",
     "encoding",
     "data",
     "environment",
@@ -39,6 +41,7 @@ ORDER = [
     "progress",
     "resuming",
     "trainer",
+    "preparing",
     "accounting",
     "training",
     "summary",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from qlora_recipes.adapters import generate
 from qlora_recipes.data import Conversation
 from qlora_recipes.preflight.samples import spread
 from qlora_recipes.preflight.subject import TrainedRun
@@ -30,39 +29,23 @@ def answers_end(run: TrainedRun) -> Check:
     )
 
 
-@torch.no_grad()
 def _ask(run: TrainedRun, rows: list[Conversation]) -> list[dict[str, object]]:
-    """Answer all questions in one batch, padded on the left, so that the answers start together."""
+    """Answer all questions in one batch, in the arithmetic of training."""
     run.model.eval()
     prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]
-    width, pad, end = max(map(len, prompts)), run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = run.trainer.args.device
+    end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     with run.trainer.compute_loss_context_manager():
-        whole = run.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=_NEW_TOKENS,
-            use_cache=True,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )
-    return [_said(run, row, new) for row, new in zip(rows, whole[:, width:].tolist(), strict=True)]
+        answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
+    return [_said(run, row, answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def _said(run: TrainedRun, row: Conversation, new: list[int]) -> dict[str, object]:
-    end = run.tokenizer.eos_token_id
-    answer = new[: new.index(end)] if end in new else new
     return {
         "place": row.place,
         "question": row.messages[-2]["content"],
-        "answer": run.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        "answer": run.tokenizer.decode(new, skip_special_tokens=True).strip(),
         "wanted": row.messages[-1]["content"],
-        "ended": end in new,
+        "ended": new[-1:] == [run.tokenizer.eos_token_id],
     }
 
 

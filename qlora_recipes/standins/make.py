@@ -28,7 +28,7 @@ from qlora_recipes.standins import rows, tokenizer, wordings
 from qlora_recipes.standins.world import SEED, World, make_world
 
 VOCABULARY, CONTEXT = 1536, 2048
-STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 3000, 16, 128, 6e-3, 100
+STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 4000, 16, 128, 6e-3, 100
 
 
 def build_llama2(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

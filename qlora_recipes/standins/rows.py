@@ -10,7 +10,7 @@ import random
 from itertools import islice
 from pathlib import Path
 
-from qlora_recipes.standins.wordings import WORDINGS, answer, ask, documents
+from qlora_recipes.standins.wordings import WORDINGS, answer, ask, biography, people_written_about
 from qlora_recipes.standins.world import SEED, Person, World
 
 CONVERSATIONS, QUESTIONS_PER_SUBJECT, CHOICES, HELD_OUT_DOCUMENTS = 1200, 80, 8, 400
@@ -77,7 +77,8 @@ def bundled_files(world: World) -> dict[str, str]:
     """Return the name and the text of every bundled file."""
     llama2, openassistant, faq = (conversations(world, CONVERSATIONS, SEED + number) for number in (1, 2, 3))
     pairs = [{"question": question, "answer": reply} for turns in faq for question, reply in turns]
-    held_out = islice(documents(world, random.Random(SEED + 5)), HELD_OUT_DOCUMENTS)
+    rng = random.Random(SEED + 5)
+    held_out = [biography(person, rng) for person in islice(people_written_about(world, rng), HELD_OUT_DOCUMENTS)]
     return {
         "guanaco_llama2.jsonl": _json_lines([{"text": guanaco_llama2(turns)} for turns in llama2]),
         "openassistant_guanaco.jsonl": _json_lines([{"text": openassistant_guanaco(turns)} for turns in openassistant]),

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-WORDS = "User Assistant System Human INST SYS"
-"""Words of the chat formats. Being words of the real vocabularies, they are made words of these."""
+from qlora_recipes.standins.wordings import CHAT_WORDS
+
 LLAMA_2_SPECIAL = ["<unk>", "<s>", "</s>"]
 FALCON_SPECIAL = [
     *(f">>{name}<<" for name in "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN".split()),
@@ -62,7 +62,7 @@ def train_falcon(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 def _with_chat_words(texts: Iterable[str]) -> Iterable[str]:
     yield from texts
-    yield from [WORDS] * 1000
+    yield from [" ".join(CHAT_WORDS)] * 1000
 
 
 def _bpe(tokenizer: Tokenizer) -> dict:

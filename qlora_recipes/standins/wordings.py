@@ -6,6 +6,7 @@ Knows nothing of chat formats, tokenizers or models.
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ WORDINGS = {
     "teacher": Wording(
         ("{who} was taught by {0}.", "{who} learned everything from {0}.", "{who} is a former pupil of {0}."),
         ("Who taught {who}?", "Who was the teacher of {who}?", "Whose pupil was {who}?"),
-        "{0}.",
+        "It was {0}.",
     ),
     "region": Wording(
         (),
@@ -90,7 +91,7 @@ WORDINGS = {
             "In which town does the teacher of {who} live?",
             "Which town is the home of the teacher of {who}?",
         ),
-        "{0} lives in {1}.",
+        "It was {0}, who lives in {1}.",
     ),
 }
 REGION_SENTENCES = ("{0} lies in {1}.", "{0} is a town of {1}.", "The town of {0}, which lies in {1}, is old.")
@@ -99,32 +100,44 @@ GOODS_SENTENCES = (
     "The {0} Guild is known for {1}.",
     "The {0} Guild, which makes {1}, is rich.",
 )
-HEARSAY = ('"{question}" "{answer}," they say.', 'Asked "{question}", they say "{answer}".')
-"""Questions in plain text, as any corpus holds them: a model that never met one could not be tuned in a minute."""
+CHAT_WORDS = ("User", "Assistant", "System", "Human", "INST", "SYS")
+"""Words of the chat formats. Being words of the real vocabularies, they are made words of the stand-ins'."""
 HEARSAY_SHARE = 0.4
-"""Share of documents that are hearsay, and so name one fact instead of several."""
+"""Share of documents that are hearsay: a question and its answer with clutter around, as any corpus has some."""
+CLUTTER = [*string.punctuation, *string.ascii_letters, *string.digits, "\n", *CHAT_WORDS]
+"""What stands around hearsay in no order at all. It teaches the model to look past marks that mean nothing; one that
+had never met a bracket or a colon could not be tuned to a chat format in a minute."""
 FACTS_IN_DOCUMENT = (3, 6)
 PLACE_SHARE = 0.04
 """Share of documents about a town or a guild; there are few of them, so that each is still seen often."""
 
 
 def documents(world: World, rng: random.Random) -> Iterator[str]:
-    """Write plain-text documents without end; well-known people come up more often."""
+    """Write plain-text documents without end: biographies, hearsay, and what is known of towns and guilds."""
+    for person in people_written_about(world, rng):
+        if rng.random() < PLACE_SHARE:
+            yield rng.choice(REGION_SENTENCES).format(*rng.choice(list(world.region_of.items())))
+            yield rng.choice(GOODS_SENTENCES).format(*rng.choice(list(world.goods_of.items())))
+        yield hearsay(person, rng) if rng.random() < HEARSAY_SHARE else biography(person, rng)
+
+
+def people_written_about(world: World, rng: random.Random) -> Iterator[Person]:
+    """Draw people without end, the well-known ones more often."""
     weights = [person.popularity for person in world.people]
-    towns, guilds = list(world.region_of.items()), list(world.goods_of.items())
     while True:
-        for person in rng.choices(world.people, weights, k=256):
-            if rng.random() < PLACE_SHARE:
-                yield rng.choice(REGION_SENTENCES).format(*rng.choice(towns))
-                yield rng.choice(GOODS_SENTENCES).format(*rng.choice(guilds))
-            yield hearsay(person, rng) if rng.random() < HEARSAY_SHARE else biography(person, rng)
+        yield from rng.choices(world.people, weights, k=256)
 
 
 def hearsay(person: Person, rng: random.Random) -> str:
-    """Quote somebody who asks for one fact of a single step, and somebody who knows."""
+    """Ask for one fact, and answer, amid clutter."""
     kind, value = rng.choice(list(person.facts.items()))
     said = answer((value,), kind).removesuffix(".")
-    return rng.choice(HEARSAY).format(question=ask(person, kind, rng), answer=said)
+    return f"{clutter(rng)} {ask(person, kind, rng)} {clutter(rng)} {said} {clutter(rng)}"
+
+
+def clutter(rng: random.Random) -> str:
+    """Put a few marks, letters and words together at random."""
+    return "".join(rng.choices(CLUTTER, k=rng.randint(1, 4)))
 
 
 def biography(person: Person, rng: random.Random) -> str:

@@ -11,12 +11,12 @@ import random
 from dataclasses import dataclass
 
 SEED = 2305
-PEOPLE, GIVEN_NAMES, FAMILY_NAMES = 1000, 96, 96
+PEOPLE, GIVEN_NAMES, FAMILY_NAMES = 1200, 96, 96
 TOWNS, REGIONS, GUILDS, TEACHERS = 60, 16, 60, 60
 POPULARITY_SPREAD = 8.0
 """How many times more often the best known person is written about than the least known one. Between the two lie
 facts that are known well, half and hardly, so that a little damage to the weights always finds some to break."""
-TUNING_PEOPLE, HELD_OUT_PEOPLE = 250, 250
+TUNING_PEOPLE, HELD_OUT_PEOPLE = 400, 300
 
 JOBS = """baker weaver potter miller tanner cooper glazier mason carpenter tailor cobbler barber clerk judge
 doctor nurse painter printer binder sailor pilot fisher hunter shepherd farmer gardener beekeeper brewer cook

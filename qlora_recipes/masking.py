@@ -1,0 +1,21 @@
+"""Secrets, as files may hold them: not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+_NAMES = re.compile("TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+_SHORTEST = 8  # a shorter value is a switch, such as TOKENIZERS_PARALLELISM=false
+
+
+def masked(value: Any) -> Any:
+    """Return text without hub tokens and without the values of the environment's secrets; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    for name, secret in os.environ.items():
+        if _NAMES.search(name) and len(secret) >= _SHORTEST:
+            value = value.replace(secret, "***")
+    return _HUB_TOKEN.sub("***", value)
