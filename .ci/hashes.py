@@ -1,6 +1,6 @@
 """Turn pip's report of what it would install into requirements with hashes: one archive, one line.
 
-    python -m pip install --dry-run --ignore-installed --quiet --report - ... | python .ci/hashes.py > hashes.txt
+python -m pip install --dry-run --ignore-installed --quiet --report - ... | python .ci/hashes.py > hashes.txt
 """
 
 import json

@@ -29,10 +29,11 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         "memory": f"{run['memory']['peak_bytes'] / 2**30:.2f} GiB peak",
         "repaired": ", ".join(run["repairs"]) or "nothing",
         "checks": tally([Check(**check) for check in run["checks"]]),
-        "resumed": ", ".join(f"after step {resume['from_step']}" for resume in run["resumes"]) or "never",
+        "resumed": ", ".join(f"after step {resume['from_step']}" for resume in run["resumes"]),
         "written to": str(folder.path),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, figure in rows.items():
-        table.add_row(name, Text(figure))
+        if figure:
+            table.add_row(name, Text(figure))
     (console or Console()).print(table)

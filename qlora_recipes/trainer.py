@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -24,6 +21,7 @@ from qlora_recipes.adapters import ADAPTER, WEIGHTS
 from qlora_recipes.data import Conversation
 from qlora_recipes.encoding import IGNORED
 from qlora_recipes.errors import RunFolderError
+from qlora_recipes.preflight.untouched import untouched
 from qlora_recipes.runs import write_json
 from qlora_recipes.stopping import Stopped, StopSignals
 
@@ -93,7 +91,7 @@ class RunTrainer(SFTTrainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        finite = bool(torch.isfinite(torch.as_tensor(norm)).all())
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())  # DeepSpeed may have none to give
         self._overflows = 0 if finite else self._overflows + 1
         if self._overflows > (divergence.SCALER_TRIES if self.accelerator.scaler is not None else 0):
             self._refuse("gradient norm", float(norm))
@@ -122,10 +120,11 @@ class RunTrainer(SFTTrainer):
         except _EvaluationStopped:
             self._save_checkpoint(model, trial)
         if self.stopping:
-            raise self._stopped()
+            raise self.stopped()
 
-    def _stopped(self) -> Stopped:
-        return Stopped(self.signals.received or signal.SIGTERM, self.state.global_step)
+    def stopped(self) -> Stopped:
+        """Return what ends the run: the signal, and the step that was saved, if one was."""
+        return Stopped(self.signals.received or signal.SIGTERM, self.state.global_step or None)
 
     # ---- Saving ----
 
@@ -197,6 +196,7 @@ class RunTrainer(SFTTrainer):
         self._began = time.monotonic()
         if not self._continued:
             return
+        self.args.eval_on_start = False  # this is not the start
         progress = json.loads((self._continued / self._progress_file).read_text(encoding="utf-8"))
         self.count = TokenCount(**progress["count"])
         self.seconds_before = progress["seconds"]
@@ -219,7 +219,7 @@ class RunTrainer(SFTTrainer):
         self._make_up_evaluation()
         if self.check_signals():
             self._save_checkpoint(self.model, None)
-            raise self._stopped()
+            raise self.stopped()
         self.signals.loop_runs = False
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes without looking
         try:
@@ -233,7 +233,7 @@ class RunTrainer(SFTTrainer):
             try:
                 self._determine_best_metric(self._evaluate(None, None), None)
             except _EvaluationStopped:
-                raise self._stopped() from None
+                raise self.stopped() from None
         self._continued = None
 
     def _evaluation_due(self) -> bool:
@@ -252,13 +252,16 @@ class RunTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out rows without moving the random numbers that training draws."""
-        with _own_randomness():
+        with untouched(None):
             return super().evaluate(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         best = checkpoints.Checkpoint(Path(self.state.best_model_checkpoint))
         if fault := best.fault():
-            raise RunFolderError(f"the best checkpoint, {best.path}, is damaged: {fault}. Go on without it: --resume")
+            raise RunFolderError(
+                f"{best.path} has the best held-out loss and is damaged: {fault}. Restore it from a copy and give "
+                "--resume, or train again with --overwrite"
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:  # upstream's way freezes the adapter, which is then counted as nothing
@@ -279,17 +282,8 @@ class _Faults(TrainerCallback):
         if self.trainer.check_signals():
             control.should_save, control.should_evaluate = True, False
 
-    def on_prediction_step(self, args: TrainingArguments, *rest: Any, **kw: Any) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
         if self.trainer.check_signals():
-            raise _EvaluationStopped
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)
+            raise _EvaluationStopped if state.global_step else self.trainer.stopped()

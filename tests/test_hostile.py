@@ -128,6 +128,16 @@ def _rows() -> Any:
     return DatasetSpec("rows.jsonl")
 
 
+def test_code_of_a_task_folder_is_named_when_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_recipes.evaluation.task_loading import load_tasks
+
+    (tmp_path / "task.yaml").write_text("task: crafted\ndoc_to_text: !function crafted.ask\n")
+    (tmp_path / "crafted.py").write_text("raise RuntimeError('it ran')\n")
+    with pytest.raises(DataError, match=r"task\.yaml cannot be read as a task: .*it ran"):
+        load_tasks([str(tmp_path)])
+    assert f"running the Python code that {tmp_path / 'task.yaml'} names" in capsys.readouterr().err
+
+
 FLAGS = [f"--{name}" for name in (*fields_of("SFTConfig"), *fields_of("LoraConfig"), "precision", "demo", "config")]
 WORDS = (
     st.sampled_from(FLAGS) | st.text(max_size=12) | st.sampled_from(["nf4", "true", "1e9999", "-1", "[", "{a: ", "0"])

@@ -82,6 +82,12 @@ def test_every_room_has_its_place() -> None:
     assert {room(path) for path in FILES} == set(ORDER)
 
 
+def test_contributing_shows_the_same_order() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("reads the imports:")[1]
+    block = text.split("Two doors")[0]
+    assert block.replace(",", " ").split() == ORDER
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_upwards(path: Path) -> None:
     own = ORDER.index(room(path))

@@ -278,6 +278,20 @@ def test_a_signal_in_an_evaluation_saves_its_step_and_makes_up_for_it(
     assert outcome(folder.path) == whole
 
 
+def test_an_evaluation_at_the_end_of_an_epoch_is_made_up_for(runs: Runs, at_step: Callable[..., None]) -> None:
+    """The step is saved first and the rows are scored after it, so nothing in the checkpoint tells of them."""
+    choices = dict(
+        max_steps=-1, num_train_epochs=2, eval_strategy="epoch", packing=False, per_device_train_batch_size=6
+    )
+    steps = outcome(runs.train("epochs", **choices).path)["counts"]["steps"]
+    at_step(steps // 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        runs.train("epochs stopped", **choices)
+    folder = runs.train("epochs stopped", resume=True, **choices)
+    assert outcome(folder.path) == outcome(runs.folder / "epochs")
+    assert [row["step"] for row in outcome(folder.path)["curve"] if "eval_loss" in row] == [steps // 2, steps]
+
+
 SIGNALLED = """
 import os, signal, time
 from qlora_recipes.stopping import StopSignals

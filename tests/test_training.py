@@ -142,7 +142,9 @@ def test_the_adapter_reloads_as_it_was_trained(runs: Train, tiny: Callable[[str]
     assert adapter_sha256(model) == folder.receipt()["adapter"]["final_sha256"]
 
 
-def test_the_saved_tokenizer_renders_the_training_template(runs: Train, recipe_for: Callable[..., type[Recipe]]) -> None:
+def test_the_saved_tokenizer_renders_the_training_template(
+    runs: Train, recipe_for: Callable[..., type[Recipe]]
+) -> None:
     spec = recipe_for().model
     tokenizer = AutoTokenizer.from_pretrained(runs().adapter)
     held_out = json.loads(runs().held_out.read_text())
@@ -170,7 +172,9 @@ def test_only_the_named_targets_are_adapted(
     assert adapter["modules"] == 4
 
 
-def test_a_falcon_that_stays_unquantised_is_refused(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_falcon_that_stays_unquantised_is_refused(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What upstream does without a word: every layer in 16 bits under the name of NF4."""
     from transformers.models.falcon import modeling_falcon
 

@@ -6,6 +6,7 @@ A name is one of ours, a folder or YAML file, `openllm`, or any task or group of
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,15 @@ def _from_folder(path: Path) -> Iterator[EvalTask]:
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{path} holds no .yaml file; wanted a folder of lm-eval tasks")
+    _say_what_runs(files)
     yield from _from_files(files)
+
+
+def _say_what_runs(files: Sequence[Path]) -> None:
+    """Say which files name Python functions: lm-eval runs them when it loads the task."""
+    for file in files:
+        if "!function" in file.read_text(encoding="utf-8", errors="replace"):
+            print(f"running the Python code that {file} names with !function", file=sys.stderr)
 
 
 def _from_files(files: Sequence[Path]) -> Iterator[EvalTask]:

@@ -37,7 +37,9 @@ def train_llama2(texts: Iterable[str], size: int) -> LlamaTokenizer:
     tokenizer.train_from_iterator(_with_chat_words(texts), trainer)
     merges = [tuple(pair) for pair in _bpe(tokenizer)["merges"]]
     # legacy=True gives Meta's own ids with transformers 5: a space before every piece of text, not the first only.
-    return LlamaTokenizer(vocab=_bpe(tokenizer)["vocab"], merges=merges, legacy=True)
+    llama = LlamaTokenizer(vocab=_bpe(tokenizer)["vocab"], merges=merges, legacy=True)
+    llama.init_kwargs["legacy"] = True  # without this line the choice is not saved
+    return llama
 
 
 def train_falcon(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
