@@ -102,7 +102,7 @@ def test_rows_without_a_supervised_token_are_refused(run: ReadRun) -> None:
 
 
 def test_cut_answers_are_counted(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> None:
-    run = read(recipe_for("llama2"), tiny("llama2"), training=dict(max_length=26))
+    run = read(recipe_for("llama2"), tiny("llama2"), training=dict(max_length=21))
     cut, lost = verdict_of(loss.answers_cut, run), verdict_of(loss.rows_without_loss, run)
     assert cut.verdict == "warn"
     assert "supervised tokens lost" in cut.figure and "--max_length" in cut.advice

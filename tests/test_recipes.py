@@ -1,4 +1,4 @@
-"""Every recipe in recipes/ is found by itself, stays a declaration, and trains on its stand-in through the same code."""
+"""Every recipe in recipes/ is found by itself, stays a declaration, and trains on its stand-in."""
 
 from __future__ import annotations
 

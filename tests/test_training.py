@@ -202,7 +202,7 @@ def test_a_half_unknown_target_is_refused_before_a_folder_is_made(
     tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], tmp_path: Path
 ) -> None:
     recipe = recipe_for(lora=dict(target_modules=["q_proj", "v_prj"]))
-    with pytest.raises(RecipeError, match="'v_prj'.*Did you mean 'v_proj'"):
+    with pytest.raises(RecipeError, match=r"'v_prj'.*Did you mean 'v_proj'"):
         train(settings_of(recipe, tmp_path / "run", model=str(tiny("llama2"))))
     assert not (tmp_path / "run").exists()
 
