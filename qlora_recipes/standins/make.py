@@ -10,7 +10,8 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from qlora_recipes.standins import rows, tokenizer, wordings
 from qlora_recipes.standins.world import SEED, World, make_world
 
 VOCABULARY, CONTEXT = 1536, 2048
-STEPS, BATCH, LENGTH, LEARNING_RATE, WARMUP = 4000, 16, 128, 6e-3, 100
+BATCH, LENGTH, LEARNING_RATE, WARMUP = 16, 128, 6e-3, 100
 
 
 def build_llama2(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -73,7 +74,20 @@ def build_falcon(tokenizer: PreTrainedTokenizerBase) -> FalconForCausalLM:
     )
 
 
-FAMILIES = {"llama2": (tokenizer.train_llama2, build_llama2), "falcon": (tokenizer.train_falcon, build_falcon)}
+@dataclass(frozen=True)
+class Family:
+    """How one stand-in is made."""
+
+    train_tokenizer: Callable[[list[str], int], PreTrainedTokenizerBase]
+    build: Callable[[PreTrainedTokenizerBase], PreTrainedModel]
+    steps: int
+    """Chosen so that tuning in 16-bit brings out 70 to 95 % of the held-out answers."""
+
+
+FAMILIES = {
+    "llama2": Family(tokenizer.train_llama2, build_llama2, steps=4000),
+    "falcon": Family(tokenizer.train_falcon, build_falcon, steps=3200),
+}
 
 
 def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[torch.Tensor]:
@@ -90,7 +104,7 @@ def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, seed: int) -
         del ids[:need]
 
 
-def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int = STEPS) -> None:
+def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int) -> None:
     """Train on next-token prediction."""
     optimizers = build_optimizers(model)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps)) for optimizer in optimizers]
@@ -138,10 +152,10 @@ def make(family: str, folder: Path) -> None:
     """Make one stand-in and write it into a folder."""
     torch.manual_seed(SEED)
     world = make_world()
-    train_tokenizer, build = FAMILIES[family]
-    words = train_tokenizer(tokenizer_texts(world), VOCABULARY)
-    model = build(words)
-    pretrain(model, token_batches(world, words, SEED + 6))
+    how = FAMILIES[family]
+    words = how.train_tokenizer(tokenizer_texts(world), VOCABULARY)
+    model = how.build(words)
+    pretrain(model, token_batches(world, words, SEED + 6), how.steps)
     model.to(torch.bfloat16).save_pretrained(folder)
     words.save_pretrained(folder)
 

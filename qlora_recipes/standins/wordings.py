@@ -102,7 +102,7 @@ GOODS_SENTENCES = (
 )
 CHAT_WORDS = ("User", "Assistant", "System", "Human", "INST", "SYS")
 """Words of the chat formats. Being words of the real vocabularies, they are made words of the stand-ins'."""
-HEARSAY_SHARE = 0.4
+HEARSAY_SHARE = 0.25
 """Share of documents that are hearsay: a question and its answer with clutter around, as any corpus has some."""
 CLUTTER = [*string.punctuation, *string.ascii_letters, *string.digits, "\n", *CHAT_WORDS]
 """What stands around hearsay in no order at all. It teaches the model to look past marks that mean nothing; one that
@@ -137,7 +137,7 @@ def hearsay(person: Person, rng: random.Random) -> str:
 
 def clutter(rng: random.Random) -> str:
     """Put a few marks, letters and words together at random."""
-    return "".join(rng.choices(CLUTTER, k=rng.randint(1, 4)))
+    return "".join(rng.choices(CLUTTER, k=rng.randint(1, 2)))
 
 
 def biography(person: Person, rng: random.Random) -> str:
