@@ -13,7 +13,8 @@ WORKERS ?= 2
 
 BIN     := .venv/bin
 STAMP   := .venv/installed
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP     := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
 # "torch" -> "torch==2.13.0": constraints.txt is the only place that knows.
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
@@ -23,7 +24,7 @@ pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 help:
 	@echo 'make install   make .venv with the versions that are tested'
 	@echo 'make demo      NF4 against 16 bits on a stand-in, with a report: no GPU, no network'
-	@echo 'make hashes    write constraints-hashes.txt; make install HASHES=1 installs nothing else'
+	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style and formatting'
 	@echo 'make test      lint, then the tests'
 	@echo 'Each installs what it needs first. Another Python than $(PYTHON): make PYTHON=python3.12 install'
@@ -33,15 +34,21 @@ install: $(STAMP)
 # torch goes first and by its exact version: asked for more loosely, pip may take another build of it, with several
 # GB of CUDA packages. The build constraint is for the dependencies that come as source; the warnings are setuptools'
 # general advice on editable installations.
-# With HASHES=1 every archive has the hash that `make hashes` wrote down, and none is looked for beyond those: what was
-# installed then is installed now, or nothing is. setuptools goes first, since packages that come as source need it.
+# With HASHES=1 nothing is installed but what has a hash in constraints-hashes.txt. The pinned pip, which takes hashes
+# from constraints, and setuptools, which packages that come as source are built with, go first. Then torch: asked with
+# hashes, pip would rather have PyPI's build than one from a folder or an index without, so it chooses without them.
 ifdef HASHES
-HASHED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
 $(STAMP): setup.cfg constraints-hashes.txt | $(BIN)/python
-	grep '^setuptools==' constraints-hashes.txt > .venv/first.txt
-	$(HASHED) --require-hashes --requirement .venv/first.txt
-	$(HASHED) --require-hashes --requirement constraints-hashes.txt
-	$(HASHED) --editable .
+	@echo 'Installing into .venv by hash; the first time this takes some minutes.'
+	sed -n '/^pip==/,/[^\\]$$/p; /^setuptools==/,/[^\\]$$/p' constraints-hashes.txt > .venv/first.txt
+	sed -n '/^torch==/,/[^\\]$$/p' constraints-hashes.txt > .venv/torch.txt
+	$(PIP) install --require-hashes --requirement .venv/first.txt
+	$(PIP) download --no-deps --only-binary :all: --dest .venv/torch $(call pin,torch)
+	$(PIP) install --no-deps --no-index --find-links .venv/torch --require-hashes --requirement .venv/torch.txt
+	rm -r .venv/torch
+	PYTHONWARNINGS=ignore::UserWarning $(PIP) install --constraint constraints-hashes.txt --no-require-hashes \
+	  --no-build-isolation --editable '.[test]'
+	$(BIN)/python .ci/hashes.py --installed
 	@touch $@
 else
 $(STAMP): setup.cfg constraints.txt | $(BIN)/python
@@ -52,14 +59,9 @@ $(STAMP): setup.cfg constraints.txt | $(BIN)/python
 	@touch $@
 endif
 
-# For this Python on this kind of machine: an index has one archive for each, and each has its own hash.
-hashes: | $(BIN)/python
-	$(INSTALL) $(call pin,pip)
-	$(INSTALL) --dry-run --ignore-installed --report .venv/report.json $(call pin,torch) $(call pin,setuptools) '.[test]'
-	$(BIN)/python .ci/hashes.py < .venv/report.json > constraints-hashes.txt
-
-constraints-hashes.txt:
-	@echo 'There is no constraints-hashes.txt yet: make hashes writes it, to be read and kept.' >&2; exit 2
+# Needed when constraints.txt changes; asks the index, and downloads nothing.
+hashes: $(STAMP)
+	$(BIN)/python .ci/hashes.py
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \

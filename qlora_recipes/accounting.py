@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
+from accelerate import PartialState
 from jinja2 import Environment, PackageLoader
 
-from qlora_recipes import environment
+from qlora_recipes import environment, memory
 from qlora_recipes.adapters import ADAPTER, WEIGHTS, adapted_modules, adapter_sha256, adapter_tensors
+from qlora_recipes.errors import ModelError
 from qlora_recipes.preflight import ReadyRun
 from qlora_recipes.runs import AdapterReceipt, MemoryReceipt, Receipt, RunFolder, TrainingReceipt
 from qlora_recipes.trainer import RunTrainer, TokenCount
@@ -58,7 +60,20 @@ def describe_training(trainer: RunTrainer, seconds: float) -> TrainingReceipt:
 def describe_memory(run: ReadyRun) -> MemoryReceipt:
     """Return the peak memory of this session."""
     device = run.trainer.args.device.type
-    return MemoryReceipt(peak_bytes=environment.peak_bytes(device), base_bytes=run.base_bytes)
+    peak = environment.peak_bytes(device)
+    return MemoryReceipt(
+        peak_bytes=peak,
+        base_bytes=run.base_bytes,
+        training_bytes=peak - run.bytes_before,
+        planned_bytes=_planned(run, device),
+    )
+
+
+def _planned(run: ReadyRun, device: str) -> int | None:
+    try:
+        return memory.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
+    except ModelError:
+        return None
 
 
 def write_model_card(folder: RunFolder, receipt: Receipt) -> None:

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from qlora_recipes.errors import ModelError, RecipeError, nearest
 from qlora_recipes.loading import hash_tensors
+from qlora_recipes.lora_linear import join_updates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     for module in model.modules():
         if isinstance(module, LoraLayer) and initialisation in _REPEATABLE:
             module.reset_lora_parameters(ADAPTER, initialisation)
+    join_updates(model)
     return model
 
 
@@ -85,12 +87,14 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"no adapter at {folder}: {WEIGHTS} is missing. Wanted the adapter/ folder of a finished run")
     try:
         # Trainable, so that `adapter_tensors` sees the weights and their hash can be held against the receipt.
-        return PeftModel.from_pretrained(
+        model = PeftModel.from_pretrained(
             base, str(folder), adapter_name=ADAPTER, is_trainable=True, use_safetensors=True
         )
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
+    join_updates(model)
+    return model
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from qlora_recipes.errors import DataError
-from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, load_run, load_run_base
+from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, check_remote_code, load_run, load_run_base
 from qlora_recipes.formatters import Message
 from qlora_recipes.runs import RunFolder
 
@@ -23,9 +23,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="where an answer is cut (default: 256)")
     parser.add_argument("--base", action="store_true", help="talk to the base before tuning")
     parser.add_argument("--other_template", action="store_true", help="take a chat template edited after training")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a base trained with it")
     flags = parser.parse_args(arguments)
     folder = RunFolder(Path(flags.run))
-    key = BaseKey.of(folder.receipt())
+    receipt = folder.receipt()
+    check_remote_code(receipt, allowed=flags.trust_remote_code)
+    key = BaseKey.of(receipt)
     with load_run(folder, load_run_base(key), key, adapter=not flags.base, other_template=flags.other_template) as run:
         _converse(run, flags.max_new_tokens)
 

@@ -27,6 +27,7 @@ from qlora_recipes.settings import Settings, recipe_name, resolve
 _OWN_FLAGS: dict[str, dict[str, Any]] = {
     "precision": dict(metavar="|".join(PRECISIONS), help="how the frozen base is stored (default: nf4)"),
     "dtype": dict(metavar="|".join(DTYPES), help="16-bit dtype to load and compute in (default: bfloat16)"),
+    "storage": dict(metavar="auto|packed|expanded", help="dequantise 4-bit weights each time, or once (default: auto)"),
     "demo": dict(flag=True, help="stand-in model and bundled rows, through the same code"),
     "model": dict(metavar="ID_OR_FOLDER", help="another source of the base"),
     "dataset": dict(metavar="ID_OR_FILE", help="another source of the rows"),
@@ -119,7 +120,8 @@ def parse(recipe: type[Recipe], arguments: Sequence[str]) -> dict[str, Any]:
 
 def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
     """Return the settings that flags make of a recipe."""
-    own = {name: flags[name] for name in ("dtype", "demo", "model", "dataset", "output_dir") if name in flags}
+    names = ("dtype", "storage", "demo", "model", "dataset", "output_dir")
+    own = {name: flags[name] for name in names if name in flags}
     fields = {
         config: {name: flags[name] for name in fields_of(config) if name in flags and name not in _OWN_FLAGS}
         for config in _CONFIGS

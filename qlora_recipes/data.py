@@ -5,83 +5,65 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 from datasets import Dataset
 
-from qlora_recipes.encoding import ConversationEncoder, Encoded
+from qlora_recipes.encoding import ConversationEncoder, Encoded, Rendered
 from qlora_recipes.errors import DataError
 from qlora_recipes.formatters import Message, Reason, RowError, check_messages, detect
 from qlora_recipes.reading import read_rows
+from qlora_recipes.row_file import Conversation, Rows, write_rows
 from qlora_recipes.runs import DataReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
 
+_BATCH = 2**18  # characters encoded at once; a token of them takes 200 bytes for that moment
 Formatter = Callable[[Mapping[str, Any]], list[Message]]
 TOO_LONG = "no answer within max_length"
 """Why a row is dropped of which the cut leaves nothing to learn."""
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """One usable row."""
-
-    place: str
-    """Where it stands in its file, such as `line 3`."""
-    messages: list[Message]
-    encoded: Encoded
-    """Cut to max_length."""
-    supervised_lost: int
-    """Tokens of the answers that the cut took away."""
-    truncated: bool
-
-
-@dataclass(frozen=True)
 class PreparedData:
     """The rows of one run, ready to be trained on."""
 
-    train: list[Conversation]
-    held_out: list[Conversation]
+    train: Sequence[Conversation]
+    held_out: Sequence[Conversation]
     receipt: DataReceipt
     template: TemplateReceipt
 
     @staticmethod
-    def dataset(conversations: list[Conversation]) -> Dataset:
-        """Return conversations as the tokenised dataset that SFTTrainer takes as it is."""
-        return Dataset.from_dict(
-            {
-                "input_ids": [conversation.encoded.input_ids for conversation in conversations],
-                "labels": [conversation.encoded.labels for conversation in conversations],
-            }
-        )
+    def dataset(conversations: Rows) -> Dataset:
+        """Return conversations as the tokenised dataset that SFTTrainer takes as it is, read from disk."""
+        return conversations.dataset()
 
 
 def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
-    """Read, format, encode and split the rows of a run.
+    """Read, format, encode and split the rows of a run, which go through memory a few at a time.
 
     The split depends on the text of the first question alone: it is the same for every seed, and rows that ask the
     same stay on one side.
 
     Raises:
         DataError: when the source cannot be read, or no row of it can be used.
+        EnvironmentFault: when there is no room on disk for the encoded rows.
     """
     dropped: Counter[str] = Counter()
-    rows = _formatted(settings, dropped)
-    conversations = list(_encoded(rows, encoder, settings.training["max_length"], dropped))
-    rows_in = len(conversations) + dropped.total()
-    if not conversations:
+    formatted = _formatted(settings, dropped)
+    rows = write_rows(_encoded(formatted, encoder, settings.training["max_length"], dropped))
+    # From here on workers may fork, in which tokenizers' threads are not alive; unset, each would print a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not rows:
         raise DataError(_nothing_usable(settings, dropped))
-    keep = _held_out(conversations, settings.data.held_out)
-    train = [conversation for conversation in conversations if _key(conversation) not in keep]
-    held_out = [conversation for conversation in conversations if _key(conversation) in keep]
-    return PreparedData(
-        train=train,
-        held_out=held_out,
-        receipt=_data_receipt(settings, train, held_out, rows_in, dropped),
-        template=_template_receipt(encoder, train),
-    )
+    held_out = _held_out(rows, settings.data.held_out)
+    train = rows.where(~held_out)
+    data_receipt, template_receipt = _receipts(settings, encoder, train, len(rows), dropped)
+    return PreparedData(train, rows.where(held_out), data_receipt, template_receipt)
 
 
 def _formatted(settings: Settings, dropped: Counter[str]) -> Iterator[tuple[str, list[Message]]]:
@@ -121,35 +103,62 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
 
 def _encoded(
     rows: Iterator[tuple[str, list[Message]]], encoder: ConversationEncoder, max_length: int, dropped: Counter[str]
-) -> Iterator[Conversation]:
+) -> Iterator[list[Conversation]]:
+    for batch in _rendered(rows, encoder, dropped):
+        wholes = encoder.tokenize([rendered for _, _, rendered in batch])
+        conversations = [
+            _conversation(place, messages, whole, max_length)
+            for (place, messages, _), whole in zip(batch, wholes, strict=True)
+        ]
+        usable = [conversation for conversation in conversations if conversation.encoded.supervised]
+        if len(usable) < len(batch):
+            dropped[TOO_LONG] += len(batch) - len(usable)
+        yield usable
+
+
+def _rendered(
+    rows: Iterator[tuple[str, list[Message]]], encoder: ConversationEncoder, dropped: Counter[str]
+) -> Iterator[list[tuple[str, list[Message], Rendered]]]:
+    """Yield rows and their text in batches of as many as the tokenizer takes at once."""
+    batch, characters = [], 0
     for place, messages in rows:
         try:
-            whole = encoder.encode(messages)
+            rendered = encoder.render(messages)
         except RowError as error:
             dropped[error.reason] += 1
             continue
-        cut = whole.cut(max_length)
-        if not cut.supervised:
-            dropped[TOO_LONG] += 1
-            continue
-        yield Conversation(
-            place=place,
-            messages=messages,
-            encoded=cut,
-            supervised_lost=whole.supervised - cut.supervised,
-            truncated=len(whole.input_ids) > max_length,
-        )
+        batch.append((place, messages, rendered))
+        characters += len(rendered.text)
+        if characters >= _BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _key(conversation: Conversation) -> str:
+def _conversation(place: str, messages: list[Message], whole: Encoded, max_length: int) -> Conversation:
+    cut = whole.cut(max_length)
+    return Conversation(
+        place=place,
+        messages=messages,
+        encoded=cut,
+        supervised_lost=whole.supervised - cut.supervised,
+        truncated=len(whole.input_ids) > max_length,
+    )
+
+
+def _held_out(rows: Sequence[Conversation], share: float) -> numpy.ndarray:
+    """Return for each row whether it is kept from training: those whose keys are smallest, whatever order and seed."""
+    keys = numpy.fromiter(map(_key, rows), numpy.uint64, len(rows))
+    distinct = numpy.unique(keys)
+    count = min(math.ceil(share * len(distinct)), len(distinct) - 1)
+    return keys < distinct[count]
+
+
+def _key(conversation: Conversation) -> int:
+    """Return the first 64 bits of the first question's hash: of a million, two are alike once in 37 million times."""
     question = next(message["content"] for message in conversation.messages if message["role"] == "user")
-    return hashlib.sha256(question.encode()).hexdigest()
-
-
-def _held_out(conversations: list[Conversation], share: float) -> set[str]:
-    """Return the keys kept from training: those with the smallest hashes, so that order and seed play no part."""
-    keys = sorted({_key(conversation) for conversation in conversations})
-    return set(keys[: min(math.ceil(share * len(keys)), len(keys) - 1)])
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8])
 
 
 def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
@@ -170,42 +179,57 @@ def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
     )
 
 
-def _data_receipt(
-    settings: Settings,
-    train: list[Conversation],
-    held_out: list[Conversation],
-    rows_in: int,
-    dropped: Counter[str],
-) -> DataReceipt:
-    digest = hashlib.sha256()
-    for conversation in train:
-        digest.update(json.dumps(conversation.messages, ensure_ascii=False).encode())
-    return DataReceipt(
+@dataclass
+class _Counts:
+    """What the rows that are trained on add up to."""
+
+    tokens: int = 0
+    supervised: int = 0
+    supervised_lost: int = 0
+    truncated: int = 0
+    answers_truncated: int = 0
+    fewest_bos: float = math.inf
+    most_bos: int = 0
+    end_token_trained: bool = True
+
+    def add(self, row: Conversation, bos: int | None, end: int) -> None:
+        self.tokens += len(row.encoded.input_ids)
+        self.supervised += row.encoded.supervised
+        self.supervised_lost += row.supervised_lost
+        self.truncated += row.truncated
+        self.answers_truncated += row.supervised_lost > 0
+        beginnings = row.encoded.input_ids.count(bos) * (bos != end)
+        self.fewest_bos, self.most_bos = min(self.fewest_bos, beginnings), max(self.most_bos, beginnings)
+        self.end_token_trained &= row.truncated or row.encoded.labels[-1] == end
+
+
+def _receipts(
+    settings: Settings, encoder: ConversationEncoder, train: Rows, usable: int, dropped: Counter[str]
+) -> tuple[DataReceipt, TemplateReceipt]:
+    tokenizer, counts, digest = encoder.tokenizer, _Counts(), hashlib.sha256()
+    for row in train:
+        counts.add(row, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        digest.update(json.dumps(row.messages, ensure_ascii=False).encode())
+    data = DataReceipt(
         source=settings.dataset_name,
         fingerprint=digest.hexdigest(),
-        rows_in=rows_in,
+        rows_in=usable + dropped.total(),
         rows_used=len(train),
-        rows_held_out=len(held_out),
+        rows_held_out=usable - len(train),
         rows_dropped=dict(dropped),
-        tokens=sum(len(conversation.encoded.input_ids) for conversation in train),
-        supervised_tokens=sum(conversation.encoded.supervised for conversation in train),
-        rows_truncated=sum(conversation.truncated for conversation in train),
-        answers_truncated=sum(conversation.supervised_lost > 0 for conversation in train),
-        supervised_tokens_lost=sum(conversation.supervised_lost for conversation in train),
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised,
+        rows_truncated=counts.truncated,
+        answers_truncated=counts.answers_truncated,
+        supervised_tokens_lost=counts.supervised_lost,
         max_length=settings.training["max_length"],
     )
-
-
-def _template_receipt(encoder: ConversationEncoder, train: list[Conversation]) -> TemplateReceipt:
-    bos = encoder.tokenizer.bos_token_id
-    end = encoder.tokenizer.eos_token_id
-    counts = [conversation.encoded.input_ids.count(bos) * (bos != end) for conversation in train]
-    ends = [conversation.encoded.labels[-1] == end for conversation in train if not conversation.truncated]
-    return TemplateReceipt(
+    template = TemplateReceipt(
         name=encoder.template.path.name,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
-        bos_per_row=[min(counts), max(counts)],
-        end_token=str(encoder.tokenizer.eos_token),
-        end_token_trained=all(ends),
+        bos_per_row=[int(counts.fewest_bos), counts.most_bos],
+        end_token=str(tokenizer.eos_token),
+        end_token_trained=counts.end_token_trained,
     )
+    return data, template

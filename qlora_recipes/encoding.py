@@ -8,10 +8,11 @@ For text without control strings the ids are those of the tokenizer on the whole
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
@@ -22,6 +23,7 @@ from qlora_recipes.time_limit import time_limit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Tokens = tuple[list[int], list[tuple[int, int]]]
 _RENDER_SECONDS = 10.0  # of one conversation, which takes less than a millisecond
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 # Unicode's noncharacters, which no text may hold: one for each control token of a template.
@@ -39,11 +41,20 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """Number of tokens in the loss."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
     def cut(self, max_length: int) -> Encoded:
         """Return the first `max_length` tokens."""
         return Encoded(self.input_ids[:max_length], self.labels[:max_length])
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation as the template writes it, with a stand-in character for each control token."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    """Where each part that is in the loss begins and ends, in characters."""
 
 
 class ConversationEncoder:
@@ -73,15 +84,28 @@ class ConversationEncoder:
             RowError: when a message holds a role marker or a character that stands for a control token.
             TemplateError: when the template cannot be rendered.
         """
+        return self.tokenize([self.render(messages)])[0]
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """Return the text of a conversation, the first half of `encode`, with the same errors."""
         self._check(messages)
-        text, spans = self._render(messages, add_generation_prompt=False)
-        return self._tokenize(text, spans)
+        return self._render(messages, add_generation_prompt=False)
+
+    def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
+        """Return the ids and labels of rendered conversations, many of which at once are spread over the cores."""
+        pieces = [self._cut.split(rendered.text) for rendered in conversations]
+        plain = [piece for parts in pieces for piece in parts if piece and piece not in self._ids]
+        tokens = iter(self._plain_tokens(plain))
+        return [
+            self._put_together(parts, tokens, rendered.spans)
+            for parts, rendered in zip(pieces, conversations, strict=True)
+        ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids after which the assistant's answer is to be generated."""
         self._check(messages)
-        text, _ = self._render(messages, add_generation_prompt=True)
-        return self._tokenize(text, []).input_ids
+        text = self._render(messages, add_generation_prompt=True).text
+        return self.tokenize([Rendered(text, [])])[0].input_ids
 
     def _check(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -92,7 +116,7 @@ class ConversationEncoder:
                     Reason.UNENCODABLE, f"the {message['role']}'s text holds the noncharacter {found.group()!a}"
                 )
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         try:
             with time_limit(_RENDER_SECONDS):
                 texts, spans = render_jinja_template(  # in Jinja's sandbox
@@ -105,37 +129,37 @@ class ConversationEncoder:
         except Exception as error:  # a template is a program, and fails as programs do
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
-        return texts[0], spans[0]
+        return Rendered(texts[0], spans[0])
 
-    def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Encoded:
-        pieces = self._cut.split(text)
-        starts = [0]
-        for piece in pieces:
-            starts.append(starts[-1] + len(piece))
-        plain = [piece for piece in pieces if piece and piece not in self._ids]
-        encoded = iter(self._plain_tokens(plain))
+    def _put_together(
+        self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]
+    ) -> Encoded:
+        """Return one conversation, taking the next tokens for each piece of text and the id for each mark."""
         ids: list[int] = []
         positions: list[int] = []  # of each token's first character in the rendered text
-        for piece, start in zip(pieces, starts, strict=False):
+        start = 0
+        for piece in pieces:
             if piece in self._ids:
                 ids.append(self._ids[piece])
                 positions.append(start)
             elif piece:
-                for token, offset in next(encoded):
-                    ids.append(token)
-                    positions.append(start + offset)
-        labels = [
-            token if any(begin <= position < end for begin, end in spans) else IGNORED
-            for token, position in zip(ids, positions, strict=True)
-        ]
-        return Encoded(ids, labels)
+                found, offsets = next(tokens)
+                ids += found
+                positions += [start + begin for begin, _ in offsets]
+            start += len(piece)
+        return Encoded(ids, _labels(ids, positions, spans))
 
-    def _plain_tokens(self, texts: list[str]) -> list[list[tuple[int, int]]]:
-        """Return, for each text, its tokens as (id, offset of the first character), no string being special."""
+    def _plain_tokens(self, texts: list[str]) -> Iterable[_Tokens]:
+        """Return, for each text, the ids of its tokens and where each begins and ends, no string being special."""
         if not texts:
             return []
         batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        return [
-            [(token, begin) for token, (begin, _) in zip(ids, offsets, strict=True)]
-            for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True)
-        ]
+        return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+
+
+def _labels(ids: list[int], positions: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+    places = numpy.array(positions, dtype=numpy.int64)
+    supervised = numpy.zeros(len(ids), dtype=bool)
+    for begin, end in spans:
+        supervised |= (begin <= places) & (places < end)
+    return numpy.where(supervised, ids, IGNORED).tolist()

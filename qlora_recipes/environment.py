@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -82,6 +83,34 @@ def share_threads(processes: int) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // processes))
+
+
+def usable_bytes(device_type: str, local_processes: int) -> int:
+    """Return the memory that one process may plan with: nine tenths of a GPU, or its share of half the machine.
+
+    Of all there is and not of what is free, so that runs started one after the other are cut up alike.
+    """
+    if device_type == "cuda":
+        import torch
+
+        return int(0.9 * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    import psutil
+
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    total = psutil.virtual_memory().total
+    return (min(total, int(allowed)) if allowed.isdigit() else total) // 2 // local_processes
+
+
+def resident_bytes(device_type: str) -> int:
+    """Return what this process holds now: allocated on the GPU, or resident on a CPU."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def peak_bytes(device_type: str) -> int:

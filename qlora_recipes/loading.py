@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_recipes import repairs
+from qlora_recipes import attention, repairs
 from qlora_recipes.errors import EnvironmentFault, ModelError, QuantizationError, TemplateError
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, quantization_config
 from qlora_recipes.runs import BaseReceipt, QuantizedReceipt
 from qlora_recipes.settings import model_location
+from qlora_recipes.storage import row_scales
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ def load_base(
         quantization_config=quantization_config(precision, dtype),
         device_map={"": device},
         use_safetensors=True,  # a pickle can run code when it is opened
-        attn_implementation="sdpa",
+        attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
         trust_remote_code=trust_remote_code,
     )
     if repairs.keep_4bit_gradients(base):
@@ -98,6 +99,7 @@ def _repair_architecture(config: PretrainedConfig) -> list[str]:
     falcon = (repairs.quantize_falcon_linears, repairs.separate_packed_falcon)
     for repair in falcon:
         repair()
+    repairs.route_falcon_attention(attention.NAME)
     return [repair.__name__ for repair in falcon]
 
 
@@ -241,24 +243,6 @@ def _tensor_sha256(name: str, tensor: torch.Tensor) -> bytes:
 def base_name(name: str) -> str:
     """Return the name that a base's module or tensor has without an adapter around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def dequantized(module: nn.Linear) -> torch.Tensor:
-    """Return a linear layer's weight as it is multiplied with, whatever it is stored as."""
-    from bitsandbytes import functional
-
-    weight = module.weight
-    if getattr(weight, "quant_state", None) is not None:
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    if weight.dtype == torch.int8:
-        return functional.int8_vectorwise_dequant(weight.data, row_scales(module))
-    return weight.data
-
-
-def row_scales(module: nn.Module) -> torch.Tensor | None:
-    """Return the scales of an int8 layer, which move from its weight to its state with the first pass."""
-    found = getattr(module.weight, "SCB", None)
-    return found if found is not None else getattr(getattr(module, "state", None), "SCB", None)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, load_run, load_run_base
+from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, check_remote_code, load_run, load_run_base
+from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.runs import RunFolder, write_json
 
 if TYPE_CHECKING:
     from torch import nn
 
+_ADVICE = "Give --output a folder that can be made and written"
 PROBES = 16
 """Held-out conversations whose log-likelihoods are compared before and after."""
 
@@ -29,9 +31,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="qlora-recipes merge", description="Write the adapter into 16-bit weights.")
     parser.add_argument("run", help="run folder, such as runs/llama2_guanaco-demo/nf4-seed0")
     parser.add_argument("--output", help="folder to write (default: RUN/merged)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a base trained with it")
     flags = parser.parse_args(arguments)
     output = Path(flags.output or Path(flags.run) / "merged")
-    report = merge(RunFolder(Path(flags.run)), output)
+    report = merge(RunFolder(Path(flags.run)), output, trust_remote_code=flags.trust_remote_code)
     print(
         f"merged into {output}, {report['dtype']}. Mean |difference| of held-out log-likelihoods per token: "
         f"{report['merging']:.4f} by merging"
@@ -39,15 +42,19 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def merge(folder: RunFolder, output: Path) -> dict[str, Any]:
+def merge(folder: RunFolder, output: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Write the merged model and return what is in its `merge.json`.
 
     Raises:
-        RunFolderError: when the output folder holds something already.
+        RunFolderError: when the output folder holds something already, or takes no files.
+        UsageError: when the base brings code of its own and that is not allowed.
     """
     receipt = folder.receipt()
-    if output.exists() and any(output.iterdir()):
-        raise RunFolderError(f"{output} is not empty; give --output another folder")
+    check_remote_code(receipt, allowed=trust_remote_code)
+    with disk_faults(output, _ADVICE):  # before the base is loaded, which takes minutes
+        output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()):
+            raise RunFolderError(f"{output} is not empty; give --output another folder")
     trained = BaseKey.of(receipt)
     wide = BaseKey.of(receipt, next(name for name, kind in PRECISIONS.items() if kind.dtype == receipt["dtype"]))
     as_trained = _log_likelihoods_of(folder, trained) if trained != wide else None
@@ -55,8 +62,9 @@ def merge(folder: RunFolder, output: Path) -> dict[str, Any]:
         unmerged = _log_likelihoods(run, run.model)
         merged = run.model.merge_and_unload()
         after = _log_likelihoods(run, merged)
-        merged.save_pretrained(output)
-        run.tokenizer.save_pretrained(output)
+        with disk_faults(output, _ADVICE):
+            merged.save_pretrained(output)
+            run.tokenizer.save_pretrained(output)
     report = {
         "adapter_sha256": receipt["adapter"]["final_sha256"],
         "base": receipt["base"]["model"],

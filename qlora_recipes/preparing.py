@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 
+import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -16,9 +17,11 @@ from qlora_recipes.data import Conversation, PreparedData, prepare
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import UsageError
 from qlora_recipes.loading import load_base, load_tokenizer
+from qlora_recipes.output_layer import score_supervised_tokens
 from qlora_recipes.preflight import LoadedRun, ReadRun
 from qlora_recipes.runs import RunFolder
 from qlora_recipes.settings import Settings
+from qlora_recipes.storage import expand
 from qlora_recipes.trainer import RunTrainer
 
 
@@ -42,6 +45,7 @@ def load_run(run: ReadRun) -> LoadedRun:
         RecipesError: when the base cannot be had, or is not stored as the precision says.
     """
     settings, device = run.settings, PartialState().device
+    before = environment.resident_bytes(device.type)
     base, receipt, made = load_base(
         settings.model,
         settings.revision,
@@ -50,15 +54,19 @@ def load_run(run: ReadRun) -> LoadedRun:
         device=device,
         trust_remote_code=settings.trust_remote_code,
     )
+    if settings.storage == "expanded":
+        expand(base, getattr(torch, settings.dtype))
+        receipt.storage = "expanded"
     base_bytes = environment.peak_bytes(device.type)
     model = attach(base, settings.lora, settings.seed)
     made = [*run.tokenizer.repairs, *made]
-    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, base_bytes=base_bytes)
+    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, bytes_before=before, base_bytes=base_bytes)
 
 
 def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
     """Return the SFTTrainer of a run, with float32 adapter weights whatever the base."""
     held_out = _held_out(run)
+    score_supervised_tokens()
     with (
         repairs.float32_adapter(run.model) as cast,
         warnings.catch_warnings(),
@@ -100,6 +108,8 @@ def _sft_config(settings: Settings, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
     training = dict(settings.training)
     training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
+    if not training.get("packing") and training.setdefault("padding_free", True):
+        training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
     if training.pop("early_stopping_patience", None) is not None:
         training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
     if training.get("load_best_model_at_end") and training.get("eval_strategy", "no") == "no":

@@ -102,6 +102,8 @@ class Recipe:
         save_total_limit=2,  # a checkpoint takes three times the adapter's size
         report_to="none",
     )
+    stated: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `training` that a recipe or one above it sets itself; of the others some are fitted to the machine."""
     format_row: ClassVar[Callable[..., list[Message]] | None] = None
     """For data of one's own: a function from row to messages, with or without `self`. It beats the dataset's."""
     eval_tasks: ClassVar[Sequence[str]] = ()
@@ -115,6 +117,7 @@ class Recipe:
             if isinstance(declared, Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
                 setattr(cls, name, {**inherited, **declared})
+                cls.stated = cls.stated | set(declared)
         own = cls.__dict__.get("format_row")
         if inspect.isfunction(own) and len(inspect.signature(own).parameters) == 1:
             cls.format_row = staticmethod(own)  # written without `self`

@@ -74,6 +74,35 @@ def separate_packed_falcon() -> bool:
     return True
 
 
+def route_falcon_attention(name: str) -> bool:
+    """Have Falcon's layers call the registered attention function of that name. Call before loading.
+
+    Transformers 5.23, `models/falcon/modeling_falcon.py`: `FALCON_ATTENTION_CLASSES` knows three names and none that is
+    registered, and `FalconAttention.forward` hands PyTorch one key head for 71 query heads, which no fused kernel
+    takes: the scores of every head are made in float32.
+    """
+    from transformers import AttentionInterface
+    from transformers.models.falcon import modeling_falcon
+
+    if name in modeling_falcon.FALCON_ATTENTION_CLASSES:
+        return False
+
+    class RoutedFalconAttention(modeling_falcon.FalconAttention):
+        def forward(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **_):
+            heads = self._split_heads(self.query_key_value(hidden_states))
+            query, key, value = (part.transpose(1, 2) for part in heads)
+            query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+            if layer_past is not None:
+                key, value = layer_past.update(key, value, self.layer_idx)
+            self.num_key_value_groups = query.shape[1] // key.shape[1]  # which attention functions read
+            attention = AttentionInterface()[name]
+            output, _ = attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)
+            return self.dense(output.flatten(2)), None
+
+    modeling_falcon.FALCON_ATTENTION_CLASSES[name] = RoutedFalconAttention
+    return True
+
+
 def _call_of(function, name: str) -> str:
     """Return the source text of a function's call of `name`, up to its closing parenthesis."""
     import inspect

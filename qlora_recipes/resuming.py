@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -15,7 +15,7 @@ from qlora_recipes.checkpoints import Checkpoint, newest_intact
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.preflight import LoadedRun
 from qlora_recipes.runs import Resume, RunFolder, write_json
-from qlora_recipes.settings import Settings, public
+from qlora_recipes.settings import FITTED, Settings, public
 
 # Settings that decide what is kept and shown of a run, and nothing of its weights.
 _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
@@ -32,6 +32,7 @@ def of_settings(settings: Settings) -> dict[str, Any]:
             "dataset": settings.dataset_name,
             "precision": settings.precision.name,
             "dtype": settings.dtype,
+            "storage": settings.storage,
             "lora": dict(settings.lora),
             "training": training,
         }
@@ -48,6 +49,18 @@ def of_run(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[str, An
         "first adapter": initial_sha256,
         "processes": PartialState().num_processes,
     }
+
+
+def as_started(settings: Settings, folder: RunFolder) -> Settings:
+    """Return settings with what they leave open as it was when the run in a folder started, on whatever machine."""
+    was = Journal(folder).identity
+    names = {name for group in settings.left_open for name in FITTED[group]} & was["training"].keys()
+    return replace(
+        settings,
+        training={**settings.training, **{name: was["training"][name] for name in names}},
+        storage=was["storage"] if settings.storage == "auto" else settings.storage,
+        left_open=frozenset(),
+    )
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +88,7 @@ class Journal:
         Raises:
             RunFolderError: naming every difference.
         """
-        found = list(_differences(self._read()["run"], identity))
+        found = list(_differences(self.identity, identity))
         if found:
             lines = "\n".join(f"  {name}: was {_short(was)}, now {_short(now)}" for name, was, now in found)
             raise RunFolderError(
@@ -92,6 +105,11 @@ class Journal:
         resume = Resume(_now(), step, reason, dict(passed_over), changed)
         self._write({**content, "resumes": [*content["resumes"], asdict(resume)]})
         return resume
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is."""
+        return self._read()["run"]
 
     @property
     def started(self) -> str:

@@ -94,6 +94,8 @@ class BaseReceipt:
     """Storage dtype to bytes."""
     sha256: str
     """Hash over the stored bytes of the base."""
+    storage: str = "packed"
+    """Whether 4-bit weights were dequantised for every product (`packed`), or once and kept beside (`expanded`)."""
 
 
 @dataclass
@@ -148,7 +150,11 @@ class MemoryReceipt:
 
     peak_bytes: int
     base_bytes: int
-    """Before the first step, with the base loaded."""
+    """Peak before the first step, with the base loaded."""
+    training_bytes: int
+    """The peak without what the process held before the base was loaded: Python, libraries, rows."""
+    planned_bytes: int | None
+    """What the plan said of that; None where the run has no plan."""
 
 
 @dataclass

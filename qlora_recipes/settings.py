@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_recipes.errors import UsageError
+from qlora_recipes.errors import UsageError, nearest
 from qlora_recipes.masking import masked
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
@@ -17,6 +17,12 @@ from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
 from qlora_recipes.standins import ROWS, STANDINS, StandIn
 
 RUNS = Path("runs")
+STORAGES = ("packed", "expanded")
+FITTED = {
+    "batch": {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"},
+    "checkpointing": {"gradient_checkpointing", "gradient_checkpointing_kwargs"},
+}
+"""What may be fitted to the machine, and the fields that settle it where one of them is stated."""
 STANDIN = "standin-"
 """Before a family's name: the model of that name that ships with the package."""
 
@@ -42,6 +48,10 @@ class Settings:
     output_dir: Path
     """The run folder."""
     demo: bool = False
+    storage: str = "auto"
+    """Whether 4-bit weights are dequantised for every product (`packed`) or once (`expanded`); `auto`: as they fit."""
+    left_open: frozenset[str] = frozenset()
+    """What nobody stated and the machine may decide: `batch` (how a step is cut up), `checkpointing`."""
 
     @property
     def seed(self) -> int:
@@ -88,6 +98,7 @@ def resolve(
     model: str | None = None,
     dataset: str | None = None,
     output_dir: str | Path | None = None,
+    storage: str = "auto",
     lora: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Settings:
@@ -98,7 +109,8 @@ def resolve(
     Raises:
         UsageError: for an unknown or contradictory choice, or a demo that nothing is bundled for.
     """
-    storage = precision_named(precision)
+    stored = precision_named(precision)
+    _check_storage(storage, stored)
     standin = STANDINS.get(recipe.model.family) if demo else None
     if demo and standin is None and model is None:
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
@@ -108,7 +120,8 @@ def resolve(
         **(standin.lora if standin else {}),
         **(lora or {}),
     }
-    training = {**recipe.training, **(_of_standin(standin) if standin else {}), **(training or {})}
+    above = {**(_of_standin(standin) if standin else {}), **(training or {})}
+    training = {**recipe.training, **above}
     if faults := list(bound_faults(lora, training)):
         raise UsageError("; ".join(faults))
     source = model or (f"{STANDIN}{standin.family}" if standin else recipe.model.hub_id)
@@ -119,15 +132,24 @@ def resolve(
         model=source,
         revision=revision,
         dataset=dataset or (_bundled_rows(recipe) if demo else recipe.dataset.source),
-        precision=storage,
-        dtype=resolve_dtype(storage, dtype),
+        precision=stored,
+        dtype=resolve_dtype(stored, dtype),
         lora=lora,
         training=training,
         output_dir=Path(),
         demo=demo,
+        storage=storage,
+        left_open=frozenset(name for name, fields in FITTED.items() if not fields & (recipe.stated | above.keys())),
     )
     folder = Path(output_dir) if output_dir else RUNS / settings.name / f"{precision}-seed{settings.seed}"
     return Settings(**{**vars(settings), "output_dir": folder})
+
+
+def _check_storage(storage: str, precision: Precision) -> None:
+    if storage not in ("auto", *STORAGES):
+        raise UsageError(f"unknown --storage {storage!r}, wanted auto, packed or expanded.{nearest(storage, STORAGES)}")
+    if storage == "expanded" and precision.quant_type is None:
+        raise UsageError(f"--storage expanded is for 4-bit weights; {precision.name} has none to expand. Leave it out")
 
 
 def _check_remote_code(training: Mapping[str, Any], source: str, revision: str | None) -> None:

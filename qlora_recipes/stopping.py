@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: the running step is finished and saved, and then the process ends; a second signal ends it now.
 
-This is what Slurm's preemption, a spot machine's notice and Ctrl-C ask for.
+This is what Slurm's preemption, a spot machine's notice and Ctrl-C ask for. Evaluations save no half tasks: they end at
+once, and only what is being written is finished first.
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A queue that tells every process of a job, and a launcher that passes on what it was told, mean one and the same.
+_ECHO_SECONDS = 0.5
 
 
 class Stopped(SystemExit):
@@ -27,10 +33,12 @@ class Stopped(SystemExit):
 class StopSignals:
     """While entered, remembers the first signal for the training loop to act on."""
 
-    def __init__(self) -> None:
+    def __init__(self, finishing: str = "the running step is finished and saved") -> None:
+        self.finishing = finishing
         self.received: signal.Signals | None = None
         self.loop_runs = False
         """Whether somebody looks at `received` soon; elsewhere nothing is left to save, and a signal stops at once."""
+        self._at = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -43,11 +51,24 @@ class StopSignals:
         for which, handler in self._before.items():
             signal.signal(which, handler)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Finish the block first; a signal that came within it, or that a library swallowed before, ends after it."""
+        self.loop_runs = True
+        try:
+            yield
+        finally:
+            self.loop_runs = False
+        if self.received is not None:
+            raise Stopped(self.received, None)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if number == self.received and time.monotonic() - self._at < _ECHO_SECONDS:
+                return
             os._exit(128 + number)  # asked twice: no more waiting for a step, a save or a library
-        self.received = signal.Signals(number)
+        self.received, self._at = signal.Signals(number), time.monotonic()
         if not self.loop_runs:
             raise Stopped(self.received, None)
-        notice = f"\n{self.received.name}: stopping when the running step is finished and saved; again stops at once\n"
+        notice = f"\n{self.received.name}: stopping when {self.finishing}; again stops at once\n"
         os.write(2, notice.encode())  # print() may be what the signal interrupted

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +29,8 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         f"sha256 {adapter['final_sha256'][:12]}",
         "loss": f"{training['first_loss']:.3f} to {training['final_loss']:.3f} in {training['steps']} steps",
         "speed": f"{training['tokens_per_second']:,.0f} tokens/s, {training['seconds']:.1f} s",
-        "memory": f"{run['memory']['peak_bytes'] / 2**30:.2f} GiB peak",
+        "a step": _step(run),
+        "memory": _memory(run["memory"]),
         "repaired": ", ".join(run["repairs"]) or "nothing",
         "checks": tally([Check(**check) for check in run["checks"]]),
         "resumed": ", ".join(f"after step {resume['from_step']}" for resume in run["resumes"]),
@@ -37,3 +41,15 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         if figure:
             table.add_row(name, Text(figure))
     (console or Console()).print(table)
+
+
+def _step(run: Mapping[str, Any]) -> str:
+    training, base = run["settings"]["training"], run["base"]
+    rows = f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']} rows"
+    return f"{rows}, {base['storage']} weights" if base["quantized"]["found"] else rows
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    planned = memory["planned_bytes"]
+    own = f", {memory['training_bytes'] / 2**30:.2f} of them the training's"
+    return f"{memory['peak_bytes'] / 2**30:.2f} GiB peak{own}" + (f", {planned / 2**30:.2f} planned" if planned else "")

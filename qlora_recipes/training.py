@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,11 @@ from qlora_recipes.adapters import adapter_sha256, adapter_tensors
 from qlora_recipes.checkpoints import Checkpoint
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.faults import OutOfMemoryFault, batch_of, machine_faults, with_half_the_batch
+from qlora_recipes.fitting import Machine, describe, fitted
 from qlora_recipes.preflight import ReadyRun, TrainedRun
 from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
-from qlora_recipes.resuming import Journal, find_checkpoint, of_run
+from qlora_recipes.resuming import Journal, as_started, find_checkpoint, of_run
 from qlora_recipes.runs import AdapterReceipt, Check, Receipt, RunFolder, TrainingReceipt, write_json
 from qlora_recipes.settings import Settings, public
 from qlora_recipes.stopping import Stopped, StopSignals
@@ -83,7 +85,9 @@ def train(
     Raises:
         RecipesError: for anything that would make the run fail or mean something else than it says.
     """
-    launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, console or Console())
+    console = console or Console()
+    settings = _settled(settings, resume=resume, console=console)
+    launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, console)
     while True:
         try:
             with StopSignals() as signals, machine_faults(launch.settings):
@@ -94,6 +98,28 @@ def train(
                 raise
         reason = f"out of memory with {batch_of(launch.settings)}, now {batch_of(smaller)}"
         launch = replace(launch, settings=smaller, overwrite=False, resume=True, reason=reason)
+
+
+def machine() -> Machine:
+    """Return what this process of a run has to itself."""
+    state = PartialState()
+    return Machine(
+        device=state.device.type,
+        bytes=environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        processes=state.num_processes,
+    )
+
+
+def _settled(settings: Settings, *, resume: bool, console: Console) -> Settings:
+    """Return the settings with nothing left open: as the run in the folder has them, or fitted to this machine."""
+    folder = RunFolder(settings.output_dir)
+    if resume and folder.started.exists():
+        return as_started(settings, folder)
+    here = machine()
+    settled = fitted(settings, here)
+    if settings.left_open and PartialState().is_main_process:
+        console.print(Text(f"fitted to this machine: {describe(settled, here)}"))
+    return settled
 
 
 @dataclass(frozen=True)

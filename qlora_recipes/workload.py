@@ -31,6 +31,8 @@ class Workload:
     dropout: bool = False
     optim: str = "adamw_torch_fused"
     processes: int = 1
+    storage: str = "packed"
+    """Whether 4-bit weights lie there once more in 16 bits: `packed` or `expanded`."""
     device: str = "cuda"
     """`cuda` or `cpu`: the libraries take other ways on each."""
 
@@ -55,12 +57,13 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
         length=training["max_length"],
         rank=lora.get("r", 8),
         targets=_targets(lora.get("target_modules"), sizes_for(settings)),
-        packing=bool(training.get("packing") or training.get("padding_free")),
+        packing=bool(training.get("packing") or training.get("padding_free", True)),
         checkpoint_every=every if checkpointing else 0,
         accumulation=training.get("gradient_accumulation_steps", 1),
         dropout=lora.get("lora_dropout", 0.0) > 0,
         optim=training.get("optim", "adamw_torch_fused"),
         processes=processes,
+        storage="expanded" if settings.storage == "expanded" else "packed",
         device=device,
     )
 

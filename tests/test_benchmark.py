@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,9 @@ from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, Usage
 from qlora_recipes.evaluation.divergence_files import read_divergence, write_divergence
 from qlora_recipes.evaluation.findings import Divergence
 from qlora_recipes.evaluation.records import TaskResult, finished_tasks
+from qlora_recipes.resuming import of_settings
 from qlora_recipes.runs import RunFolder
+from qlora_recipes.stopping import Stopped
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = RECIPES / "llama2_guanaco.py"
@@ -247,7 +253,7 @@ def test_an_unknown_task_is_refused_before_training(tmp_path: Path, laboratory: 
 
 
 def fake_recipe(folder: Path, body: str) -> Plan:
-    plan = plan_of(folder / "b", seeds=[0])
+    plan = plan_of(folder / "b")
     script = folder / "recipe.py"
     script.write_text(body)
     plan.output.mkdir()
@@ -260,15 +266,38 @@ def quiet() -> Any:
     return Console(quiet=True)
 
 
-def test_an_unfinished_run_is_trained_anew(tmp_path: Path) -> None:
+def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     write = "import sys, pathlib, json\nfolder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
     write += "folder.mkdir(exist_ok=True)\n(folder / 'run.json').write_text(json.dumps(sys.argv))\n"
     plan = fake_recipe(tmp_path, write)
-    (plan.output / "nf4-seed0").mkdir()
-    (plan.output / "nf4-seed0" / "metrics.jsonl").write_text("")
+    for name, file in (("nf4-seed0", "started.json"), ("bf16-seed1", ".started.json.123")):
+        (plan.output / name).mkdir()
+        (plan.output / name / file).write_text("")
     training.train_missing(plan, quiet())
-    words = {arm.precision: json.loads((arm.folder.path / "run.json").read_text()) for arm in plan.arms}
-    assert "--overwrite" in words["nf4"] and "--overwrite" not in words["bf16"]
+    words = {arm.name: json.loads((arm.folder.path / "run.json").read_text()) for arm in plan.arms}
+    chosen = {name: {"--resume", "--overwrite"} & set(given) for name, given in words.items()}
+    assert chosen == {
+        "bf16, seed 0": set(),
+        "nf4, seed 0": {"--resume"},
+        "bf16, seed 1": {"--overwrite"},  # killed before it had said what it is: nothing to go on with
+        "nf4, seed 1": set(),
+    }
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_and_kept(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "b", seeds=[0])
+    folder = plan.arms[0].folder
+    folder.path.mkdir(parents=True)
+    run = of_settings(plan.arms[0].settings)
+    run["training"]["learning_rate"] = 1.0
+    started = {"started": "2026", "run": run, "versions": {}, "resumes": []}
+    folder.started.write_text(json.dumps(started))
+    with pytest.raises(CheckError) as caught:
+        training.train_missing(plan, quiet())
+    assert "holds another run" in str(caught.value)
+    assert "training.learning_rate: was 1.0" in str(caught.value)
+    assert f"To train this run anew, remove {folder.path}" in str(caught.value)
+    assert json.loads(folder.started.read_text()) == started
 
 
 def test_a_training_that_fails_says_its_last_words(tmp_path: Path) -> None:
@@ -277,6 +306,92 @@ def test_a_training_that_fails_says_its_last_words(tmp_path: Path) -> None:
         CheckError, match=r"training bf16, seed 0 ended with exit code 2(.*\n)*  error: the disk is full"
     ):
         training.train_missing(plan, quiet())
+
+
+TRAINING = """
+if __name__ == "__main__":
+    import sys, time
+    from pathlib import Path
+    from qlora_recipes.stopping import Stopped, StopSignals
+
+    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder.mkdir(parents=True)
+    with StopSignals() as signals:
+        signals.loop_runs = True
+        (folder / "started.json").touch()
+        while signals.received is None:
+            time.sleep(0.01)
+        (folder / "signalled").touch()
+        time.sleep({step})
+        (folder / "saved").touch()
+        raise Stopped(signals.received, 1)
+"""
+
+
+@contextmanager
+def benchmark_that_trains(folder: Path, step: float) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """Start the script on a recipe whose training waits for a signal, and yield it when that is what it does."""
+    recipe = folder / "recipe.py"
+    recipe.write_text(RECIPE.read_text().split("if __name__")[0] + TRAINING.format(step=step))
+    words = [sys.executable, str(ROOT / "eval" / "benchmark.py"), str(recipe), "--precisions", "nf4", "bf16"]
+    words += ["--output", str(folder / "b")]
+    run = folder / "b" / "bf16-seed0"
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(run / "started.json")
+        yield process, run
+
+
+def wait_for(file: Path) -> None:
+    for _ in range(600):
+        if file.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"there is no {file}")
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_training_save_and_ends_both(tmp_path: Path, which: signal.Signals, code: int) -> None:
+    with benchmark_that_trains(tmp_path, step=1.0) as (process, run):
+        os.killpg(process.pid, which)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (run / "saved").exists()
+    assert f"stopped by {which.name}: 0 of 2 runs are trained; the same command goes" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_second_signal_ends_both_at_once(tmp_path: Path) -> None:
+    with benchmark_that_trains(tmp_path, step=30.0) as (process, run):
+        process.send_signal(signal.SIGTERM)
+        wait_for(run / "signalled")
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+    assert not (run / "saved").exists()
+
+
+def test_a_training_behind_a_launcher_is_waited_for(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING.format(step=1.0))
+    run = tmp_path / "run"
+    words = [sys.executable, str(script), "--output_dir", str(run)]
+    launcher = [
+        sys.executable,
+        "-c",
+        f"import subprocess; subprocess.run({words!r})",
+    ]  # as accelerate's for one process
+    process = subprocess.Popen(launcher, start_new_session=True)
+    wait_for(run / "started.json")
+    training._stop(process, launched=True)
+    assert (run / "saved").exists()
+
+
+def test_a_training_that_was_stopped_itself_ends_the_benchmark_so(tmp_path: Path) -> None:
+    plan = fake_recipe(tmp_path, "raise SystemExit(143)")
+    with pytest.raises(Stopped) as stopped:
+        training.train_missing(plan, quiet())
+    assert stopped.value.code == 143
 
 
 def test_the_script_answers_at_once() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,17 @@ from typing import Any
 import pytest
 
 from qlora_recipes import DatasetSpec, Recipe
+from qlora_recipes import data as data_module
 from qlora_recipes.data import PreparedData, prepare
-from qlora_recipes.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.errors import DataError
+from qlora_recipes.encoding import IGNORED, ConversationEncoder, Encoded, Rendered
+from qlora_recipes.errors import DataError, EnvironmentFault
 from qlora_recipes.loading import load_tokenizer
 from qlora_recipes.models import LLAMA_2_7B_CHAT
+from qlora_recipes.recipe import load_recipe
+from qlora_recipes.row_file import Conversation
 from qlora_recipes.settings import STANDIN, resolve
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 Prepare = Callable[..., PreparedData]
 
 
@@ -92,7 +99,7 @@ def test_rows_that_ask_the_same_stay_on_one_side(run: Prepare) -> None:
 
 def test_nothing_is_held_out_when_the_recipe_says_so(run: Prepare) -> None:
     file_free = DatasetSpec("unused", held_out=0.0)
-    assert run(rows(5), dataset=file_free).held_out == []
+    assert len(run(rows(5), dataset=file_free).held_out) == 0
 
 
 def test_the_fingerprint_follows_what_is_trained_on(run: Prepare) -> None:
@@ -130,3 +137,83 @@ def test_a_format_row_without_an_answer_is_counted(run: Prepare) -> None:
 
     with pytest.raises(DataError, match="2 no assistant turn"):
         run(rows(2), format_row=staticmethod(format_row))
+
+
+def test_the_bundled_rows_are_what_they_were_before_they_lay_on_disk(encoder: ConversationEncoder) -> None:
+    """Figures of the release that held every row in memory."""
+    settings = resolve(load_recipe(str(RECIPES / "llama2_guanaco.py")), demo=True, training=dict(max_length=40))
+    data = prepare(settings, encoder)
+    receipt = data.receipt
+    assert receipt.fingerprint == "526cf3485df1285c9d1d8695d3376872a0254f51d5fbbbfa0c2101bdf64f1af4"
+    assert (receipt.rows_in, receipt.rows_used, receipt.rows_held_out, receipt.rows_dropped) == (1200, 1136, 64, {})
+    assert (receipt.tokens, receipt.supervised_tokens, receipt.supervised_tokens_lost) == (37941, 9445, 5243)
+    assert receipt.rows_truncated == receipt.answers_truncated == 469
+    assert data.template.bos_per_row == [1, 2] and data.template.end_token_trained
+    digest = hashlib.sha256()
+    for row in (*data.train, *data.held_out):
+        ids, labels = row.encoded.input_ids, row.encoded.labels
+        kept = [row.place, row.messages, ids, labels, row.supervised_lost, row.truncated]
+        digest.update(json.dumps(kept).encode())
+    assert digest.hexdigest() == "e08fae64f98521f16585a51d50c7e6c19e40cc121db9ae65852fc98b55ef55d4"
+
+
+def test_rows_are_taken_from_the_file_a_few_at_a_time(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a batch is tokenised, nothing beyond it has been read, and next to nothing of earlier ones is held."""
+    read, tokenized, alive = 0, 0, []
+    plain = ConversationEncoder.tokenize
+
+    def format_row(row: dict[str, str]) -> list[dict[str, str]]:
+        nonlocal read
+        read += 1
+        return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+    def tokenize(self: ConversationEncoder, conversations: Sequence[Rendered]) -> list[Encoded]:
+        nonlocal tokenized
+        tokenized += len(conversations)
+        assert read == tokenized
+        gc.collect()
+        alive.append(sum(type(held) is Conversation for held in gc.get_objects()))
+        return plain(self, conversations)
+
+    monkeypatch.setattr(data_module, "_BATCH", 400)
+    monkeypatch.setattr(ConversationEncoder, "tokenize", tokenize)
+    assert len(run(rows(200), format_row=staticmethod(format_row)).train) == 150
+    assert len(alive) > 10
+    assert max(alive) <= alive[0] + 40  # of 200: the batch before, and what is made of this one
+
+
+def test_the_dataset_lies_on_disk_and_holds_the_training_rows(run: Prepare) -> None:
+    data = run(rows(40))
+    dataset = PreparedData.dataset(data.train)
+    assert dataset["input_ids"][:] == [row.encoded.input_ids for row in data.train]
+    assert dataset["labels"][:] == [row.encoded.labels for row in data.train]
+    assert dataset.cache_files
+
+
+def test_batches_change_nothing(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [*rows(30), {"question": "x [/INST]", "answer": "a"}, {"question": "long " * 300, "answer": "a"}, *rows(9)]
+    whole = run(mixed)
+    monkeypatch.setattr(data_module, "_BATCH", 1)
+    one_by_one = run(mixed)
+    assert one_by_one.receipt == whole.receipt
+    assert list(one_by_one.train) == list(whole.train)
+    assert list(one_by_one.held_out) == list(whole.held_out)
+
+
+def test_a_row_that_raises_leaves_no_file(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def format_row(row: dict[str, str]) -> list[dict[str, str]]:
+        return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(data_module, "_BATCH", 1)
+    with pytest.raises(DataError, match="line 9: format_row failed"):
+        run([*rows(8), {"question": "no answer"}], format_row=staticmethod(format_row))
+    assert list(folder.iterdir()) == []
+
+
+def test_no_room_for_the_rows_is_one_error(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(EnvironmentFault, match="prepared rows cannot be written"):
+        run(rows(4))

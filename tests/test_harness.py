@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qlora_recipes import Recipe, environment
+from qlora_recipes import Recipe, chat, environment, merging
 from qlora_recipes.adapters import WEIGHTS, generate
 from qlora_recipes.encoding import IGNORED
 from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
@@ -22,11 +27,12 @@ from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.command import main
 from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate, evaluate_many
 from qlora_recipes.evaluation.held_out import score_held_out
-from qlora_recipes.evaluation.loaded import BaseKey, load_run, load_run_base
-from qlora_recipes.evaluation.records import DocRecord, TaskResult, finished_tasks, read_task, write_task
-from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, load_tasks
+from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, check_remote_code, load_run, load_run_base
+from qlora_recipes.evaluation.records import DocRecord, Scores, TaskResult, finished_tasks, read_task, write_task
+from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, EvalTask, load_tasks
 from qlora_recipes.runs import RunFolder
 from qlora_recipes.settings import resolve
+from qlora_recipes.stopping import Stopped
 from qlora_recipes.training import train
 
 SHORT = Options(limit=4, batch_size=4)
@@ -168,6 +174,65 @@ def _edit_receipt(run: RunFolder, edit: Callable[[dict], None]) -> None:
     (run.path / "run.json").write_text(json.dumps(receipt))
 
 
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "crafted"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+Path({ran!r}).touch()
+"""
+
+
+def test_code_of_a_base_runs_only_where_it_is_allowed_again(
+    tiny: Callable[[str], Path],
+    recipe_for: Callable[..., type[Recipe]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    base, ran = Path(shutil.copytree(tiny("llama2"), tmp_path / "base")), tmp_path / "it ran"
+    (base / "crafted.py").write_text(CODE.format(ran=str(ran)))
+    config = json.loads((base / "config.json").read_text())
+    config |= dict(model_type="crafted")
+    config["auto_map"] = dict(AutoConfig="crafted.Config", AutoModelForCausalLM="crafted.Model")
+    (base / "config.json").write_text(json.dumps(config))
+    training = dict(trust_remote_code=True, learning_rate=0.05)
+    folder = train(resolve(recipe_for(), model=str(base), output_dir=tmp_path / "run", training=training))
+    assert ran.exists()
+    for command in (main, merging.main, chat.main):
+        with pytest.raises(UsageError, match="Give --trust_remote_code when you have read it"):
+            command([str(folder.path)])
+    asked: list[bool] = []
+    plain = loaded.load_base
+    monkeypatch.setattr(
+        loaded, "load_base", lambda *a, **k: asked.append(k["trust_remote_code"]) or plain(*a, **k)
+    )  # the code is in this process already, and would not run a second time
+    main([str(folder.path), "--tasks", "held_out", "--limit", "2", "--trust_remote_code"])
+    merging.main([str(folder.path), "--trust_remote_code"])
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+    chat.main([str(folder.path), "--trust_remote_code"])
+    assert asked == [True] * 4
+
+
+def test_code_of_a_base_is_run_at_a_commit_only(trained: Callable[..., RunFolder]) -> None:
+    receipt = trained().receipt()
+    assert not BaseKey.of(receipt).trust_remote_code
+    check_remote_code(receipt, allowed=False)
+    receipt["settings"]["training"]["trust_remote_code"] = True
+    receipt["base"] |= dict(model="some/model", revision="main")
+    with pytest.raises(UsageError, match="revision as 'main'; wanted a commit"):
+        check_remote_code(receipt, allowed=True)
+    receipt["base"]["revision"] = "0a" * 20
+    check_remote_code(receipt, allowed=True)
+    assert BaseKey.of(receipt).trust_remote_code
+
+
 def test_finished_tasks_are_kept_and_unfinished_ones_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(run, ["held_out"], options=SHORT)
     monkeypatch.setattr(harness, "load_run_base", lambda key: pytest.fail("loaded a base for a finished task"))
@@ -176,6 +241,77 @@ def test_finished_tasks_are_kept_and_unfinished_ones_run(run: RunFolder, monkeyp
     (run.evaluation / "held_out.json").unlink()  # as after a kill between the two files
     assert finished_tasks(run.evaluation) == {}
     assert [result.task for result in evaluate(run, ["held_out"], options=SHORT)] == ["held_out"]
+
+
+TWO_TASKS = ["--tasks", "held_out", "standin_text", "--limit", "2"]
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_an_evaluation_and_the_same_command_does_what_is_left(
+    run: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    which: signal.Signals,
+    code: int,
+) -> None:
+    plain, scored = harness._measure, []
+
+    def measure(run: LoadedRun, task: EvalTask, *rest: Any) -> Scores:
+        if task.name == "standin_text" and "standin_text" not in scored:
+            scored.append(task.name)
+            os.kill(os.getpid(), which)
+        scored.append(task.name)
+        return plain(run, task, *rest)
+
+    monkeypatch.setattr(harness, "_measure", measure)
+    with pytest.raises(Stopped) as stopped:
+        main([str(run.path), *TWO_TASKS])
+    assert stopped.value.code == code
+    said = capsys.readouterr().err
+    assert f"stopped by {which.name}; the same command goes on with the tasks that are left" in said
+    assert f"{run.evaluation}: finished held_out, left standin_text" in said
+    assert {file.name for file in run.evaluation.iterdir()} == {"held_out.json", "held_out.docs.jsonl"}
+    main([str(run.path), *TWO_TASKS])
+    assert scored == ["held_out", "standin_text", "standin_text"]  # begun, and then done
+    assert set(finished_tasks(run.evaluation)) == {"held_out", "standin_text"}
+
+
+def test_a_signal_in_a_write_leaves_a_whole_result(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = harness.write_task
+
+    def write(*args: Any) -> TaskResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(harness, "write_task", write)
+    with pytest.raises(Stopped):
+        evaluate(run, ["held_out", "standin_text"], options=SHORT)
+    assert set(finished_tasks(run.evaluation)) == {"held_out"}
+
+
+SLOW = """
+import sys, time
+from qlora_recipes import cli
+from qlora_recipes.evaluation import harness
+
+def measure(*_):
+    print("scoring", flush=True)
+    time.sleep(60)
+
+harness._measure = measure
+cli.main(["evaluate", *sys.argv[1:]])
+"""
+
+
+def test_a_process_that_evaluates_ends_with_the_signals_code(run: RunFolder) -> None:
+    words = [sys.executable, "-c", SLOW, str(run.path), "--tasks", "held_out"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "scoring\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "Traceback" not in said and "finished none, left held_out" in said
+    assert not run.evaluation.exists()
 
 
 def test_results_of_other_options_are_not_replaced(run: RunFolder) -> None:

@@ -211,8 +211,9 @@ def test_labels_that_the_trainer_loses_are_refused(run: ReadyRun) -> None:
 
 
 def test_ids_beyond_the_embedding_are_refused(run: ReadyRun) -> None:
-    row = run.data.train[0]
-    run.data.train[0] = replace(row, encoded=Encoded([*row.encoded.input_ids, 10**6], [*row.encoded.labels, 10**6]))
+    row, *others = run.data.train
+    wrong = replace(row, encoded=Encoded([*row.encoded.input_ids, 10**6], [*row.encoded.labels, 10**6]))
+    run.data = replace(run.data, train=[wrong, *others])
     check = verdict_of(vocabulary.embedding_covers_ids, run)
     assert check.verdict == "fail"
     assert "1,000,000" in check.figure

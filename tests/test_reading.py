@@ -88,3 +88,29 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 def test_a_dataset_that_the_hub_cannot_give_is_one_error() -> None:
     with pytest.raises(DataError, match="no dataset 'nobody/nothing'"):
         list(read_rows("nobody/nothing"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_rows_are_read_as_they_are_asked_for(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file ten times as long takes no more memory for its first row; JSON is written as lines here."""
+    import tracemalloc
+
+    many = [{"question": f"Who is {i}?", "answer": "word " * 100} for i in range(2000)]
+    peaks = []
+    for rows in (many[:200], many):
+        file = write(tmp_path / name.replace(".json", ".jsonl").replace("jsonll", "jsonl"), rows)
+        file = file.rename(tmp_path / name)
+        next(read_rows(str(file)))
+        tracemalloc.start()
+        next(read_rows(str(file)))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 3 * peaks[0]
+
+
+def test_two_documents_that_are_not_lines_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for content in ('{"a": 1} {"a": 2}', '{"a":\n1}\n{"a": 2}'):
+        file.write_text(content)
+        with pytest.raises(DataError, match="broken JSON"):
+            list(read_rows(str(file)))

@@ -1,10 +1,13 @@
 """The set-up: what setup.cfg asks for, what constraints.txt pins, and what the Makefile does with them."""
 
 import ast
+import hashlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -82,6 +85,35 @@ def test_the_pinned_versions_are_the_ones_installed(setup_cfg: ConfigParser) -> 
         assert installed == str(pinned[canonicalize_name(requirement.name)]), requirement.name
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_pin_has_hashes_of_the_same_version(python: str) -> None:
+    hashed = {}
+    for line in lines_of((ROOT / "constraints-hashes.txt").read_text().replace("\\\n", " ")):
+        pin, *hashes = line.split()
+        name, version = pin.split("==")
+        assert hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", word) for word in hashes), pin
+        hashed[canonicalize_name(name)] = Version(version)
+    pinned = pins(python)
+    assert {name: hashed.get(name) for name in pinned} == pinned, "run: make hashes"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_pip_holds_to_the_hash_of_a_constraint(tmp_path: Path, right: bool) -> None:
+    """What `make install HASHES=1` rests on; a pip that reads no hashes in constraints would check nothing."""
+    wheel, constraints = tmp_path / "held-1.0-py3-none-any.whl", tmp_path / "constraints.txt"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("held-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: held\nVersion: 1.0\n")
+        archive.writestr("held-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("held-1.0.dist-info/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes() if right else b"another").hexdigest()
+    constraints.write_text(f"held==1.0 \\\n    --hash=sha256:{digest}\n")
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--find-links", str(tmp_path)]
+    words = [*pip, "--constraint", str(constraints), "--no-require-hashes", "held"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == right, done.stderr
+    assert ("DO NOT MATCH THE HASHES" in done.stderr) != right
+
+
 def test_what_the_library_imports_is_declared(setup_cfg: ConfigParser) -> None:
     declared = {canonicalize_name(requirement.name) for requirement in dependencies(setup_cfg, RUNNING)}
     homes = importlib.metadata.packages_distributions()
@@ -151,6 +183,16 @@ def test_each_target_installs_first(target: str, runs: str) -> None:
     places = [planned.stdout.find(step) for step in steps]
     assert -1 not in places, planned.stdout
     assert places == sorted(places), planned.stdout
+
+
+def test_an_installation_by_hash_is_one_command() -> None:
+    planned = make("--dry-run", "--always-make", "install", "HASHES=1")
+    assert planned.returncode == 0, planned.stderr
+    installations = [line for line in planned.stdout.replace("\\\n", " ").splitlines() if "pip" in line.split("'")[0]]
+    steps = ["-m venv .venv", "--require-hashes", "--constraint constraints-hashes.txt", "hashes.py --installed"]
+    places = [planned.stdout.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places), planned.stdout
+    assert all(re.search("hashes|download", line) for line in installations), planned.stdout
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ import torch
 from kill_and_resume import outcome
 
 from qlora_recipes import DatasetSpec, Recipe, checkpoints, faults, training
+from qlora_recipes.benchmark.command import main as benchmark
 from qlora_recipes.checkpoints import Checkpoint, newest_intact
+from qlora_recipes.commandline import run_command
 from qlora_recipes.errors import DivergenceError, EnvironmentFault, RunFolderError, UsageError
 from qlora_recipes.faults import OutOfMemoryFault
 from qlora_recipes.resuming import Journal, find_checkpoint
@@ -298,7 +300,9 @@ from qlora_recipes.stopping import StopSignals
 with StopSignals() as signals:
     signals.loop_runs = {runs}
     os.kill(os.getpid(), signal.{first})
+    os.kill(os.getpid(), signal.{first})  # a launcher passes on what a queue has told everybody
     assert signals.received == signal.{first}
+    time.sleep(0.6)
     os.kill(os.getpid(), signal.{second})
     time.sleep(10)
 """
@@ -470,12 +474,69 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints(
 def test_a_folder_that_takes_no_files_is_one_error(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
 ) -> None:
-    """Root writes into read-only folders, so the system's answer is given in its place."""
+    """The system's answer is given in its place; a folder that is read-only in truth has a test of its own."""
     settings = replace(runs.settings("unused"), output_dir=tmp_path)
     with pytest.raises(EnvironmentFault) as caught, faults.machine_faults(settings):
         raise OSError(number, os.strerror(number), str(tmp_path / "checkpoints"))
     assert os.strerror(number) in str(caught.value)
     assert "--resume" in str(caught.value)
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Return a function that runs the words in a namespace in which a folder is mounted read-only, for root too."""
+
+    def call(folder: Path, *words: str) -> subprocess.CompletedProcess:
+        command = ["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    if shutil.which("unshare") is None or call(tmp_path, "true").returncode:
+        pytest.skip("no user namespace may mount here: only Linux has them, and some containers forbid them")
+    return call
+
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "recipes" / "llama2_guanaco.py")
+
+
+def test_nothing_is_written_and_nothing_raised_where_nothing_can_be(
+    runs: Runs, tmp_path: Path, read_only: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    folder = Path(shutil.copytree(runs.folder / "whole", tmp_path / "run"))
+    before = sorted(folder.rglob("*"))
+    train = [RECIPE, "--demo", "--max_steps", "2", "--output_dir", "run/new"]
+    train += ["--skip_checks", *SLOW, "writable_folder"]  # which would find it before anything is tried
+    benchmark = [str(ROOT / "eval" / "benchmark.py"), RECIPE, "--precisions", "nf4", "bf16", "--output", "run/b"]
+    commands = [
+        (train, "Read-only file system"),
+        (benchmark, "Read-only file system. Give --output another folder"),
+        (
+            ["-m", "qlora_recipes.cli", "evaluate", "run", "--tasks", "held_out", "--limit", "2"],
+            "Read-only file system",
+        ),
+        (["-m", "qlora_recipes.cli", "merge", "run"], "Read-only file system. Give --output a folder"),
+    ]
+    for words, said in commands:
+        done = read_only(folder, sys.executable, *words)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["/proc", "/sys"])
+def test_a_folder_of_the_system_is_refused(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path(place).is_dir():
+        pytest.skip(f"there is no {place} here")
+    with pytest.raises(SystemExit) as stopped:
+        command = ["--precisions", "nf4", "bf16", "--output", f"{place}/benchmark"]
+        run_command(lambda: benchmark([RECIPE, *command]))
+    assert stopped.value.code == 2
+    assert f"error: {place}/benchmark cannot be written: " in capsys.readouterr().err
+    assert not Path(place, "benchmark").exists()
 
 
 def starve(monkeypatch: pytest.MonkeyPatch, rows: int, step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from qlora_recipes.benchmark.training import train_missing
 from qlora_recipes.errors import UsageError
 from qlora_recipes.evaluation.compare import MARGIN, compare_folders, points, say
 from qlora_recipes.evaluation.report import check_report_folder, write_report
+from qlora_recipes.stopping import Stopped, StopSignals
 
 _DESCRIPTION = """Train every precision with every seed, evaluate them from disk, compare, and write a report. What is \
 finished is kept: interrupted, the same command goes on. Any flag of the recipe can follow and goes to every arm. The \
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         RecipesError: for anything a user can mend; what is finished by then is kept.
+        Stopped: when SIGTERM or SIGINT came; a training that runs has saved its step by then.
     """
     given, flags = _parser().parse_known_args(list(arguments))
     plan = settle(
@@ -45,8 +46,17 @@ def main(arguments: Sequence[str]) -> None:
         flags=flags,
         output=Path(given.output) if given.output else None,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # lets a training be ended with us
-    run(plan, launch=given.launch.split() if given.launch is not None else None, controls=not given.no_controls)
+    try:
+        with StopSignals():
+            run(plan, launch=given.launch.split() if given.launch is not None else None, controls=not given.no_controls)
+    except Stopped as stopped:
+        trained = sum(arm.folder.finished for arm in plan.arms)
+        print(
+            f"stopped by {stopped.signal.name}: {trained} of {len(plan.arms)} runs are trained; the same command goes "
+            f"on, and keeps what is finished in {plan.output}",
+            file=sys.stderr,
+        )
+        raise
 
 
 def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True) -> None:

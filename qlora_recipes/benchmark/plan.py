@@ -14,6 +14,7 @@ from typing import Any
 from qlora_recipes.commandline import parse, settings_from
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.comparison import choose_baseline
+from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import precision_named
 from qlora_recipes.recipe import Recipe, load_recipe
 from qlora_recipes.runs import RunFolder, write_json
@@ -27,7 +28,7 @@ _OURS = {
     "seed": "--seeds",
     "output_dir": "--output",
     "plan": "the recipe itself",
-    "resume": "nothing; what is finished is kept",
+    "resume": "nothing; it goes on by itself",
     "overwrite": "another --output",
 }
 
@@ -202,20 +203,19 @@ def state(plan: Plan) -> list[float]:
     margins = list(earlier["margins"]) if earlier else []
     if not margins or margins[-1] != plan.margin:
         margins.append(plan.margin)
-    plan.output.mkdir(parents=True, exist_ok=True)
-    write_json(
-        file,
-        {
-            "schema_version": SCHEMA_VERSION,
-            **mine,
-            "precisions": list(plan.precisions),
-            "baseline": plan.baseline,
-            "seeds": list(plan.seeds),
-            "tasks": plan.tasks and list(plan.tasks),
-            "limit": plan.limit,
-            "margins": margins,
-        },
-    )
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        **mine,
+        "precisions": list(plan.precisions),
+        "baseline": plan.baseline,
+        "seeds": list(plan.seeds),
+        "tasks": plan.tasks and list(plan.tasks),
+        "limit": plan.limit,
+        "margins": margins,
+    }
+    with disk_faults(plan.output, "Give --output another folder"):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
     return margins[:-1]
 
 

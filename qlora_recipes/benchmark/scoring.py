@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -27,14 +28,16 @@ def score_missing(plan: Plan, console: Console, *, controls: bool = True) -> lis
     Controls: each base before tuning, and the baseline's adapters on every other base.
     """
     tasks: list[str] = []
+    trusted = all(arm.settings.trust_remote_code for arm in plan.arms)
+    asked = Options(limit=plan.limit, trust_remote_code=trusted)
     for precision in plan.precisions:
         folders = plan.folders(precision)
-        tasks = _score(plan, precision, folders, Options(limit=plan.limit), console)
+        tasks = _score(plan, precision, folders, asked, console)
         if controls:
-            before = Options(limit=plan.limit, adapter=False)
+            before = replace(asked, adapter=False)
             _score(plan, f"{precision} base before tuning", folders[:1], before, console)
         if controls and precision != plan.baseline:
-            swapped = Options(limit=plan.limit, precision=precision)
+            swapped = replace(asked, precision=precision)
             name = f"{plan.baseline} adapters on the {precision} base"
             _score(plan, name, plan.folders(plan.baseline), swapped, console)
     return tasks

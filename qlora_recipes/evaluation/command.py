@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qlora_recipes.errors import UsageError, nearest
 from qlora_recipes.precision import PRECISIONS
+from qlora_recipes.stopping import StopSignals
 
 if TYPE_CHECKING:
     from qlora_recipes.evaluation.records import TaskResult
@@ -32,6 +33,11 @@ def main(arguments: Sequence[str]) -> None:
         RecipesError: for anything a user can mend.
     """
     given = _parser().parse_args(list(arguments))
+    with StopSignals():  # outside of the scoring too a signal ends it with its own exit code
+        _evaluate(given)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
     from qlora_recipes.evaluation.harness import Options, evaluate_many  # torch, which --help can do without
     from qlora_recipes.runs import RunFolder
 
@@ -42,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         adapter=not given.no_adapter,
         precision=given.precision,
         other_template=given.other_template,
+        trust_remote_code=given.trust_remote_code,
     )
     folders = [RunFolder(Path(run)) for run in given.run]
     results = evaluate_many(folders, given.tasks, options=options, overwrite=given.overwrite)
@@ -73,6 +80,7 @@ def _parser() -> _Parser:
     parser.add_argument("--precision", choices=PRECISIONS, help="control: the adapter on a base stored otherwise")
     parser.add_argument("--no_adapter", action="store_true", help="control: the base before tuning")
     parser.add_argument("--other_template", action="store_true", help="take a chat template edited after training")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a base trained with it")
     parser.add_argument("--overwrite", action="store_true", help="replace results that stand already")
     return parser
 

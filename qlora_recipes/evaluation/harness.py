@@ -6,6 +6,7 @@ A task that is finished is not run again; the next command goes on where the las
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from rich.console import Console
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.held_out import score_answers, score_held_out
-from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, load_run, load_run_base
+from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, check_remote_code, load_run, load_run_base
 from qlora_recipes.evaluation.records import Scores, TaskResult, finished_tasks, write_task
 from qlora_recipes.evaluation.task_loading import (
     HELD_OUT_TASKS,
@@ -26,8 +27,10 @@ from qlora_recipes.evaluation.task_loading import (
     checked_limit,
     load_tasks,
 )
+from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import precision_named
 from qlora_recipes.runs import RunFolder
+from qlora_recipes.stopping import Stopped, StopSignals
 
 # Of a stand-in and of a model of billions: larger is faster where memory allows. Never "auto", which may choose another
 # size for each arm, and with it other roundings.
@@ -50,6 +53,8 @@ class Options:
     """Another storage of the base than the run was trained on: training effect against inference effect."""
     other_template: bool = False
     """Take a chat template that was edited after training; its hash is recorded in the results."""
+    trust_remote_code: bool = False
+    """Allow the base of a run that was trained so to run its own code; nothing else is allowed by it."""
 
     def __post_init__(self) -> None:
         checked_limit(self.limit)
@@ -105,11 +110,12 @@ def evaluate_many(
     """Score runs, those of one base on the same loaded base, and write every task's result as it is finished.
 
     Without `tasks` each run gets its `default_tasks`. Everything that can be refused is refused before a model is
-    loaded.
+    loaded. A signal ends it between two writes, and says what is finished.
 
     Raises:
         RecipesError: for a run that is not what its receipt says, a task that cannot be run, or results of other
             options that `overwrite` does not allow to replace.
+        Stopped: when SIGTERM or SIGINT came.
     """
     options = options or Options()
     jobs = [_job(folder, tasks, options) for folder in folders]
@@ -118,6 +124,24 @@ def evaluate_many(
     results: list[dict[str, TaskResult]] = [
         {} if overwrite else _finished(job, todo, options) for job, todo in zip(jobs, wanted, strict=True)
     ]
+    try:
+        with StopSignals("what is being written is whole") as signals:
+            _score_missing(jobs, wanted, results, options, signals, console or Console(stderr=True))
+    except Stopped as stopped:
+        _say_what_is_left(stopped, jobs, wanted, results, overwrite)
+        raise
+    return [[results[i][task.name] for task in wanted[i]] for i in range(len(jobs))]
+
+
+def _score_missing(
+    jobs: Sequence[_Job],
+    wanted: Sequence[Sequence[EvalTask]],
+    results: Sequence[dict[str, TaskResult]],
+    options: Options,
+    signals: StopSignals,
+    console: Console,
+) -> None:
+    """Score what of the wanted tasks has no result yet, one base in memory at a time."""
     for key in dict.fromkeys(job.key for job in jobs):
         mine = [i for i, job in enumerate(jobs) if job.key == key]
         if any(task.name not in results[i] for i in mine for task in wanted[i]):
@@ -128,10 +152,25 @@ def evaluate_many(
                     with load_run(
                         jobs[i].folder, base, key, adapter=options.adapter, other_template=options.other_template
                     ) as run:
-                        results[i] |= _score(run, missing, options, jobs[i].output, console or Console(stderr=True))
+                        _score(run, missing, options, jobs[i].output, results[i], signals, console)
             del base
             gc.collect()  # before the next base needs the room
-    return [[results[i][task.name] for task in wanted[i]] for i in range(len(jobs))]
+
+
+def _say_what_is_left(
+    stopped: Stopped,
+    jobs: Sequence[_Job],
+    wanted: Sequence[Sequence[EvalTask]],
+    results: Sequence[Mapping[str, TaskResult]],
+    overwrite: bool,
+) -> None:
+    lines = []
+    for job, todo, done in zip(jobs, wanted, results, strict=True):
+        finished = [task.name for task in todo if task.name in done]
+        left = [task.name for task in todo if task.name not in done]
+        lines.append(f"  {job.output}: finished {', '.join(finished) or 'none'}, left {', '.join(left) or 'none'}")
+    again = "does all of them again (--overwrite)" if overwrite else "goes on with the tasks that are left"
+    print(f"stopped by {stopped.signal.name}; the same command {again}", *lines, sep="\n", file=sys.stderr)
 
 
 def default_tasks(receipt: Mapping[str, Any]) -> list[str]:
@@ -156,6 +195,7 @@ def _once(tasks: Iterable[EvalTask]) -> list[EvalTask]:
 
 def _job(folder: RunFolder, tasks: Sequence[str] | None, options: Options) -> _Job:
     receipt = folder.receipt()
+    check_remote_code(receipt, allowed=options.trust_remote_code)
     return _Job(
         folder=folder,
         receipt=receipt,
@@ -193,10 +233,15 @@ def _check_same_options(result: TaskResult, task: EvalTask, job: _Job, options: 
 
 
 def _score(
-    run: LoadedRun, tasks: Sequence[EvalTask], options: Options, output: Path, console: Console
-) -> dict[str, TaskResult]:
-    """Score one run in its missing tasks, writing each as it is finished."""
-    results: dict[str, TaskResult] = {}
+    run: LoadedRun,
+    tasks: Sequence[EvalTask],
+    options: Options,
+    output: Path,
+    results: dict[str, TaskResult],
+    signals: StopSignals,
+    console: Console,
+) -> None:
+    """Score one run in its missing tasks, and write each and add it to the results as it is finished."""
     for task in tasks:
         started = time.monotonic()
         with Bar(task.name, console) as bar:
@@ -225,8 +270,8 @@ def _score(
             device=run.model.device.type,
             seconds=round(time.monotonic() - started, 3),
         )
-        results[task.name] = write_task(output, result, scores.docs)
-    return results
+        with signals.held(), disk_faults(output, "Make room or make it writable; the same command does what is left"):
+            results[task.name] = write_task(output, result, scores.docs)
 
 
 def _shots(task: EvalTask) -> int:

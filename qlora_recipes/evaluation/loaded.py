@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer
 from qlora_recipes.adapters import adapter_sha256, load_adapter
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.encoding import ConversationEncoder
-from qlora_recipes.errors import CheckError, ModelError
+from qlora_recipes.errors import CheckError, ModelError, UsageError
 from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.formatters import Message
 from qlora_recipes.loading import load_base
@@ -35,11 +37,38 @@ class BaseKey:
     revision: str | None
     precision: str
     dtype: str
+    trust_remote_code: bool = False
+    """Whether it was trained with code of its repository; see `check_remote_code`."""
 
     @classmethod
     def of(cls, receipt: Mapping[str, Any], precision: str | None = None) -> BaseKey:
-        base = receipt["base"]
-        return cls(base["model"], base["revision"], precision or receipt["precision"], receipt["dtype"])
+        base, trusted = receipt["base"], _remote_code(receipt)
+        return cls(base["model"], base["revision"], precision or receipt["precision"], receipt["dtype"], trusted)
+
+
+def _remote_code(receipt: Mapping[str, Any]) -> bool:
+    return bool(receipt["settings"].get("training", {}).get("trust_remote_code"))
+
+
+def check_remote_code(receipt: Mapping[str, Any], *, allowed: bool) -> None:
+    """Refuse a base that brings code of its own, unless who evaluates allows it too: a run folder may be anybody's.
+
+    Raises:
+        UsageError: naming the flag, or the revision where it is no commit, whose code could be another by now.
+    """
+    if not _remote_code(receipt):
+        return
+    model, revision = receipt["base"]["model"], receipt["base"]["revision"]
+    if not allowed:
+        raise UsageError(
+            f"the run was trained with code that {model} brings (revision {revision}), and that code would run here. "
+            "Give --trust_remote_code when you have read it"
+        )
+    if not re.fullmatch("[0-9a-f]{40}", revision or "") and not Path(model).is_dir():
+        raise UsageError(
+            f"--trust_remote_code runs code of {model}, and the receipt has its revision as {revision!r}; wanted a "
+            "commit of 40 hexadecimal digits. Train again with --revision and one"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +100,14 @@ class LoadedRun:
 def load_run_base(key: BaseKey) -> LoadedBase:
     """Load the base of one or more runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, receipt, _ = load_base(key.model, key.revision, precision_named(key.precision), key.dtype, device=device)
+    model, receipt, _ = load_base(
+        key.model,
+        key.revision,
+        precision_named(key.precision),
+        key.dtype,
+        device=device,
+        trust_remote_code=key.trust_remote_code,
+    )
     return LoadedBase(model.eval(), receipt.sha256)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_recipes.adapters import generate
 from qlora_recipes.data import Conversation
-from qlora_recipes.preflight.samples import spread
+from qlora_recipes.preflight.samples import spread_where
 from qlora_recipes.preflight.subject import TrainedRun
 from qlora_recipes.preflight.verdicts import passed, warn_unless
 from qlora_recipes.runs import Check, write_json
@@ -15,7 +15,7 @@ _NEW_TOKENS = 64
 
 def answers_end(run: TrainedRun) -> Check:
     """Ask held-out questions; what is said is written to answers.json."""
-    rows = spread([row for row in run.data.held_out if not row.truncated], _QUESTIONS)
+    rows = spread_where(run.data.held_out, lambda row: not row.truncated, _QUESTIONS)
     if not rows:
         return passed("no held-out row to ask")
     answers = _ask(run, rows)

@@ -36,10 +36,10 @@ def base_dtype(run: ReadyRun) -> Check:
 
 
 def compute_dtype(run: ReadyRun) -> Check:
-    """What one layer of the base really gives back under the trainer's autocast."""
+    """What one adapted layer really gives back under the trainer's autocast."""
     layer = next(module for module in run.model.modules() if isinstance(module, LoraLayer))
     seen: list[torch.dtype] = []
-    hook = layer.get_base_layer().register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     try:
         logits(run, probe_batch(run))
     finally:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from functools import cache
+from itertools import chain
 
+from qlora_recipes.data import Conversation
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.preflight.samples import count_and_first
 from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless
 from qlora_recipes.runs import Check
@@ -24,7 +28,8 @@ def forged_turns(run: ReadRun) -> Check:
     tokens = [f"words {token} words" for token in run.tokenizer.get_added_vocab() if token.strip()]
     pieces = _template_pieces(run)
     forged = [text for text in tokens if _changes_structure(run.encoder, text)] + _forging(run, pieces)
-    as_text = sum(_holds(run.tokenizer.all_special_tokens, row.messages) for row in run.data.train)
+    special = run.tokenizer.all_special_tokens
+    as_text = sum(_holds(special, row.messages) for row in run.data.train)
     dropped = run.data.receipt.rows_dropped.get(Reason.CONTROL_STRING, 0)
     return fail_unless(
         not forged,
@@ -83,21 +88,24 @@ def _holds(tokens: Sequence[str], messages: Sequence[Message]) -> bool:
 
 def control_tokens(run: ReadRun) -> Check:
     """Every row holds the control tokens that its turns need, and no other."""
-    structures: dict[tuple[str, ...], Counter[int]] = {}
-    wrong = []
-    for row in run.data.train + run.data.held_out:
-        roles = tuple(message["role"] for message in row.messages)
-        if roles not in structures:
-            structures[roles] = structure(run.encoder, roles)
-        found = _controls(run.encoder, row.encoded.input_ids)
-        if not (found <= structures[roles] if row.truncated else found == structures[roles]):
-            wrong.append(row.place)
+    added = set(run.tokenizer.get_added_vocab().values())
+    wanted = cache(lambda roles: structure(run.encoder, roles))
+    wrong, first = count_and_first(
+        row.place
+        for row in chain(run.data.train, run.data.held_out)
+        if not _as_wanted(row, wanted(tuple(message["role"] for message in row.messages)), added)
+    )
     rows = len(run.data.train) + len(run.data.held_out)
     return fail_unless(
         not wrong,
-        f"{len(wrong)} rows hold others, {wrong[0]} first" if wrong else f"as many as turns in {rows:,} rows",
+        f"{wrong} rows hold others, {first} first" if wrong else f"as many as turns in {rows:,} rows",
         "A message's words became a control token; `qlora-recipes inspect` shows it. Report this as a bug.",
     )
+
+
+def _as_wanted(row: Conversation, wanted: Counter[int], added: Set[int]) -> bool:
+    found = Counter(token for token in row.encoded.input_ids if token in added)
+    return found <= wanted if row.truncated else found == wanted
 
 
 def structure(encoder: ConversationEncoder, roles: Sequence[str]) -> Counter[int]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from qlora_recipes.data import TOO_LONG, Conversation
 from qlora_recipes.encoding import IGNORED
-from qlora_recipes.preflight.samples import spread
+from qlora_recipes.preflight.samples import count_and_first, spread
 from qlora_recipes.preflight.subject import ReadRun, ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
@@ -54,14 +54,15 @@ def _squeezed(text: str) -> str:
 def end_of_turn(run: ReadRun) -> Check:
     """Every answer that was not cut trains the token that ends it; without it the model never stops by itself."""
     end = run.tokenizer.eos_token_id
-    whole = [row for row in run.data.train if not row.truncated]
-    wrong = [
-        row.place for row in whole if row.encoded.labels.count(end) != _answers(row) or row.encoded.labels[-1] != end
-    ]
+    wrong, first = count_and_first(
+        row.place
+        for row in run.data.train
+        if not row.truncated and (row.encoded.labels.count(end) != _answers(row) or row.encoded.labels[-1] != end)
+    )
     token = run.data.template.end_token
     return fail_unless(
         not wrong,
-        f"{token} is missing in {len(wrong)} rows, {wrong[0]} first" if wrong else f"{token} in every answer",
+        f"{token} is missing in {wrong} rows, {first} first" if wrong else f"{token} in every answer",
         "Put the end-of-turn token inside the template's {% generation %} block.",
     )
 
@@ -75,9 +76,11 @@ def beginning_of_text(run: ReadRun) -> Check:
     bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
     if bos is None or bos == end:
         return passed("the family uses none")
-    ids = [row.encoded.input_ids for row in run.data.train]
-    doubled = sum(any(pair == (bos, bos) for pair in pairwise(row)) for row in ids)
-    without = sum(row[0] != bos for row in ids)
+    doubled = without = 0
+    for row in run.data.train:
+        ids = row.encoded.input_ids
+        doubled += ids.count(bos) > 1 and (bos, bos) in pairwise(ids)
+        without += ids[0] != bos
     fewest, most = run.data.template.bos_per_row
     return fail_unless(
         not doubled and not without,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy
 
 from qlora_recipes.data import TOO_LONG, Conversation
 from qlora_recipes.formatters import Reason
+from qlora_recipes.preflight.samples import spread
 from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
 
 _SHARED_WORDS = 8  # words in a row that two texts share by chance next to never
+_HELD_OUT = 2_000  # held-out conversations looked for: their words are held in memory
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -31,11 +36,11 @@ def rows_dropped(run: ReadRun) -> Check:
 
 def row_lengths(run: ReadRun) -> Check:
     """Tokens a row, from shortest to longest."""
-    lengths = sorted(len(row.encoded.input_ids) for row in run.data.train)
+    lengths = numpy.sort(numpy.fromiter((len(row.encoded.input_ids) for row in run.data.train), numpy.int64))
     return passed(f"{lengths[0]} {bars(lengths)} {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}")
 
 
-def bars(lengths: list[int], count: int = 12) -> str:
+def bars(lengths: Sequence[int], count: int = 12) -> str:
     """Return a histogram as one word of bars, the smallest value at the left."""
     low, high = min(lengths), max(lengths) + 1
     counts = Counter((length - low) * count // (high - low) for length in lengths)
@@ -45,25 +50,28 @@ def bars(lengths: list[int], count: int = 12) -> str:
 
 def duplicates(run: ReadRun) -> Check:
     """Conversations that are word for word another's; each copy is one more epoch of that row."""
-    counts = Counter(tuple(_words(message["content"]) for message in row.messages) for row in run.data.train)
-    copies = counts.total() - len(counts)
+    said = (hash(tuple(_words(message["content"]) for message in row.messages)) for row in run.data.train)
+    rows = len(run.data.train)
+    copies = rows - len(numpy.unique(numpy.fromiter(said, numpy.int64, rows)))
     return warn_unless(
-        copies <= 0.01 * counts.total(),
-        f"{copies:,} of {counts.total():,} rows repeat another",
+        copies <= 0.01 * rows,
+        f"{copies:,} of {rows:,} rows repeat another",
         "Take copies out of the data; they weigh as much as the rows that are there once.",
     )
 
 
 def short_answers(run: ReadRun) -> Check:
     """Answers without a word, such as `-` or `...`, teach the model to say nothing."""
-    answers = [
-        message["content"] for row in run.data.train for message in row.messages if message["role"] == "assistant"
-    ]
-    empty = sum(not re.search(r"\w", answer) for answer in answers)
-    one = sum(len(answer.split()) == 1 for answer in answers)
+    answers = empty = one = 0
+    for row in run.data.train:
+        for message in row.messages:
+            if message["role"] == "assistant":
+                answers += 1
+                empty += not re.search(r"\w", message["content"])
+                one += len(message["content"].split(maxsplit=1)) == 1
     return warn_unless(
-        empty <= 0.001 * len(answers) and one <= 0.2 * len(answers),
-        f"{empty:,} of {len(answers):,} answers without a word, {one:,} of one word",
+        empty <= 0.001 * answers and one <= 0.2 * answers,
+        f"{empty:,} of {answers:,} answers without a word, {one:,} of one word",
         "Take them out of the data, or be sure that they are what you want to hear.",
     )
 
@@ -78,10 +86,12 @@ def held_out_rows(run: ReadRun) -> Check:
 
 def contamination(run: ReadRun) -> Check:
     """Held-out answers that stand in the training rows, by eight words in a row or as a whole."""
-    held_out = {row.place: _shingles(row) for row in run.data.held_out}
-    wanted = set().union(*held_out.values())
-    seen = set().union(*(wanted & _shingles(row) for row in run.data.train))
-    known = sum(bool(parts) and len(parts & seen) > len(parts) / 2 for parts in held_out.values())
+    held_out = [set(_shingles(row)) for row in spread(run.data.held_out, _HELD_OUT)]
+    wanted = set().union(*held_out)
+    seen: set[int] = set()
+    for row in run.data.train:
+        seen.update(part for part in _shingles(row) if part in wanted)
+    known = sum(bool(parts) and len(parts & seen) > len(parts) / 2 for parts in held_out)
     return warn_unless(
         known <= 0.05 * len(held_out),
         f"{known:,} of {len(held_out):,} held-out conversations are known from training",
@@ -89,15 +99,14 @@ def contamination(run: ReadRun) -> Check:
     )
 
 
-def _shingles(row: Conversation) -> set[tuple[str, ...]]:
-    """Return every eight words in a row of a conversation's messages, or a shorter message as a whole."""
-    found = set()
+def _shingles(row: Conversation) -> Iterator[int]:
+    """Yield a hash of every eight words in a row of a conversation's messages, or of a shorter message as a whole."""
     for i, message in enumerate(row.messages):
         words = _words(message["content"])
         context = _words(row.messages[i - 1]["content"]) if i and len(words) < _SHARED_WORDS else ()
         words = context + words  # a short answer is known only with its question
-        found.update(words[i : i + _SHARED_WORDS] for i in range(max(1, len(words) - _SHARED_WORDS + 1)))
-    return found
+        for start in range(max(1, len(words) - _SHARED_WORDS + 1)):
+            yield hash(words[start : start + _SHARED_WORDS])
 
 
 def _words(text: str) -> tuple[str, ...]:

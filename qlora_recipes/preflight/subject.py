@@ -34,6 +34,8 @@ class LoadedRun(ReadRun):
     model: PeftModel
     repairs: list[str]
     """Upstream defects found and mended so far."""
+    bytes_before: int
+    """Memory held before the base was loaded."""
     base_bytes: int
     """Peak memory when the base was loaded."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_recipes.data import Conversation
 from qlora_recipes.encoding import IGNORED
-from qlora_recipes.preflight.samples import spread
+from qlora_recipes.preflight.samples import spread_where
 from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed
 from qlora_recipes.runs import Check
@@ -20,8 +21,8 @@ _ROWS = 50
 
 def template_agrees(run: ReadRun) -> Check:
     """The prompt that chat and lm-eval build is, token for token, what stood before the answer in training."""
-    rows = [row for row in run.data.train if not row.truncated and not _holds_control_token(run, row)]
-    rows = spread(rows, _ROWS)
+    tokens = run.tokenizer.all_special_tokens
+    rows = spread_where(run.data.train, lambda row: not row.truncated and not _holds(tokens, row), _ROWS)
     wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
@@ -32,9 +33,9 @@ def template_agrees(run: ReadRun) -> Check:
     )
 
 
-def _holds_control_token(run: ReadRun, row: Conversation) -> bool:
-    """Such a row is encoded as text, which no tokenizer does by itself: see forged_turns."""
-    return any(token in message["content"] for message in row.messages for token in run.tokenizer.all_special_tokens)
+def _holds(tokens: Sequence[str], row: Conversation) -> bool:
+    """Whether a control token stands in a row; it is encoded as text, which no tokenizer does: see forged_turns."""
+    return any(token in message["content"] for message in row.messages for token in tokens)
 
 
 def _prompt_agrees(run: ReadRun, row: Conversation) -> bool:

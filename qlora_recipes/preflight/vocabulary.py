@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
+from qlora_recipes.preflight.samples import count_and_first
 from qlora_recipes.preflight.subject import ReadRun, ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
@@ -10,10 +13,10 @@ from qlora_recipes.runs import Check
 def padding_token(run: ReadRun) -> Check:
     """A padding token inside a row would be taken for padding, and its answer would lose a token."""
     pad = run.tokenizer.pad_token_id
-    holding = [row.place for row in run.data.train if pad in row.encoded.input_ids]
+    holding, first = count_and_first(row.place for row in run.data.train if pad in row.encoded.input_ids)
     return fail_unless(
         not holding and pad != run.tokenizer.eos_token_id,
-        f"{run.tokenizer.pad_token} stands in {len(holding)} rows, {holding[0]} first"
+        f"{run.tokenizer.pad_token} stands in {holding} rows, {first} first"
         if holding
         else f"{run.tokenizer.pad_token} stands in no row, and ends none",
         "Set ModelSpec.pad_token to a token that no text holds.",
@@ -36,7 +39,7 @@ def unknown_tokens(run: ReadRun) -> Check:
 def embedding_covers_ids(run: ReadyRun) -> Check:
     """An id beyond the embedding is a crash on a CPU and garbage on some GPUs."""
     rows = run.model.get_input_embeddings().weight.shape[0]
-    largest = max(max(row.encoded.input_ids) for row in run.data.train + run.data.held_out)
+    largest = max(max(row.encoded.input_ids) for row in chain(run.data.train, run.data.held_out))
     return fail_unless(
         max(largest, run.tokenizer.pad_token_id) < rows,
         f"largest id {largest:,}, {rows:,} rows",

@@ -1,0 +1,198 @@
+"""Measure how fast rows are prepared, and that memory does not grow with their number.
+
+python eval/data_rate.py --count 1000000 --rows guanaco_llama2.jsonl --tokenizer path/to/tokenizer --json rate.json
+
+Conversations are made by repeating the rows of a file, each copy with a number of its own in its first question, and
+prepared by the same `prepare` as those of a run. Everything temporary is removed at the end. Memory is what the process
+holds of its own (RssAnon): pages of a file that is mapped into memory are the system's to take back. Where there is no
+/proc it is the peak of all its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_recipes.commandline import quiet_libraries, run_command
+from qlora_recipes.formatters import Message, detect
+from qlora_recipes.reading import read_rows
+from qlora_recipes.recipe import DatasetSpec, Recipe, load_recipe
+from qlora_recipes.settings import STANDIN, resolve
+from qlora_recipes.standins import ROWS
+
+_RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
+_STATUS = Path("/proc/self/status")
+_EVERY = 0.02  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where the work stood at one moment."""
+
+    what: str
+    rows: int
+    seconds: float
+    """Since the first row was asked for."""
+    peak_bytes: int
+    """The most memory held since the mark before."""
+
+
+class Meter:
+    """Looks at the memory from a thread of its own, and keeps a mark at every tenth of the rows."""
+
+    def __init__(self, count: int) -> None:
+        self.marks: list[Mark] = []
+        self.rows = 0
+        self._tenth = max(1, count // 10)
+        self._began = time.monotonic()
+        self._peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Meter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def row(self) -> None:
+        """Take note that another row was read."""
+        self.rows += 1
+        if self.rows % self._tenth == 0:
+            self.mark("read and encoded")
+
+    def mark(self, what: str) -> None:
+        """Keep where the work stands, and look for a new peak."""
+        self.marks.append(Mark(what, self.rows, time.monotonic() - self._began, max(self._peak, _held())))
+        self._peak = 0
+
+    def _look(self) -> None:
+        while not self._ended.wait(_EVERY):
+            self._peak = max(self._peak, _held())
+
+
+def _held() -> int:
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_copies(rows: Path, count: int, file: Path) -> None:
+    """Write `count` rows as JSON lines: those of a file over and over, each with its number."""
+    kept = [row for _, row in read_rows(str(rows))]
+    with file.open("w", encoding="utf-8") as out:
+        for number, row in enumerate(islice(cycle(kept), count)):
+            out.write(json.dumps({"number": number, "row": row}, ensure_ascii=False) + "\n")
+
+
+def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
+    """Return the recipe over such copies: its own formatter, then the number, with every row counted."""
+    formatter = recipe.formatter() or detect(next(read_rows(str(rows)))[1])
+
+    class Measured(Recipe):
+        model = recipe.model
+        dataset = DatasetSpec(str(rows), held_out=recipe.dataset.held_out)
+        training = recipe.training
+
+        def format_row(self, row: Mapping[str, Any]) -> list[Message]:
+            meter.row()
+            messages = formatter(row["row"])
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = f"({row['number']}) {first['content']}"
+            return messages
+
+    return Measured
+
+
+def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder: Path) -> dict[str, Any]:
+    """Prepare `count` rows and check them; return the marks, the receipt and the sizes of the files."""
+    from qlora_recipes.data import prepare
+    from qlora_recipes.encoding import ConversationEncoder
+    from qlora_recipes.loading import load_tokenizer
+    from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, run_checks
+
+    copies = folder / "copies.jsonl"
+    write_copies(rows, count, copies)
+    loaded = load_tokenizer(recipe.model, tokenizer, None)
+    encoder = ConversationEncoder(loaded, recipe.model.chat_template)
+    with Meter(count) as meter:
+        settings = resolve(measured(recipe, rows, meter), model=tokenizer, dataset=str(copies))
+        data = prepare(settings, encoder)
+        meter.mark("split and counted")
+        run_checks(BEFORE_LOADING, ReadRun(settings, loaded, encoder, data))
+        meter.mark("checked")
+    return {
+        "marks": [asdict(mark) for mark in meter.marks],
+        "receipt": asdict(data.receipt),
+        "copies_bytes": copies.stat().st_size,
+        "prepared_bytes": sum(Path(file["filename"]).stat().st_size for file in data.dataset(data.train).cache_files),
+    }
+
+
+def print_rates(found: Mapping[str, Any], console: Console) -> None:
+    """Print one line a mark: rows and tokens a second since the mark before, and the most memory held in between."""
+    receipt = found["receipt"]
+    tokens_a_row = receipt["tokens"] / receipt["rows_used"]
+    table = Table(box=None, title="Preparing rows", title_justify="left")
+    for name in ("rows", "", "seconds", "rows/s", "tokens/s", "peak MiB"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows, seconds = 0, 0.0
+    for mark in found["marks"]:
+        rate = (mark["rows"] - rows) / (mark["seconds"] - seconds)
+        rates = (f"{rate:,.0f}", f"{rate * tokens_a_row:,.0f}") if rate else ("", "")
+        table.add_row(
+            f"{mark['rows']:,}", mark["what"], f"{mark['seconds']:,.1f}", *rates, f"{mark['peak_bytes'] / 2**20:,.0f}"
+        )
+        rows, seconds = mark["rows"], mark["seconds"]
+    console.print(table)
+    done = next(mark for mark in found["marks"] if mark["what"] == "split and counted")
+    rate = done["rows"] / done["seconds"]
+    console.print(
+        f"{rate:,.0f} rows/s and {rate * tokens_a_row:,.0f} tokens/s from file to split; {found['copies_bytes']:,} "
+        f"bytes of rows became {found['prepared_bytes']:,} on disk"
+    )
+
+
+def main() -> None:
+    """Read the flags, measure, and print or write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default=str(_RECIPE), help="whose model and formatter (default: Llama-2, Guanaco)")
+    parser.add_argument("--rows", type=Path, help="a file in the recipe's shape; the bundled rows by default")
+    parser.add_argument("--tokenizer", help="folder or hub id; the stand-in's by default")
+    parser.add_argument("--count", type=int, default=20_000, help="conversations to make (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    flags = parser.parse_args()
+    quiet_libraries()
+    recipe = load_recipe(flags.recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(
+            recipe,
+            flags.rows or ROWS[str(recipe.dataset.demo)],
+            flags.tokenizer or f"{STANDIN}{recipe.model.family}",
+            flags.count,
+            Path(folder),
+        )
+    print_rates(found, Console())
+    if flags.json:
+        flags.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

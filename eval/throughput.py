@@ -1,0 +1,9 @@
+"""Tokens/s, peak memory and loss of a recipe beside the plain TRL script, in turns on one machine.
+
+python eval/throughput.py --hidden 1024 --layers 8 --precision nf4 --json throughput.json
+"""
+
+from qlora_recipes.throughput.command import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Attention within each conversation of a packed row, without a mask over the pairs of all of them.
+
+Transformers tells packed conversations apart by a mask of tokens x tokens, computes all of its scores and throws most
+of them away. Here the mask is replaced by where conversations begin, which reaches every layer the way a mask does
+(through checkpointing too), and each conversation attends by itself: 16 times fewer scores for 16 equal ones.
+
+Knows nothing of recipes or adapters. Registered as `by_conversation`; where rows are not packed it is `sdpa`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "by_conversation"
+SHORT = 512
+"""Tokens of a row whose conversations are told apart by a mask all the same: scores cost less than turns of a loop."""
+BLOCK = 128
+"""Queries of one product on a CPU: more computes scores of later tokens for nothing, fewer keep the cores waiting."""
+
+
+def conversation_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    mask_function: Callable[..., torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> torch.Tensor | None:
+    """Return where the conversations of one packed row begin, and its end: int32, ascending, [conversations + 1].
+
+    None is a row of one conversation. Anything else (padding, several rows, a cache, a sliding window, a mask of a
+    model's own) gets the mask that `sdpa` has.
+    """
+    packed = not allow_is_causal_skip  # Transformers' sign for a mask that is more than causal
+    plain = batch_size == 1 and SHORT < q_length == kv_length and local_size is None and not use_vmap
+    if not (packed and plain and attention_mask is None):
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            use_vmap=use_vmap,
+            device=device,
+            **others,
+        )
+    later = torch.arange(1, q_length, device=device)
+    first = torch.zeros_like(later)
+    begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # sees not the token before
+    if len(begins) == 0:
+        return None
+    ends = torch.tensor([0, q_length], device=device)
+    return torch.cat([ends[:1], begins, ends[1:]]).to(torch.int32)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend causally, within each conversation where `attention_mask` says where they begin.
+
+    query [batch, heads, tokens, size]; key and value [batch, key/value heads, tokens, size]; returns
+    [batch, tokens, heads, size], as Transformers' attention functions do.
+    """
+    bounds = attention_mask
+    on_cpu = query.device.type == "cpu" and dropout == 0.0
+    if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
+        bounds = torch.tensor([0, query.shape[2]])
+    if bounds is None or bounds.ndim != 1:
+        return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and dropout == 0.0 and query.dtype != torch.float32:
+        return _on_gpu(query, key, value, bounds, scaling), None
+    if on_cpu:
+        with torch.autocast("cpu", enabled=False):  # which would compute the scores in 16 bits
+            return _CausalOnCPU.apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
+    lengths = bounds.diff().tolist()
+    rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    parts = [sdpa_attention_forward(module, *row, None, dropout=dropout, scaling=scaling)[0] for row in rows]
+    return torch.cat(parts, dim=1), None
+
+
+def _on_gpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """FlashAttention of PyTorch's own (2.13, `torch/nn/attention/varlen.py`): needs no package beside it."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # its cuDNN way takes no fewer key than query heads
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    longest = int(bounds.diff().max())
+    rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
+    return varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))[None]
+
+
+class _CausalOnCPU(torch.autograd.Function):
+    """Causal attention in blocks of queries, whose probabilities are kept in 16 bits for the backward pass.
+
+    PyTorch's own for CPUs takes two to three times as long. Scores and softmax are in float32, probabilities are
+    rounded to the dtype of the values before they weigh them, as there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scaling: float
+    ) -> torch.Tensor:
+        """query [heads, tokens, size], key and value [key/value heads, tokens, size] -> [tokens, heads, size]."""
+        heads, tokens, size = query.shape
+        shared = len(key)
+        grouped = query.unflatten(0, (shared, -1))
+        output = query.new_empty(tokens, heads, size)
+        by_group = output.view(tokens, shared, -1, size)
+        kept: list[torch.Tensor] = []
+        differentiated = any(ctx.needs_input_grad)
+        later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
+        for begin, end in pairwise(bounds):
+            keys, values = key[:, begin:end].float().transpose(1, 2), value[:, begin:end].contiguous()
+            for start, stop in _blocks(begin, end):
+                seen, count = stop - begin, stop - start
+                rows = grouped[:, :, start:stop].flatten(1, 2).float()
+                scores = torch.bmm(rows, keys[..., :seen]).mul_(scaling)
+                scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
+                weights = torch.softmax(scores, dim=-1).to(value.dtype)
+                kept += [weights] if differentiated else []
+                weighed = torch.bmm(weights, values[:, :seen]).view(shared, -1, count, size)
+                by_group[start:stop] = weighed.permute(2, 0, 1, 3)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.bounds, ctx.scaling = bounds, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        shared, tokens, size = key.shape
+        d_query, d_key, d_value = (torch.empty(part.shape, dtype=part.dtype) for part in (query, key, value))
+        grouped, d_grouped = (part.unflatten(0, (shared, -1)) for part in (query, d_query))
+        by_group = gradient.view(tokens, shared, -1, size)
+        blocks = iter(kept)
+        for begin, end in pairwise(ctx.bounds):
+            keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous().transpose(1, 2)
+            sum_key, sum_value = torch.zeros(2, shared, end - begin, size)  # float32: many blocks add to them
+            for start, stop in _blocks(begin, end):
+                seen, weights = stop - begin, next(blocks)
+                rows = grouped[:, :, start:stop].flatten(1, 2)
+                d_rows = by_group[start:stop].permute(1, 2, 0, 3).flatten(1, 2)
+                sum_value[:, :seen] += torch.bmm(weights.transpose(1, 2), d_rows)
+                d_weights = torch.bmm(d_rows, values[..., :seen])
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                d_block = torch.bmm(d_scores, keys[:, :seen]).mul_(ctx.scaling)
+                d_grouped[:, :, start:stop] = d_block.view(shared, -1, stop - start, size)
+                sum_key[:, :seen] += torch.bmm(d_scores.transpose(1, 2), rows)
+            d_key[:, begin:end] = sum_key.mul_(ctx.scaling)
+            d_value[:, begin:end] = sum_value
+        return d_query, d_key, d_value, None, None
+
+
+def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + BLOCK, end)) for start in range(begin, end, BLOCK))
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, conversation_mask)

@@ -1,0 +1,105 @@
+"""What a recipe leaves open, fitted to the machine by the memory plan: how a step is cut up, checkpointing, storage.
+
+The global batch stays what the recipe says, and so does the loss; only what is computed at a time changes. All
+precisions of one dtype are cut up as the 16-bit base allows, so that the arms of a comparison stay alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qlora_recipes.memory import GIB, training_memory
+from qlora_recipes.models import Sizes
+from qlora_recipes.precision import PRECISIONS, Precision
+from qlora_recipes.settings import Settings
+from qlora_recipes.sizes import sizes_for
+from qlora_recipes.workload import Workload, left_out, workload_of
+
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a micro-batch from which on more of them are not computed faster. Rows that are not packed count a quarter
+of the longest, as conversations do."""
+_CHECKPOINTING = (0, 4, 2, 1)
+"""Off, or every n-th layer: the fewer are computed again the faster, and the more memory it takes."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one process of a run has to itself."""
+
+    device: str
+    """`cuda` or `cpu`."""
+    bytes: int
+    """Memory that it may fill."""
+    processes: int = 1
+    """Of the whole run."""
+
+
+def fitted(settings: Settings, machine: Machine) -> Settings:
+    """Return the settings with nothing left open.
+
+    Where the memory of a run cannot be planned (see `workload.left_out`), or not one row fits, a step is cut up as the
+    library's defaults say.
+
+    Raises:
+        ModelError: when the model's dimensions cannot be had.
+    """
+    packed = replace(settings, storage="packed" if settings.storage == "auto" else settings.storage)
+    if left_out(settings):
+        return replace(packed, left_open=frozenset())
+    sizes, asked = sizes_for(settings), workload_of(packed, machine.device, machine.processes)
+    work = _roomiest(sizes, settings, asked, machine) or asked
+    training = dict(settings.training)
+    if "batch" in settings.left_open:
+        training |= {"per_device_train_batch_size": work.rows, "gradient_accumulation_steps": work.accumulation}
+    if "checkpointing" in settings.left_open:
+        training["gradient_checkpointing"] = work.checkpoint_every > 0
+        if work.checkpoint_every > 1:
+            training["gradient_checkpointing_kwargs"] = {"every_n_layers": work.checkpoint_every}
+    if settings.storage == "auto" and settings.precision.quant_type is not None:
+        expanded = replace(work, storage="expanded")
+        if training_memory(sizes, settings.precision, expanded).total <= machine.bytes:
+            packed = replace(packed, storage="expanded")
+    return replace(packed, training=training, left_open=frozenset())
+
+
+def _roomiest(sizes: Sizes, settings: Settings, asked: Workload, machine: Machine) -> Workload | None:
+    """Return the fastest way to cut up a step that fits, or None; for the 16-bit base, if that fits at all."""
+    even = next(each for each in PRECISIONS.values() if each.dtype == settings.dtype)
+    for precision in (even, settings.precision):
+        for work in _ways(settings, asked):
+            if training_memory(sizes, precision, work).total <= machine.bytes:
+                return work
+    return None
+
+
+def _ways(settings: Settings, asked: Workload) -> Iterator[Workload]:
+    """Yield the ways to cut up a step, the fastest first."""
+    batch = asked.rows * asked.accumulation
+    every = _CHECKPOINTING if "checkpointing" in settings.left_open else (asked.checkpoint_every,)
+    sizes = [asked.rows]
+    if "batch" in settings.left_open:
+        typical = asked.length if settings.training.get("packing") else max(1, asked.length // 4)
+        enough = max(1, ENOUGH_TOKENS[asked.device] // typical)
+        sizes = [rows for rows in range(min(batch, enough), 0, -1) if batch % rows == 0]
+    for checkpoint_every in every:
+        for rows in sizes:
+            yield replace(asked, rows=rows, accumulation=batch // rows, checkpoint_every=checkpoint_every)
+
+
+def describe(settings: Settings, machine: Machine) -> str:
+    """Return in one line what a fitted run computes at a time, and the memory planned for it."""
+    work = workload_of(settings, machine.device, machine.processes)
+    memory = training_memory(sizes_for(settings), settings.precision, work)
+    checkpointing = {0: "no checkpointing", 1: "every layer checkpointed"}.get(
+        work.checkpoint_every, f"every {work.checkpoint_every}. layer checkpointed"
+    )
+    weights = f"{_named(settings.precision)} {settings.storage}, " if settings.precision.quant_type else ""
+    return (
+        f"{work.rows} x {work.accumulation} rows a step, {checkpointing}, {weights}"
+        f"{memory.total / GIB:,.2f} GiB planned of {machine.bytes / GIB:,.1f}"
+    )
+
+
+def _named(precision: Precision) -> str:
+    return precision.name.upper().replace("-SINGLE", "")

@@ -1,0 +1,92 @@
+"""A linear layer with its LoRA update in one function, without copies of its input.
+
+PEFT casts the input of each adapter to float32 and autocast casts it back, scales and adds in passes of their own, and
+each adapter keeps its own copy for the backward pass. Here the update is added by the product itself, the input is
+kept once, and a quantised weight is dequantised once in each direction for both. The adapter's weights stay float32;
+products are in 16 bits, as under autocast.
+
+y = x W^T + s (x A^T) B^T (arXiv 2106.09685, section 4.1), its gradient for a frozen W.
+"""
+
+from __future__ import annotations
+
+import os
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qlora_recipes.storage import weight_of
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: nn.Linear, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """x [tokens, inputs], a [rank, inputs], b [outputs, rank] -> [tokens, outputs]."""
+        down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
+        reduced = x @ down.T
+        y = nn.functional.linear(x, weight_of(layer, x.dtype), layer.bias)
+        y.addmm_(reduced, up.T)
+        ctx.save_for_backward(x, reduced, a, b)
+        ctx.layer, ctx.scaling = layer, scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, reduced, a, b = ctx.saved_tensors
+        down, up = a.to(x.dtype), (b * ctx.scaling).to(x.dtype)
+        d_reduced = d_y @ up
+        d_a, d_b = (d_reduced.T @ x).to(a.dtype), (d_y.T @ reduced).to(b.dtype).mul_(ctx.scaling)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_y @ weight_of(ctx.layer, x.dtype)
+            d_x.addmm_(d_reduced, down)
+        return d_x, None, d_a, d_b, None
+
+
+def _forward(self: LoraLayer, x: torch.Tensor, *arguments: Any, **others: Any) -> torch.Tensor:
+    name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+    half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if name is None or self.disable_adapters or self.merged or arguments or others or half == torch.float32:
+        return type(self).forward(self, x, *arguments, **others)
+    with torch.autocast(x.device.type, enabled=False):
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        y = _LoraLinear.apply(x.to(half).flatten(0, -2), self.get_base_layer(), a, b, self.scaling[name])
+        return y.unflatten(0, x.shape[:-1])
+
+
+def join_updates(model: nn.Module) -> int:
+    """Give every plain LoRA layer on a 16-bit or 4-bit linear the function above; return how many.
+
+    Left to PEFT are dropout, DoRA and other variants, biases, and int8, whose product is its library's own; and at
+    each call several adapters, none, merged ones, and computing in float32. Likewise every layer where weights are
+    sharded: DeepSpeed's ZeRO-3 gathers a weight when the module that owns it is called, and here it is not.
+    """
+    if is_sharded():
+        return 0
+    plain = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
+    for layer in plain:
+        layer.forward = MethodType(_forward, layer)
+    return len(plain)
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` shards the model, by FSDP or DeepSpeed."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    base = layer.get_base_layer()
+    name = layer.active_adapters[0]
+    return (
+        isinstance(base, nn.Linear)
+        and base.weight.dtype != torch.int8
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and name not in layer.lora_variant
+        and layer.lora_A[name].bias is None
+        and layer.lora_B[name].bias is None
+    )

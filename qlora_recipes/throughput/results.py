@@ -1,0 +1,92 @@
+"""The figures of a comparison as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_GIB = 2**30
+
+
+def print_table(figures: Mapping[str, Any], console: Console) -> None:
+    """Print one comparison: an arm a row, ratios to the plain script, the share of the bound."""
+    arms, bound = figures["arms"], figures["bound"]
+    console.print(Text(_title(figures), style="bold"))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("arm", "tokens/s", "lowest to highest", "x plain", "of the bound", "supervised/s", "peak GiB", "loss"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for arm, found in arms.items():
+        low, high = found["tokens_per_second_range"]
+        speed = found["tokens_per_second"]
+        table.add_row(
+            arm,
+            f"{speed:,.0f}",
+            f"{low:,.0f} to {high:,.0f}",
+            f"{speed / arms['plain']['tokens_per_second']:.2f}",
+            f"{speed / bound['tokens_per_second']:.0%}",
+            f"{found['supervised_tokens_per_second']:,.0f}",
+            f"{found['peak_bytes'] / _GIB:.2f}",
+            f"{found['losses'][-1]:.4f}",
+        )
+    console.print(table)
+    for arm, found in arms.items():
+        console.print(Text(f"{arm}: {_how(found)}"))
+    console.print(
+        Text(
+            f"bound {bound['tokens_per_second']:,.0f} tokens/s: products at {bound['flops'] / 1e9:,.0f} GFLOP/s, copies "
+            f"at {bound['copied'] / 1e9:,.1f} GB/s, both measured in this run"
+        )
+    )
+
+
+def _title(figures: Mapping[str, Any]) -> str:
+    model, rows = figures["model"], figures["rows"]
+    base = "its stand-in" if model["standin"] else f"{model['hidden']} x {model['layers']} layers"
+    of = f"rows of {rows['length']} tokens" if rows["length"] else rows["file"]
+    return f"{model['family']}, {base}, {figures['precision']}, {of}"
+
+
+def _how(found: Mapping[str, Any]) -> str:
+    quantized = f"{found['quantized_linears']} quantised linears"
+    kept = f", {found['storage']}" if found["quantized_linears"] else ""
+    return (
+        f"{quantized}{kept}; {found['micro_batch']} rows at a time, {found['padding_share']:.0%} padding, "
+        f"checkpointing {'on' if found['checkpointing'] else 'off'}, {found['threads']} threads"
+    )
+
+
+def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw tokens/s of every arm, a group for each comparison, with the bound as a line over it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = list(all_figures[0]["arms"])
+    figure, axes = pyplot.subplots(figsize=(1.5 + 2.2 * len(all_figures), 3.6), layout="constrained")
+    width = 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        places = [group + (number - (len(arms) - 1) / 2) * width for group in range(len(all_figures))]
+        found = [figures["arms"][arm] for figures in all_figures]
+        speeds = [each["tokens_per_second"] for each in found]
+        spread = [
+            [speed - each["tokens_per_second_range"][0] for speed, each in zip(speeds, found, strict=True)],
+            [each["tokens_per_second_range"][1] - speed for speed, each in zip(speeds, found, strict=True)],
+        ]
+        bars = axes.bar(places, speeds, width, yerr=spread, capsize=3, label=arm)
+        axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=8)
+    for group, figures in enumerate(all_figures):
+        limit = figures["bound"]["tokens_per_second"]
+        axes.plot([group - 0.45, group + 0.45], [limit, limit], "k--", linewidth=1, label=None if group else "bound")
+    labels = [f"{each['rows']['length']} tokens" if each["rows"]["length"] else _title(each) for each in all_figures]
+    axes.set_xticks(range(len(all_figures)), labels, fontsize=8)
+    axes.set_ylabel("real tokens a second")
+    axes.legend(fontsize=8, loc="upper left")
+    axes.margins(y=0.15)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
