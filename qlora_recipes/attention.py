@@ -114,7 +114,7 @@ def _on_gpu(
 
 
 class _CausalOnCPU(torch.autograd.Function):
-    """Causal attention in blocks of queries, whose probabilities are kept in 16 bits for the backward pass.
+    """Causal attention in blocks of queries, computed again for the backward pass.
 
     PyTorch's own for CPUs takes two to three times as long. Scores and softmax are in float32, probabilities are
     rounded to the dtype of the values before they weigh them, as there.
@@ -125,43 +125,29 @@ class _CausalOnCPU(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scaling: float
     ) -> torch.Tensor:
         """query [heads, tokens, size], key and value [key/value heads, tokens, size] -> [tokens, heads, size]."""
-        heads, tokens, size = query.shape
-        shared = len(key)
-        grouped = query.unflatten(0, (shared, -1))
-        output = query.new_empty(tokens, heads, size)
-        by_group = output.view(tokens, shared, -1, size)
-        kept: list[torch.Tensor] = []
-        differentiated = any(ctx.needs_input_grad)
-        later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
-        for begin, end in pairwise(bounds):
-            keys, values = key[:, begin:end].float().transpose(1, 2), value[:, begin:end].contiguous()
-            for start, stop in _blocks(begin, end):
-                seen, count = stop - begin, stop - start
-                rows = grouped[:, :, start:stop].flatten(1, 2).float()
-                scores = torch.bmm(rows, keys[..., :seen]).mul_(scaling)
-                scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
-                weights = torch.softmax(scores, dim=-1).to(value.dtype)
-                kept += [weights] if differentiated else []
-                weighed = torch.bmm(weights, values[:, :seen]).view(shared, -1, count, size)
-                by_group[start:stop] = weighed.permute(2, 0, 1, 3)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value)
         ctx.bounds, ctx.scaling = bounds, scaling
+        heads, tokens, size = query.shape
+        output = query.new_empty(tokens, heads, size)
+        by_group = output.view(tokens, len(key), -1, size)
+        for begin, end in pairwise(bounds):
+            values = value[:, begin:end].contiguous()
+            for start, stop, _, weights in _weights(query, key, begin, end, scaling):
+                weighed = torch.bmm(weights, values[:, : stop - begin])
+                by_group[start:stop] = weighed.view(len(key), -1, stop - start, size).permute(2, 0, 1, 3)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         shared, tokens, size = key.shape
         d_query, d_key, d_value = (torch.empty(part.shape, dtype=part.dtype) for part in (query, key, value))
-        grouped, d_grouped = (part.unflatten(0, (shared, -1)) for part in (query, d_query))
-        by_group = gradient.view(tokens, shared, -1, size)
-        blocks = iter(kept)
+        d_grouped, by_group = d_query.unflatten(0, (shared, -1)), gradient.view(tokens, shared, -1, size)
         for begin, end in pairwise(ctx.bounds):
             keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous().transpose(1, 2)
             sum_key, sum_value = torch.zeros(2, shared, end - begin, size)  # float32: many blocks add to them
-            for start, stop in _blocks(begin, end):
-                seen, weights = stop - begin, next(blocks)
-                rows = grouped[:, :, start:stop].flatten(1, 2)
+            for start, stop, rows, weights in _weights(query, key, begin, end, ctx.scaling):
+                seen = stop - begin
                 d_rows = by_group[start:stop].permute(1, 2, 0, 3).flatten(1, 2)
                 sum_value[:, :seen] += torch.bmm(weights.transpose(1, 2), d_rows)
                 d_weights = torch.bmm(d_rows, values[..., :seen])
@@ -174,8 +160,25 @@ class _CausalOnCPU(torch.autograd.Function):
         return d_query, d_key, d_value, None, None
 
 
-def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + BLOCK, end)) for start in range(begin, end, BLOCK))
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, begin: int, end: int, scaling: float
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Yield each block of a conversation: its first and last token, and [key heads, group x block, ...] of queries and
+    of probabilities.
+
+    Queries that share a key head are rows of one product, so that keys and values need not be repeated.
+    """
+    shared = len(key)
+    grouped = query.unflatten(0, (shared, -1))
+    keys = key[:, begin:end].float().transpose(1, 2)
+    later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
+    for start in range(begin, end, BLOCK):
+        stop = min(start + BLOCK, end)
+        count, seen = stop - start, stop - begin
+        rows = grouped[:, :, start:stop].flatten(1, 2)
+        scores = torch.bmm(rows.float(), keys[..., :seen]).mul_(scaling)
+        scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
+        yield start, stop, rows, torch.softmax(scores, dim=-1).to(query.dtype)
 
 
 AttentionInterface.register(NAME, attention)

@@ -84,8 +84,9 @@ def _run(recipe: type[Recipe], arguments: Sequence[str]) -> None:
     quiet_libraries()
     if flags.get("plan"):
         from qlora_recipes.plan import print_plan
-        from qlora_recipes.training import prepare_run
+        from qlora_recipes.training import prepare_run, settled
 
+        settings = settled(settings)
         print_plan(settings)
         prepare_run(settings, skip_checks=flags.get("skip_checks", ()))
         return
@@ -255,7 +256,6 @@ def _without_secrets(words: Sequence[str]) -> list[str]:
 
 def quiet_libraries() -> None:
     """Leave the screen to what this package says; a library's warning that matters is a check of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

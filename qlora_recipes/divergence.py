@@ -31,8 +31,9 @@ def refuse(
     Raises:
         DivergenceError: always.
     """
-    places = {tuple(row.encoded.input_ids): row.place for row in trained}
     rows = [ids for batch in batches for ids in conversations(batch)]
+    wanted = {tuple(ids) for ids in rows[:_SHOWN]}
+    places = {key: row.place for row in trained if (key := tuple(row.encoded.input_ids)) in wanted}
     shown = "\n".join(f"  {places.get(tuple(ids), 'a row')}: {_text(ids, tokenizer)}" for ids in rows[:_SHOWN])
     more = f"\n  and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     raise DivergenceError(

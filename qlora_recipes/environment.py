@@ -86,14 +86,14 @@ def share_threads(processes: int) -> None:
 
 
 def usable_bytes(device_type: str, local_processes: int) -> int:
-    """Return the memory that one process may plan with: nine tenths of a GPU, or its share of half the machine.
+    """Return the memory that one process may plan with: a whole GPU, or its share of half the machine.
 
     Of all there is and not of what is free, so that runs started one after the other are cut up alike.
     """
     if device_type == "cuda":
         import torch
 
-        return int(0.9 * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     import psutil
 
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qlora_recipes.errors import ModelError
 from qlora_recipes.memory import GIB, training_memory
 from qlora_recipes.models import Sizes
 from qlora_recipes.precision import PRECISIONS, Precision
@@ -19,6 +20,8 @@ from qlora_recipes.workload import Workload, left_out, workload_of
 ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a micro-batch from which on more of them are not computed faster. Rows that are not packed count a quarter
 of the longest, as conversations do."""
+USABLE = 0.9
+"""Share of the memory that is planned with; fragments and libraries take the rest."""
 _CHECKPOINTING = (0, 4, 2, 1)
 """Off, or every n-th layer: the fewer are computed again the faster, and the more memory it takes."""
 
@@ -38,16 +41,16 @@ class Machine:
 def fitted(settings: Settings, machine: Machine) -> Settings:
     """Return the settings with nothing left open.
 
-    Where the memory of a run cannot be planned (see `workload.left_out`), or not one row fits, a step is cut up as the
-    library's defaults say.
-
-    Raises:
-        ModelError: when the model's dimensions cannot be had.
+    Where the memory of a run cannot be planned (see `workload.left_out`; dimensions that cannot be had), or not one row
+    fits, a step is cut up as the library's defaults say.
     """
     packed = replace(settings, storage="packed" if settings.storage == "auto" else settings.storage)
+    try:
+        sizes, asked = sizes_for(settings), workload_of(packed, machine.device, machine.processes)
+    except ModelError:  # which loading says better
+        return replace(packed, left_open=frozenset())
     if left_out(settings):
         return replace(packed, left_open=frozenset())
-    sizes, asked = sizes_for(settings), workload_of(packed, machine.device, machine.processes)
     work = _roomiest(sizes, settings, asked, machine) or asked
     training = dict(settings.training)
     if "batch" in settings.left_open:
@@ -88,9 +91,12 @@ def _ways(settings: Settings, asked: Workload) -> Iterator[Workload]:
 
 
 def describe(settings: Settings, machine: Machine) -> str:
-    """Return in one line what a fitted run computes at a time, and the memory planned for it."""
-    work = workload_of(settings, machine.device, machine.processes)
-    memory = training_memory(sizes_for(settings), settings.precision, work)
+    """Return in one line what a fitted run computes at a time, and the memory planned for it; nothing unplanned."""
+    try:
+        work = workload_of(settings, machine.device, machine.processes)
+        memory = training_memory(sizes_for(settings), settings.precision, work)
+    except ModelError:
+        return ""
     checkpointing = {0: "no checkpointing", 1: "every layer checkpointed"}.get(
         work.checkpoint_every, f"every {work.checkpoint_every}. layer checkpointed"
     )

@@ -121,8 +121,9 @@ def _take_html(words: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def describe(run: ReadRun, checks: list[Check]) -> Page:
     """Return what is shown of the rows of a run."""
-    rows = sorted(run.data.train, key=lambda row: len(row.encoded.input_ids))
-    chosen = {"shortest": rows[0], "longest": rows[-1], "random": random.Random(run.settings.seed).choice(rows)}
+    lengths = [len(row.encoded.input_ids) for row in run.data.train]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    chosen = {"shortest": order[0], "longest": order[-1], "random": random.Random(run.settings.seed).choice(order)}
     receipt = run.data.receipt
     return Page(
         name=run.settings.name,
@@ -130,8 +131,8 @@ def describe(run: ReadRun, checks: list[Check]) -> Page:
         f"{receipt.rows_held_out:,} are held out and {sum(receipt.rows_dropped.values()):,} are dropped. "
         f"{receipt.supervised_tokens:,} of {receipt.tokens:,} tokens "
         f"({receipt.supervised_tokens / receipt.tokens:.0%}) are in the loss.",
-        rows=[_show(run.encoder, title, row) for title, row in chosen.items()],
-        lengths=[len(row.encoded.input_ids) for row in rows],
+        rows=[_show(run.encoder, title, run.data.train[number]) for title, number in chosen.items()],
+        lengths=sorted(lengths),
         checks=checks,
     )
 

@@ -31,6 +31,12 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 `_CHUNKED_LOGPROB_CHUNK_SIZE` in `trl/trainer/utils.py`. The buffer is that wide for smaller vocabularies
 too."""
 
+TILE_TOKENS, TILE_CACHED = 512, 32
+"""`TOKENS` and `CACHED` in `output_layer.py`: the output layer's tiles on a CPU. A test holds them together."""
+
+SHORT = 512
+"""As in `attention.py`: packed rows of more tokens have no mask. A test holds the two together."""
+
 ADAMW_BYTES = 8.0
 OPTIMIZER_BYTES = {
     # Eight bits: a byte a moment, and a float32 scale for a block of 256 (`bitsandbytes/optim/optimizer.py`).
@@ -63,6 +69,8 @@ class Memory:
     """When that is."""
     base: int = 0
     """The frozen model as stored, quantisation constants included."""
+    expanded: int = 0
+    """4-bit weights once more in 16 bits."""
     adapter: int = 0
     """LoRA weights, float32 in every arm."""
     gradients: int = 0
@@ -142,6 +150,13 @@ def _stored_bytes(shape: tuple[int, int], precision: Precision) -> int:
     return weights // 2 + blocks + 4 * math.ceil(blocks / 256) + table + 256 * 4 + 4
 
 
+def expanded_bytes(sizes: Sizes, precision: Precision, work: Workload) -> int:
+    """Return the bytes of the 16-bit weights that lie beside the packed ones (`storage.expand`)."""
+    if work.storage != "expanded" or precision.quant_type is None:
+        return 0
+    return sizes.num_hidden_layers * sum(2 * inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
+
+
 def optimizer_bytes(optim: str, parameters: int) -> int:
     """Return the bytes of an optimiser's state, by its `optim` name."""
     return round(OPTIMIZER_BYTES.get(optim.removeprefix("paged_"), ADAMW_BYTES) * parameters)
@@ -153,6 +168,7 @@ def training_memory(sizes: Sizes, precision: Precision, work: Workload) -> Memor
     throughout = Memory(
         moment="",
         base=base_bytes(sizes, precision),
+        expanded=expanded_bytes(sizes, precision, work),
         adapter=4 * trained,
         optimizer=optimizer_bytes(work.optim, trained),
         context=CUDA_CONTEXT if work.device == "cuda" else 0,
@@ -175,7 +191,8 @@ def _moments(
     last = full if every and (layers - 1) % every == 0 else 0
     held = gradients if work.accumulation > 1 else 0
     work_space = _layer_workspace(sizes, precision, work)
-    copies = 2 * trained if every else 0  # autocast keeps its 16-bit weights till the forward pass ends
+    # Autocast keeps its 16-bit copies of PEFT's weights till the forward pass ends.
+    copies = 2 * trained if every and not _joined(precision, work) else 0
     forward, backward = _head_workspace(sizes, work)
     # With one micro-batch a step the gradients come one by one, those of the first layer last.
     before_first = max(held, gradients - gradients // layers)
@@ -196,8 +213,9 @@ def _moments(
 
 
 def _shared_kept(sizes: Sizes, work: Workload) -> int:
-    """Bytes kept once for all layers: the mask, a byte an entry, and the rotary tables in 16 bits."""
-    return work.attention_pairs + 4 * work.tokens * sizes.hidden_size // sizes.num_attention_heads
+    """Bytes kept once for all layers: the rotary tables in 16 bits, and the mask, if any, a byte an entry."""
+    mask = 0 if work.packing and work.tokens > SHORT else work.attention_pairs
+    return mask + 4 * work.tokens * sizes.hidden_size // sizes.num_attention_heads
 
 
 def _layer_boundary(sizes: Sizes, precision: Precision, work: Workload) -> int:
@@ -225,17 +243,23 @@ def _layer_kept(sizes: Sizes, precision: Precision, work: Workload) -> int:
     if precision.name == "int8" and not _shares_inputs(precision, work):
         per_token += 2 * ((2 if sizes.gated_mlp else 1) * hidden + inner)
     cast_weights = 2 * adapter_parameters(sizes, work.rank, work.targets) // sizes.num_hidden_layers
+    cast_weights = 0 if _joined(precision, work) else cast_weights
     return work.tokens * per_token + _attention_kept(sizes, work) + cast_weights
+
+
+def _joined(precision: Precision, work: Workload) -> bool:
+    """Whether adapters are computed with their layers (`lora_linear.py`), and not by PEFT."""
+    return precision.name != "int8" and not work.dropout
 
 
 def _shares_inputs(precision: Precision, work: Workload) -> bool:
     """Whether adapters of one input keep it once.
 
-    PEFT casts the input of an adapter to float32, and autocast casts it back to 16 bits: a copy for each
-    adapter. Its quantised layers leave that out if `torch.is_autocast_enabled()` (`peft/tuners/lora/bnb.py`),
-    which asks for CUDA's alone.
+    PEFT, where it computes them, casts the input of an adapter to float32, and autocast casts it back to 16 bits: a
+    copy for each adapter. Its quantised layers leave that out if `torch.is_autocast_enabled()`
+    (`peft/tuners/lora/bnb.py`), which asks for CUDA's alone.
     """
-    return precision.quantized and work.device == "cuda" and not work.dropout
+    return _joined(precision, work) or (precision.quantized and work.device == "cuda" and not work.dropout)
 
 
 def _adapter_inputs(sizes: Sizes, precision: Precision, work: Workload) -> int:
@@ -248,57 +272,47 @@ def _adapter_inputs(sizes: Sizes, precision: Precision, work: Workload) -> int:
 
 
 def _inputs_read(sizes: Sizes, targets: Iterable[str]) -> Iterable[set[str]]:
-    """Yield the targets by what they read; the output of fused attention is kept by attention already."""
+    """Yield the targets by what they read."""
     groups = (
-        ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+        ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
         if sizes.gated_mlp
         else ({"query_key_value", "dense_h_to_4h"}, {"dense"}, {"dense_4h_to_h"})
     )
     return (group & set(targets) for group in groups if group & set(targets))
 
 
-def _attention_is_fused(sizes: Sizes) -> bool:
-    """Falcon hands PyTorch fewer key than query heads, which no fused kernel takes: scores are made then."""
-    return sizes.gated_mlp or sizes.num_key_value_heads == sizes.num_attention_heads
-
-
 def _attention_kept(sizes: Sizes, work: Workload) -> int:
-    """Bytes that attention keeps: query, key, value and output in 16 bits, and the mask as a 16-bit bias.
+    """Bytes that attention keeps in 16 bits (`attention.py`): query, key and value; on a GPU its output as well.
 
-    Where it is not fused (PyTorch's `_scaled_dot_product_attention_math`): float32 queries, keys and values,
-    and the softmax of every head.
+    Falcon's value is a part of the fused product, all of which stays with it; a GPU has its keys and values repeated.
+    Where a mask tells rows apart, PyTorch's own keeps it as a 16-bit bias.
     """
     heads, hidden = sizes.num_attention_heads, sizes.hidden_size
-    if _attention_is_fused(sizes):
-        return work.tokens * (4 * 2 * hidden + 4 * heads) + 2 * work.attention_pairs
     key_value = sizes.num_key_value_heads * hidden // heads
-    return work.tokens * 4 * (hidden + 2 * key_value) + _scores(sizes, work)
-
-
-def _scores(sizes: Sizes, work: Workload) -> int:
-    return 4 * sizes.num_attention_heads * work.attention_pairs
+    if work.device == "cuda":
+        output = 0 if {"o_proj", "dense"} & set(work.targets) else 2 * hidden  # the projection keeps it then
+        return work.tokens * (3 * 2 * hidden + output + 4 * heads)
+    own = 2 * (hidden + 2 * key_value) + (0 if sizes.gated_mlp else 2 * (hidden + key_value))
+    masked = 0 if work.packing and work.tokens > SHORT else work.tokens * 4 * heads + 2 * work.attention_pairs
+    return work.tokens * own + masked
 
 
 def _layer_workspace(sizes: Sizes, precision: Precision, work: Workload) -> int:
     """Bytes of intermediate results while one layer is computed again and differentiated.
 
-    The largest of three moments: the MLP, whose widest tensor is there in 16 bits and in float32; a
-    dequantised weight, with its constants if they are quantised too; the gradient of attention scores, if
-    they are made. The factors of the hidden size were fitted to real steps on a CPU.
+    The larger of two moments: the MLP, whose widest tensor is there several times; a dequantised weight, with its
+    constants if they are quantised too. The factors were fitted to real steps on a CPU.
     """
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    mlp = work.tokens * (6 * inner + 10 * hidden)
+    factors = (6, 10) if not _joined(precision, work) else (4, 6) if sizes.gated_mlp else (2, 4)
+    mlp = work.tokens * (factors[0] * inner + factors[1] * hidden)
     weight = _dequantized(sizes, precision, work)
-    dequantizing = weight + work.tokens * 8 * hidden if weight else 0
-    if _attention_is_fused(sizes):
-        return max(mlp, dequantizing)
-    mlp_kept = work.tokens * (4 * inner - 2 * hidden)  # which is gone by then
-    return max(mlp, dequantizing, 2 * _scores(sizes, work) - mlp_kept)
+    return max(mlp, weight + work.tokens * 8 * hidden if weight else 0)
 
 
 def _dequantized(sizes: Sizes, precision: Precision, work: Workload) -> int:
     """Bytes of the largest linear layer in 16 bits (`dequantize_4bit`), or of int8's copy to be scaled."""
-    if not precision.quantized:
+    if not precision.quantized or work.storage == "expanded":
         return 0
     weights = max(inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
     if precision.quant_type is None:
@@ -307,20 +321,20 @@ def _dequantized(sizes: Sizes, precision: Precision, work: Workload) -> int:
 
 
 def _head_workspace(sizes: Sizes, work: Workload) -> tuple[int, int]:
-    """Bytes of the output layer and the loss, forward and backward.
+    """Bytes of the output layer and the loss, forward and backward; every token is taken to be in the loss.
 
-    `ChunkedLogProbFunction` in `trl/kernels/chunked_logprob.py` computes tiles of 4,096 tokens x 32,768 words
-    in one 16-bit buffer. Triton folds a tile in place; on a CPU torch makes three copies in float32 forward
-    and seven backward, and a mask. The gradient of the hidden states is float32.
+    On a GPU TRL's `ChunkedLogProbFunction` (`trl/kernels/chunked_logprob.py`): tiles of 4,096 tokens x 32,768 words in
+    one 16-bit buffer that Triton folds in place, and a gradient of the hidden states in float32. On a CPU
+    `output_layer.py`: tiles of 512 tokens x all words in 16 bits, three parts of them in float32, and the gradient of
+    the hidden states in 16 bits.
     """
-    tokens, words = min(work.tokens, HEAD_TOKENS), min(sizes.vocab_size, HEAD_WORDS)
     states = work.tokens * sizes.hidden_size
     kept = (6 if sizes.gated_mlp else 4) * states  # once flattened, and what the last norm keeps
-    buffer, tile = 2 * tokens * HEAD_WORDS, tokens * words
     if work.device == "cuda":
+        buffer = 2 * min(work.tokens, HEAD_TOKENS) * HEAD_WORDS
         return kept + buffer, kept + buffer + (4 + 2) * states
-    product = 4 * (tile + words * sizes.hidden_size)
-    return kept + buffer + (3 * 4 + 1) * tile, kept + buffer + 4 * states + max((7 * 4 + 1) * tile, product)
+    tile = (2 * min(work.tokens, TILE_TOKENS) + 3 * 4 * TILE_CACHED) * sizes.vocab_size
+    return kept + tile + 2 * states, kept + 3 * 2 * states
 
 
 def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: int = 1) -> Memory:
@@ -353,13 +367,12 @@ def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: 
 def _forward_workspace(sizes: Sizes, precision: Precision, work: Workload) -> int:
     """Bytes of intermediate results of one layer when nothing is kept for a backward pass.
 
-    Up to the sum of a wide layer and its adapter: five tensors of the MLP's width in Llama, four in Falcon;
-    or the scores and their softmax. Fitted to a forward pass on a CPU.
+    Up to the sum of a wide layer and its adapter: five tensors of the MLP's width in Llama, four in Falcon. Fitted to
+    a forward pass on a CPU.
     """
     wide = 2 * (5 if sizes.gated_mlp else 4) * sizes.intermediate_size
     mlp = work.tokens * (wide + 18 * sizes.hidden_size)
-    scores = 0 if _attention_is_fused(sizes) else 5 * _scores(sizes, work) // 2
-    return max(mlp, scores, _dequantized(sizes, precision, work) + work.tokens * 8 * sizes.hidden_size)
+    return max(mlp, _dequantized(sizes, precision, work) + work.tokens * 8 * sizes.hidden_size)
 
 
 def largest_micro_batch(sizes: Sizes, precision: Precision, work: Workload, gpu_gib: float) -> int:

@@ -62,7 +62,7 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_log_probs: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return ((gradient * d_log_probs[:, None]).to(ctx.dtype), *[None] * 8)
+        return (gradient.mul_(d_log_probs[:, None]).to(ctx.dtype), *[None] * 8)
 
 
 def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_recipes.commandline import parse, settings_from
+from qlora_recipes.fitting import USABLE, Machine, fitted
 from qlora_recipes.memory import GIB, Memory, MemoryPlan, largest_micro_batch, plan
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.recipe import load_recipe
@@ -21,6 +23,7 @@ from qlora_recipes.workload import Workload, left_out, workload_of
 
 _LABELS = {
     "base": "base",
+    "expanded": "base, expanded",
     "adapter": "adapter",
     "gradients": "gradients",
     "optimizer": "optimiser",
@@ -63,6 +66,8 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
         return
     console = console or Console()
     device = _device(settings, gpu_gib)
+    if gpu_gib is not None and 0 < gpu_gib < math.inf:
+        settings = fitted(settings, Machine(device, int(USABLE * gpu_gib * GIB), _processes()))
     work = workload_of(settings, device, _processes())
     console.print(_run_table(settings, work))
     console.print()

@@ -13,12 +13,13 @@ from trl import SFTConfig
 
 from qlora_recipes import environment, repairs
 from qlora_recipes.adapters import attach
-from qlora_recipes.data import Conversation, PreparedData, prepare
+from qlora_recipes.data import PreparedData, prepare
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import UsageError
 from qlora_recipes.loading import load_base, load_tokenizer
 from qlora_recipes.output_layer import score_supervised_tokens
 from qlora_recipes.preflight import LoadedRun, ReadRun
+from qlora_recipes.row_file import Rows
 from qlora_recipes.runs import RunFolder
 from qlora_recipes.settings import Settings
 from qlora_recipes.storage import expand
@@ -90,7 +91,7 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
     return trainer
 
 
-def _held_out(run: LoadedRun) -> list[Conversation] | None:
+def _held_out(run: LoadedRun) -> Rows | None:
     """Return the rows to evaluate on while training, where that is asked for."""
     if run.settings.training.get("eval_strategy", "no") == "no":
         return None

@@ -32,7 +32,6 @@ def of_settings(settings: Settings) -> dict[str, Any]:
             "dataset": settings.dataset_name,
             "precision": settings.precision.name,
             "dtype": settings.dtype,
-            "storage": settings.storage,
             "lora": dict(settings.lora),
             "training": training,
         }
@@ -58,7 +57,6 @@ def as_started(settings: Settings, folder: RunFolder) -> Settings:
     return replace(
         settings,
         training={**settings.training, **{name: was["training"][name] for name in names}},
-        storage=was["storage"] if settings.storage == "auto" else settings.storage,
         left_open=frozenset(),
     )
 

@@ -25,7 +25,7 @@ from qlora_recipes.adapters import adapter_sha256, adapter_tensors
 from qlora_recipes.checkpoints import Checkpoint
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.faults import OutOfMemoryFault, batch_of, machine_faults, with_half_the_batch
-from qlora_recipes.fitting import Machine, describe, fitted
+from qlora_recipes.fitting import USABLE, Machine, describe, fitted
 from qlora_recipes.preflight import ReadyRun, TrainedRun
 from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
@@ -86,7 +86,7 @@ def train(
         RecipesError: for anything that would make the run fail or mean something else than it says.
     """
     console = console or Console()
-    settings = _settled(settings, resume=resume, console=console)
+    settings = settled(settings, resume=resume, console=console)
     launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, console)
     while True:
         try:
@@ -105,21 +105,21 @@ def machine() -> Machine:
     state = PartialState()
     return Machine(
         device=state.device.type,
-        bytes=environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        bytes=int(USABLE * environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
         processes=state.num_processes,
     )
 
 
-def _settled(settings: Settings, *, resume: bool, console: Console) -> Settings:
+def settled(settings: Settings, *, resume: bool = False, console: Console | None = None) -> Settings:
     """Return the settings with nothing left open: as the run in the folder has them, or fitted to this machine."""
     folder = RunFolder(settings.output_dir)
     if resume and folder.started.exists():
-        return as_started(settings, folder)
+        settings = as_started(settings, folder)
     here = machine()
-    settled = fitted(settings, here)
-    if settings.left_open and PartialState().is_main_process:
-        console.print(Text(f"fitted to this machine: {describe(settled, here)}"))
-    return settled
+    found = fitted(settings, here)
+    if settings.left_open and PartialState().is_main_process and (figures := describe(found, here)):
+        (console or Console()).print(Text(f"fitted to this machine: {figures}"))
+    return found
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ ORDER = [
     "plan",
     "commandline",
     "benchmark",
+    "throughput",
     "inspect",
     "listing",
     "merging",

@@ -33,6 +33,7 @@ from qlora_recipes.stopping import Stopped
 from qlora_recipes.trainer import RunTrainer
 
 STEPS = dict(
+    gradient_checkpointing=True,
     max_steps=6,
     gradient_accumulation_steps=2,
     save_strategy="steps",

@@ -124,12 +124,15 @@ def test_the_receipt_says_what_was_trained(runs: Train) -> None:
 @pytest.mark.parametrize("family", ["llama2", "falcon"])
 def test_packing_wastes_nothing_and_learns_from_the_same_tokens(runs: Train, family: str) -> None:
     packed = runs(family, packing=True, num_train_epochs=1, max_steps=-1, learning_rate=1e-3).receipt()
-    padded = runs(family, packing=False).receipt()
+    loose = runs(family, packing=False).receipt()
+    padded = runs(family, packing=False, padding_free=False).receipt()
     assert packed["training"]["packed"]
     assert packed["training"]["padding_share"] == 0
     assert packed["training"]["tokens"] == packed["data"]["tokens"]
     assert packed["training"]["supervised_tokens"] == packed["data"]["supervised_tokens"]
+    assert loose["training"]["padding_share"] == 0
     assert padded["training"]["padding_share"] > 0
+    assert loose["training"]["final_loss"] == pytest.approx(padded["training"]["final_loss"], rel=1e-3)
 
 
 def test_the_adapter_reloads_as_it_was_trained(runs: Train, tiny: Callable[[str], Path]) -> None:

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_recipes import DatasetSpec, Recipe, environment, formatters
+from qlora_recipes import DatasetSpec, Recipe, environment, formatters, memory
 from qlora_recipes.fitting import fitted
 from qlora_recipes.precision import precision_named
 from qlora_recipes.preparing import build_trainer, load_run, read_run
@@ -92,7 +92,10 @@ def build(arm: str, spec: Specification, folder: str) -> SFTTrainer:
     read = read_run(settings_of(spec))
     if arm == "recipe":
         read.settings = fitted(read.settings, machine())
-        return build_trainer(load_run(read), RunFolder(Path(folder)))
+        run = load_run(read)
+        trainer = build_trainer(run, RunFolder(Path(folder)))
+        trainer.bytes_before = run.bytes_before
+        return trainer
     rows = [row.encoded for row in read.data.train]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
     stored, cpu = precision_named(spec.precision), not torch.cuda.is_available()
@@ -164,24 +167,34 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         clock = _Clock(trainer)
         trainer.train()
     counted = clock.steps[1:]
-    seconds = sum(step["seconds"] for step in counted)
+    total = {name: sum(step[name] for step in counted) for name in counted[0]}
     weights = [getattr(module, "weight", None) for module in trainer.model.modules()]
     return {
-        "tokens_per_second": sum(step["real"] for step in counted) / seconds,
-        "supervised_tokens_per_second": sum(step["supervised"] for step in counted) / seconds,
+        "tokens_per_second": total["real"] / total["seconds"],
+        "supervised_tokens_per_second": total["supervised"] / total["seconds"],
         "peak_bytes": environment.peak_bytes(trainer.args.device.type),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "supervised_tokens": [step["supervised"] for step in clock.steps],
         "tokens": sum(step["real"] for step in clock.steps),
         "tokens_per_micro_batch": sum(step["real"] for step in counted)
         / sum(step["micro_batches"] for step in counted),
-        "padding_share": 1 - sum(step["real"] for step in counted) / sum(step["positions"] for step in counted),
+        "padding_share": 1 - total["real"] / total["positions"],
         "quantized_linears": sum(getattr(weight, "quant_state", None) is not None for weight in weights),
         "storage": _storage(trainer),
         "micro_batch": trainer.args.per_device_train_batch_size,
         "checkpointing": bool(trainer.args.gradient_checkpointing),
+        **_memory(arm, trainer, spec),
         "threads": torch.get_num_threads(),
     }
+
+
+def _memory(arm: str, trainer: SFTTrainer, spec: Specification) -> dict[str, int]:
+    """Return the peak of the training alone, and what the plan said of it, for the arm that has one."""
+    if arm != "recipe":
+        return {}
+    device = trainer.args.device.type
+    planned = memory.plan(fitted(settings_of(spec), machine()), device=device).training
+    return {"training_bytes": environment.peak_bytes(device) - trainer.bytes_before, "planned_bytes": planned.allocated}
 
 
 def _storage(trainer: SFTTrainer) -> str:

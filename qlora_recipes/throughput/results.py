@@ -18,15 +18,15 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
     arms, bound = figures["arms"], figures["bound"]
     console.print(Text(_title(figures), style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("arm", "tokens/s", "lowest to highest", "x plain", "of the bound", "supervised/s", "peak GiB", "loss"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    for name in ("arm", "tokens/s", "range", "x plain", "bound", "in the loss/s", "GiB", "loss"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for arm, found in arms.items():
         low, high = found["tokens_per_second_range"]
         speed = found["tokens_per_second"]
         table.add_row(
             arm,
             f"{speed:,.0f}",
-            f"{low:,.0f} to {high:,.0f}",
+            f"{low:,.0f}-{high:,.0f}",
             f"{speed / arms['plain']['tokens_per_second']:.2f}",
             f"{speed / bound['tokens_per_second']:.0%}",
             f"{found['supervised_tokens_per_second']:,.0f}",
@@ -36,12 +36,8 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for arm, found in arms.items():
         console.print(Text(f"{arm}: {_how(found)}"))
-    console.print(
-        Text(
-            f"bound {bound['tokens_per_second']:,.0f} tokens/s: products at {bound['flops'] / 1e9:,.0f} GFLOP/s, copies "
-            f"at {bound['copied'] / 1e9:,.1f} GB/s, both measured in this run"
-        )
-    )
+    speeds = f"products at {bound['flops'] / 1e9:,.0f} GFLOP/s and copies at {bound['copied'] / 1e9:,.1f} GB/s"
+    console.print(Text(f"bound {bound['tokens_per_second']:,.0f} tokens/s: {speeds}, measured in this run"))
 
 
 def _title(figures: Mapping[str, Any]) -> str:
@@ -56,8 +52,14 @@ def _how(found: Mapping[str, Any]) -> str:
     kept = f", {found['storage']}" if found["quantized_linears"] else ""
     return (
         f"{quantized}{kept}; {found['micro_batch']} rows at a time, {found['padding_share']:.0%} padding, "
-        f"checkpointing {'on' if found['checkpointing'] else 'off'}, {found['threads']} threads"
+        f"checkpointing {'on' if found['checkpointing'] else 'off'}, {found['threads']} threads{_plan(found)}"
     )
+
+
+def _plan(found: Mapping[str, Any]) -> str:
+    if "planned_bytes" not in found:
+        return ""
+    return f"; {found['training_bytes'] / _GIB:.2f} GiB of training, {found['planned_bytes'] / _GIB:.2f} planned"
 
 
 def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
