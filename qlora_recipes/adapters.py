@@ -43,7 +43,6 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     for module in model.modules():
         if isinstance(module, LoraLayer) and initialisation in _REPEATABLE:
             module.reset_lora_parameters(ADAPTER, initialisation)
-    join_updates(model)
     return model
 
 

@@ -22,6 +22,8 @@ from transformers.masking_utils import sdpa_mask
 NAME = "by_conversation"
 SHORT = 512
 """Tokens of a row whose conversations are told apart by a mask all the same: scores cost less than turns of a loop."""
+_SDPA_ALONE = ("softcap", "s_aux", "position_bias")
+"""What some models ask of their attention, and `sdpa` does or refuses."""
 BLOCK = 128
 """Queries of one product on a CPU: more computes scores of later tokens for nothing, fewer keep the cores waiting."""
 
@@ -46,7 +48,8 @@ def conversation_mask(
     """
     packed = not allow_is_causal_skip  # Transformers' sign for a mask that is more than causal
     plain = batch_size == 1 and SHORT < q_length == kv_length and local_size is None and not use_vmap
-    if not (packed and plain and attention_mask is None):
+
+    def dense() -> torch.Tensor | None:
         return sdpa_mask(
             batch_size,
             q_length,
@@ -59,8 +62,13 @@ def conversation_mask(
             device=device,
             **others,
         )
+
+    if not (packed and plain and attention_mask is None):
+        return dense()
     later = torch.arange(1, q_length, device=device)
     first = torch.zeros_like(later)
+    if mask_function(first, first, later - 1, later).any():  # some see what comes after them
+        return dense()
     begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # sees not the token before
     if len(begins) == 0:
         return None
@@ -84,14 +92,19 @@ def attention(
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
     bounds = attention_mask
+    if any(others.get(name) is not None for name in _SDPA_ALONE) or not getattr(module, "is_causal", True):
+        return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     on_cpu = query.device.type == "cpu" and dropout == 0.0
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
         bounds = torch.tensor([0, query.shape[2]])
     if bounds is None or bounds.ndim != 1:
         return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and dropout == 0.0 and query.dtype != torch.float32:
-        return _on_gpu(query, key, value, bounds, scaling), None
+    if dropout == 0.0 and _has_flash(query):
+        longest = others.get("max_length_q") or int(
+            bounds.diff().max()
+        )  # the collator knows, and need not be waited for
+        return _on_gpu(query, key, value, bounds, longest, scaling), None
     if on_cpu:
         with torch.autocast("cpu", enabled=False):  # which would compute the scores in 16 bits
             return _CausalOnCPU.apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
@@ -101,16 +114,23 @@ def attention(
     return torch.cat(parts, dim=1), None
 
 
+def _has_flash(query: torch.Tensor) -> bool:
+    """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU from Ampere on."""
+    if not query.is_cuda or query.dtype == torch.float32 or query.shape[-1] % 8:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 def _on_gpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scaling: float
 ) -> torch.Tensor:
     """FlashAttention of PyTorch's own (2.13, `torch/nn/attention/varlen.py`): needs no package beside it."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # its cuDNN way takes no fewer key than query heads
-        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    longest = int(bounds.diff().max())
     rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
-    return varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))[None]
+    grouped = query.shape[1] != key.shape[1]
+    output = varlen_attn(
+        *rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+    )
+    return output[None]
 
 
 class _CausalOnCPU(torch.autograd.Function):

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from qlora_recipes.errors import EnvironmentFault
 
 _DISTRIBUTION = "qlora-recipes"
+_CGROUP = "/sys/fs/cgroup"
 _RECORDED = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "evaluate",
     "tokenizers", "safetensors", "numpy",
@@ -85,6 +86,11 @@ def share_threads(processes: int) -> None:
     torch.set_num_threads(max(1, cores // processes))
 
 
+def is_sharded() -> bool:
+    """Whether `accelerate launch` divides the model among processes, by FSDP or DeepSpeed."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
 def usable_bytes(device_type: str, local_processes: int) -> int:
     """Return the memory that one process may plan with: a whole GPU, or its share of half the machine.
 
@@ -96,10 +102,9 @@ def usable_bytes(device_type: str, local_processes: int) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     import psutil
 
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    total = psutil.virtual_memory().total
-    return (min(total, int(allowed)) if allowed.isdigit() else total) // 2 // local_processes
+    limits = (Path(_CGROUP, name) for name in ("memory.max", "memory/memory.limit_in_bytes"))  # of a container
+    allowed = [int(text) for file in limits if file.is_file() and (text := file.read_text().strip()).isdigit()]
+    return min(psutil.virtual_memory().total, *allowed, 2**63) // 2 // local_processes
 
 
 def resident_bytes(device_type: str) -> int:

@@ -10,7 +10,6 @@ y = x W^T + s (x A^T) B^T (arXiv 2106.09685, section 4.1), its gradient for a fr
 
 from __future__ import annotations
 
-import os
 from types import MethodType
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from qlora_recipes.storage import weight_of
+from qlora_recipes.storage import is_4bit, weight_of
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -51,11 +50,15 @@ class _LoraLinear(torch.autograd.Function):
 def _forward(self: LoraLayer, x: torch.Tensor, *arguments: Any, **others: Any) -> torch.Tensor:
     name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
     half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if name is None or self.disable_adapters or self.merged or arguments or others or half == torch.float32:
+    if name not in self.lora_A or self.disable_adapters or self.merged or arguments or others or half == torch.float32:
         return type(self).forward(self, x, *arguments, **others)
+    layer, scaling = self.get_base_layer(), self.scaling[name]
     with torch.autocast(x.device.type, enabled=False):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        y = _LoraLinear.apply(x.to(half).flatten(0, -2), self.get_base_layer(), a, b, self.scaling[name])
+        if is_4bit(layer) and not torch.is_grad_enabled():  # bitsandbytes has kernels that never write the weight out
+            x = x.to(half)
+            return layer(x) + (x @ a.to(half).T) @ (b * scaling).to(half).T
+        y = _LoraLinear.apply(x.to(half).flatten(0, -2), layer, a, b, scaling)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -63,20 +66,13 @@ def join_updates(model: nn.Module) -> int:
     """Give every plain LoRA layer on a 16-bit or 4-bit linear the function above; return how many.
 
     Left to PEFT are dropout, DoRA and other variants, biases, and int8, whose product is its library's own; and at
-    each call several adapters, none, merged ones, and computing in float32. Likewise every layer where weights are
-    sharded: DeepSpeed's ZeRO-3 gathers a weight when the module that owns it is called, and here it is not.
+    each call several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
+    gathers a weight when the module that owns it is called, and here it is not.
     """
-    if is_sharded():
-        return 0
     plain = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
     for layer in plain:
         layer.forward = MethodType(_forward, layer)
     return len(plain)
-
-
-def is_sharded() -> bool:
-    """Whether `accelerate launch` shards the model, by FSDP or DeepSpeed."""
-    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def _is_plain(layer: LoraLayer) -> bool:

@@ -284,14 +284,15 @@ def _inputs_read(sizes: Sizes, targets: Iterable[str]) -> Iterable[set[str]]:
 def _attention_kept(sizes: Sizes, work: Workload) -> int:
     """Bytes that attention keeps in 16 bits (`attention.py`): query, key and value; on a GPU its output as well.
 
-    Falcon's value is a part of the fused product, all of which stays with it; a GPU has its keys and values repeated.
+    Falcon's value is a part of the fused product, all of which stays with it on a CPU.
     Where a mask tells rows apart, PyTorch's own keeps it as a 16-bit bias.
     """
     heads, hidden = sizes.num_attention_heads, sizes.hidden_size
     key_value = sizes.num_key_value_heads * hidden // heads
     if work.device == "cuda":
         output = 0 if {"o_proj", "dense"} & set(work.targets) else 2 * hidden  # the projection keeps it then
-        return work.tokens * (3 * 2 * hidden + output + 4 * heads)
+        mask = 0 if work.packing else 2 * work.attention_pairs
+        return work.tokens * (2 * hidden + 2 * 2 * key_value + output + 4 * heads) + mask
     own = 2 * (hidden + 2 * key_value) + (0 if sizes.gated_mlp else 2 * (hidden + key_value))
     masked = 0 if work.packing and work.tokens > SHORT else work.tokens * 4 * heads + 2 * work.attention_pairs
     return work.tokens * own + masked

@@ -20,6 +20,9 @@ CACHED = 32
 """Tokens whose float32 probabilities are worked on at a time; of 32,000 words they stay in a core's cache."""
 
 
+_COMPUTED = {"log_probs", "entropy", "is_top1"}
+
+
 class LogProbs(torch.autograd.Function):
     """Log-probability of each label, with what TRL logs beside it; takes what TRL's own function takes."""
 
@@ -81,14 +84,15 @@ def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 class _ByDevice:
-    """TRL's own function on a GPU, the one above on a CPU."""
+    """The function above on a CPU, for a frozen output layer and what an SFTTrainer asks of it; else TRL's own."""
 
     @staticmethod
-    def apply(hidden: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
-        _, _, _, temperature, _, softcap, scale, _ = arguments
-        plain = (temperature, softcap, scale) == (1.0, None, 1.0)
-        function = LogProbs if hidden.device.type == "cpu" and plain else ChunkedLogProbFunction
-        return function.apply(hidden, *arguments)
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *arguments: Any) -> Any:
+        _, temperature, _, softcap, scale, outputs = arguments
+        plain = (temperature, softcap, scale) == (1.0, None, 1.0) and set(outputs) <= _COMPUTED
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        function = LogProbs if hidden.device.type == "cpu" and plain and frozen else ChunkedLogProbFunction
+        return function.apply(hidden, weight, bias, *arguments)
 
 
 def score_supervised_tokens() -> None:

@@ -11,12 +11,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from qlora_recipes import environment, repairs
+from qlora_recipes import attention, environment, repairs
 from qlora_recipes.adapters import attach
 from qlora_recipes.data import PreparedData, prepare
 from qlora_recipes.encoding import ConversationEncoder
 from qlora_recipes.errors import UsageError
 from qlora_recipes.loading import load_base, load_tokenizer
+from qlora_recipes.lora_linear import join_updates
 from qlora_recipes.output_layer import score_supervised_tokens
 from qlora_recipes.preflight import LoadedRun, ReadRun
 from qlora_recipes.row_file import Rows
@@ -77,7 +78,7 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = RunTrainer(
             model=run.model,
-            args=_sft_config(run.settings, aside),
+            args=_sft_config(run, aside),
             train_dataset=PreparedData.dataset(run.data.train),
             eval_dataset=PreparedData.dataset(held_out) if held_out else None,
             processing_class=run.tokenizer,
@@ -85,6 +86,8 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
             rows=run.data.train,
         )
     trainer.args.output_dir = str(folder.checkpoints)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        join_updates(run.model)
     if cast:
         run.repairs.append("float32_adapter")
     trainer.remove_callback(PrinterCallback)
@@ -105,11 +108,13 @@ def _early_stopping(settings: Settings) -> list[TrainerCallback]:
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
-def _sft_config(settings: Settings, folder: str) -> SFTConfig:
+def _sft_config(run: LoadedRun, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
+    settings = run.settings
     training = dict(settings.training)
     training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
-    if not training.get("packing") and training.setdefault("padding_free", True):
+    packed = training.get("packing") or training.get("eval_packing")
+    if not packed and training.setdefault("padding_free", run.model.config._attn_implementation == attention.NAME):
         training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
     if training.pop("early_stopping_patience", None) is not None:
         training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}

@@ -107,6 +107,7 @@ def machine() -> Machine:
         device=state.device.type,
         bytes=int(USABLE * environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
         processes=state.num_processes,
+        sharded=environment.is_sharded(),
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from qlora_recipes.encoding import Encoded
 from qlora_recipes.preflight.probes import collate, logits
 from qlora_recipes.preflight.subject import ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
 
-_TOKENS = 24  # of each conversation; a leak shows from the first token on
+_TOKENS = 300  # of each conversation: together more than those that attention tells apart by a mask
 _NOISE = 1e-3  # of how far the changed conversation's own logits move; a leak measured 0.1 and more
 
 
@@ -16,7 +18,7 @@ def packing_leak(run: ReadyRun) -> Check:
     """Change one packed conversation, and watch the logits of the next."""
     if not run.trainer.padding_free:
         return _not_packed(run)
-    first, second = (run.data.train[i % len(run.data.train)].encoded.input_ids[:_TOKENS] for i in (0, 1))
+    first, second = (_repeated(run.data.train[i % len(run.data.train)].encoded.input_ids) for i in (0, 1))
     start = len(first)
     changed = [*first[:1], *reversed(first[1:])]  # words in another order: the same length, other keys and values
     plain, moved = (logits(run, collate(run, [_row(part), _row(second)]))[0] for part in (first, changed))
@@ -26,8 +28,12 @@ def packing_leak(run: ReadyRun) -> Check:
     return fail_unless(
         leak <= _NOISE * own,
         f"{leak:.2g} in the next conversation's logits, {own:.2g} in its own{mended}",
-        "The model's mask ignores position_ids: set --packing false, or mend it in qlora_recipes/repairs.py.",
+        "The model's mask ignores position_ids: mend it in repairs.py, or set --packing false --padding_free false.",
     )
+
+
+def _repeated(ids: list[int]) -> list[int]:
+    return (ids * math.ceil(_TOKENS / len(ids)))[:_TOKENS]
 
 
 def _row(ids: list[int]) -> Encoded:

@@ -2,9 +2,9 @@
 
 python -m qlora_recipes.throughput.arms ARM SPECIFICATION.json RESULT.json
 
-The arms see the same rows, token for token and label for label, in the same batches, with the same adapter, schedule
-and seed. `plain` is what TRL's documentation shows, with its defaults; `plain_bf16` says bfloat16 where a user who
-knows would; `recipe` is this package.
+The arms see the same rows, token for token and label for label, in the same batches, with an adapter of the same shape,
+the same schedule and seed. `plain` is what TRL's documentation shows, with its defaults; `plain_bf16` says bfloat16
+where a user who knows would; `recipe` is this package.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def build(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
         )
     mixed = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
-    return SFTTrainer(
+    trainer = SFTTrainer(
         spec.model,
         args=SFTConfig(
             output_dir=folder,
@@ -132,6 +132,10 @@ def build(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             task_type="CAUSAL_LM",
         ),
     )
+    if mixed:  # TRL has cast the adapter to bfloat16, which a float16 run's gradient scaler cannot take
+        for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
+            weight.data = weight.data.float()
+    return trainer
 
 
 class _Clock(TrainerCallback):

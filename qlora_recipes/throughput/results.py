@@ -18,7 +18,7 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
     arms, bound = figures["arms"], figures["bound"]
     console.print(Text(_title(figures), style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("arm", "tokens/s", "range", "x plain", "bound", "in the loss/s", "GiB", "loss"):
+    for name in ("arm", "tokens/s", "range", "x plain", "x bf16", "bound", "in the loss/s", "GiB", "loss"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for arm, found in arms.items():
         low, high = found["tokens_per_second_range"]
@@ -28,6 +28,7 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
             f"{speed:,.0f}",
             f"{low:,.0f}-{high:,.0f}",
             f"{speed / arms['plain']['tokens_per_second']:.2f}",
+            f"{speed / arms['plain_bf16']['tokens_per_second']:.2f}",
             f"{speed / bound['tokens_per_second']:.0%}",
             f"{found['supervised_tokens_per_second']:,.0f}",
             f"{found['peak_bytes'] / _GIB:.2f}",
