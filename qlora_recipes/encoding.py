@@ -18,12 +18,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Message, Reason, RowError
-from qlora_recipes.time_limit import time_limit
+from qlora_recipes.limits import memory_limit, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
+_RENDER_BYTES = 2**29
 _RENDER_SECONDS = 10.0  # of one conversation, which takes less than a millisecond
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 # Unicode's noncharacters, which no text may hold: one for each control token of a template.
@@ -118,7 +119,7 @@ class ConversationEncoder:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         try:
-            with time_limit(_RENDER_SECONDS):
+            with time_limit(_RENDER_SECONDS), memory_limit(_RENDER_BYTES):
                 texts, spans = render_jinja_template(  # in Jinja's sandbox
                     [list(messages)],
                     chat_template=self._source,

@@ -446,6 +446,8 @@ def test_an_output_folder_that_is_taken(refused: Refused, tmp_path: Path, kind: 
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it ran for"),
         ("{% for a in range(10**9) %}{% endfor %}", "OverflowError"),
+        ("{{ 'x' * 10**10 }}", "MemoryError"),
+        ("{{ '%10000000000d' % 1 }}", "Error"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),

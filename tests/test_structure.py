@@ -28,7 +28,7 @@ ORDER = [
     "checkpoints",
     "stopping",
     "reading",
-    "time_limit",
+    "limits",
     "encoding",
     "row_file",
     "data",

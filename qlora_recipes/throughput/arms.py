@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_recipes import DatasetSpec, Recipe, environment, formatters, memory
+from qlora_recipes import DatasetSpec, Recipe, environment, formatters, loading, memory, preparing
 from qlora_recipes.fitting import fitted
 from qlora_recipes.precision import precision_named
+from qlora_recipes.preflight import ReadRun
 from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.runs import RunFolder
 from qlora_recipes.settings import Settings, resolve
@@ -35,6 +37,9 @@ from qlora_recipes.trainer import TokenCount
 from qlora_recipes.training import machine
 
 ARMS = ("plain", "plain_bf16", "recipe")
+WITHOUT = tuple(f"without_{piece}" for piece in ("attention", "output_layer", "lora_linear", "storage", "packing",
+                "fitting", "threads"))  # fmt: skip
+"""The recipe's arm with one piece left out, to see what the piece is worth."""
 BATCH = 8
 """Rows of a step: TRL's default."""
 
@@ -73,6 +78,26 @@ def settings_of(spec: Specification) -> Settings:
     return replace(settings, training={**settings.training, **batch}, left_open=frozenset(("batch", "checkpointing")))
 
 
+def leave_out(arm: str, read: ReadRun) -> None:
+    """Fit a run to the machine, and undo one piece of the fast path in this process."""
+    if arm == "without_fitting":
+        read.settings = replace(read.settings, storage="packed", left_open=frozenset())
+    read.settings = fitted(read.settings, machine())
+    if arm == "without_storage":
+        read.settings = replace(read.settings, storage="packed")
+    if arm == "without_packing":
+        read.settings.training["padding_free"] = False
+    if arm == "without_attention":
+        read.settings.training["padding_free"] = True
+        loading.attention = SimpleNamespace(NAME="sdpa")
+    if arm == "without_output_layer":
+        preparing.score_supervised_tokens = lambda: None
+    if arm == "without_lora_linear":
+        preparing.join_updates = lambda model: 0
+    if arm == "without_threads":
+        torch.set_num_threads(1)  # as `accelerate launch` leaves a CPU run
+
+
 def _shared(spec: Specification) -> dict[str, Any]:
     """SFTConfig fields that decide the loss; the same in every arm."""
     return dict(
@@ -90,8 +115,8 @@ def _shared(spec: Specification) -> dict[str, Any]:
 def build(arm: str, spec: Specification, folder: str) -> SFTTrainer:
     """Return the trainer of an arm."""
     read = read_run(settings_of(spec))
-    if arm == "recipe":
-        read.settings = fitted(read.settings, machine())
+    if arm == "recipe" or arm in WITHOUT:
+        leave_out(arm, read)
         run = load_run(read)
         trainer = build_trainer(run, RunFolder(Path(folder)))
         trainer.bytes_before = run.bytes_before

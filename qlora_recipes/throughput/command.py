@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--storage", default="auto", help="of the recipe's 4-bit weights: auto, packed or expanded")
     parser.add_argument("--max_length", type=int, default=2048, help="longest row, in tokens (2048)")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="rows of exactly N tokens each instead")
+    parser.add_argument("--pieces", action="store_true", help="also the recipe with each piece of its speed left out")
     parser.add_argument("--steps", type=int, default=3, help="steps of 8 rows; the first is not timed (3)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every arm (3)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter on every linear layer (16)")
@@ -78,15 +79,14 @@ def _run(asked: argparse.Namespace) -> None:
 def measure(asked: argparse.Namespace, folder: Path, length: int | None) -> dict[str, Any]:
     """Return the figures of one comparison: of the rows as they are, or of rows of one length."""
     from qlora_recipes.throughput import bound
-    from qlora_recipes.throughput.arms import ARMS, Specification
+    from qlora_recipes.throughput.arms import ARMS, WITHOUT, Specification
 
     spec = _specification(asked, folder, Specification)
     if length is not None:
         spec = replace(spec, rows=_rows_of(length, folder), max_length=length)
-    turns: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    turns: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, *(WITHOUT if asked.pieces else ()))}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for turn in progress.track(range(asked.repeats * len(ARMS)), description="arms in turn"):
-            arm = ARMS[turn % len(ARMS)]
+        for arm in progress.track(list(turns) * asked.repeats, description="arms in turn"):
             turns[arm].append(_in_a_process(arm, asdict(spec), folder))
     arms = {arm: _median(results) for arm, results in turns.items()}
     return {
