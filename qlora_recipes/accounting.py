@@ -12,8 +12,10 @@ from jinja2 import Environment, PackageLoader
 from qlora_recipes import environment, memory
 from qlora_recipes.adapters import ADAPTER, WEIGHTS, adapted_modules, adapter_sha256, adapter_tensors
 from qlora_recipes.errors import ModelError
+from qlora_recipes.loading import stored_tensors
 from qlora_recipes.preflight import ReadyRun
 from qlora_recipes.runs import AdapterReceipt, MemoryReceipt, Receipt, RunFolder, TrainingReceipt
+from qlora_recipes.storage import EXPANDED
 from qlora_recipes.trainer import RunTrainer, TokenCount
 
 
@@ -64,9 +66,18 @@ def describe_memory(run: ReadyRun) -> MemoryReceipt:
     return MemoryReceipt(
         peak_bytes=peak,
         base_bytes=run.base_bytes,
-        training_bytes=peak - run.bytes_before,
+        training_bytes=peak - run.bytes_beside,
         planned_bytes=_planned(run, device),
     )
+
+
+def bytes_beside(model: torch.nn.Module) -> int:
+    """Return the memory that this process holds now beside the weights of a model."""
+    kept = (getattr(module, EXPANDED, None) for module in model.modules())
+    tensors = [tensor for _, tensor in stored_tensors(model)] + [tensor for tensor in kept if tensor is not None]
+    tensors += [weight for weight in model.parameters() if weight.requires_grad]
+    device = tensors[0].device.type
+    return environment.resident_bytes(device) - sum(tensor.nbytes for tensor in tensors)
 
 
 def _planned(run: ReadyRun, device: str) -> int | None:

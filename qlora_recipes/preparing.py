@@ -47,7 +47,6 @@ def load_run(run: ReadRun) -> LoadedRun:
         RecipesError: when the base cannot be had, or is not stored as the precision says.
     """
     settings, device = run.settings, PartialState().device
-    before = environment.resident_bytes(device.type)
     base, receipt, made = load_base(
         settings.model,
         settings.revision,
@@ -62,7 +61,7 @@ def load_run(run: ReadRun) -> LoadedRun:
     base_bytes = environment.peak_bytes(device.type)
     model = attach(base, settings.lora, settings.seed)
     made = [*run.tokenizer.repairs, *made]
-    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, bytes_before=before, base_bytes=base_bytes)
+    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, base_bytes=base_bytes)
 
 
 def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-_EXPANDED = "expanded_weight"
+EXPANDED = "expanded_weight"
 
 
 def expand(model: nn.Module, dtype: torch.dtype) -> int:
     """Keep the 16-bit weight of every 4-bit linear beside it; return the bytes that takes."""
     layers = [module for module in model.modules() if is_4bit(module)]
     for layer in layers:
-        setattr(layer, _EXPANDED, dequantized(layer).to(dtype))
+        setattr(layer, EXPANDED, dequantized(layer).to(dtype))
         layer.forward = MethodType(_forward, layer)
-    return sum(getattr(layer, _EXPANDED).nbytes for layer in layers)
+    return sum(getattr(layer, EXPANDED).nbytes for layer in layers)
 
 
 def is_4bit(module: nn.Module) -> bool:
@@ -49,10 +49,10 @@ def row_scales(module: nn.Module) -> torch.Tensor | None:
 
 def weight_of(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight that a layer multiplies with: kept, or dequantised now."""
-    kept = getattr(layer, _EXPANDED, None)
+    kept = getattr(layer, EXPANDED, None)
     return (dequantized(layer) if kept is None else kept).to(dtype)
 
 
 def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    weight = getattr(self, _EXPANDED)
+    weight = getattr(self, EXPANDED)
     return functional.linear(x.to(weight.dtype), weight, self.bias).to(x.dtype)

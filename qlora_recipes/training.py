@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qlora_recipes import environment, preflight
 from qlora_recipes.accounting import (
+    bytes_beside,
     describe_adapter,
     describe_memory,
     describe_training,
@@ -146,6 +147,7 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     initial = adapter_sha256(run.model)
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, of_run(launch.asked, run, initial), checkpoint, passed_over)
+    run.bytes_beside = bytes_beside(run.model)
     seconds = _run_steps(launch, run, folder, signals, checkpoint)
     adapter = describe_adapter(run, initial, before)
     training = describe_training(run.trainer, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -10,12 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from preflight_runs import read
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_recipes.environment import is_sharded
+from qlora_recipes import Recipe, preparing
 from qlora_recipes.lora_linear import join_updates
+from qlora_recipes.preparing import build_trainer, load_run
+from qlora_recipes.runs import RunFolder
 from qlora_recipes.storage import dequantized, expand
+from qlora_recipes.trainer import RunTrainer
 
 KINDS = ["bf16", "nf4", "expanded"]
 INPUTS, OUTPUTS = 64, 96
@@ -257,15 +262,16 @@ def test_nothing_is_joined_where_weights_are_sharded(
     joined = []
     monkeypatch.setattr(preparing, "join_updates", joined.append)
     run = load_run(read(recipe_for(), tiny("llama2"), output_dir=tmp_path))
-    assert not is_sharded()
     build_trainer(run, RunFolder(tmp_path))
     assert joined == [run.model]
-    monkeypatch.setattr(preparing, "RunTrainer", Built)  # Accelerate would look for the processes
-    for value in ("true", "True"):
-        monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
-        assert is_sharded()
-    with pytest.raises(Built):
-        build_trainer(load_run(read(recipe_for(), tiny("llama2"), output_dir=tmp_path)), RunFolder(tmp_path))
+
+    class Sharded(RunTrainer):
+        def __init__(self, *arguments: Any, **others: Any) -> None:
+            super().__init__(*arguments, **others)
+            setattr(self, f"is_{name.lower()}_enabled", True)
+
+    monkeypatch.setattr(preparing, "RunTrainer", Sharded)
+    build_trainer(load_run(read(recipe_for(), tiny("llama2"), output_dir=tmp_path)), RunFolder(tmp_path))
     assert joined == [run.model]
 
 

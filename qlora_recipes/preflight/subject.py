@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qlora_recipes.data import PreparedData
@@ -34,8 +34,6 @@ class LoadedRun(ReadRun):
     model: PeftModel
     repairs: list[str]
     """Upstream defects found and mended so far."""
-    bytes_before: int
-    """Memory held before the base was loaded."""
     base_bytes: int
     """Peak memory when the base was loaded."""
 
@@ -45,6 +43,8 @@ class ReadyRun(LoadedRun):
     """A run with everything that its first step needs."""
 
     trainer: SFTTrainer
+    bytes_beside: int = field(default=0, kw_only=True)
+    """Memory held right before the first step that is no weight: Python, libraries, rows."""
 
 
 @dataclass

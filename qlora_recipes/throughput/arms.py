@@ -26,12 +26,14 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora_recipes import DatasetSpec, Recipe, environment, formatters, loading, memory, preparing
+from qlora_recipes.accounting import bytes_beside
 from qlora_recipes.fitting import fitted
 from qlora_recipes.precision import precision_named
 from qlora_recipes.preflight import ReadRun
 from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.runs import RunFolder
 from qlora_recipes.settings import Settings, resolve
+from qlora_recipes.storage import EXPANDED
 from qlora_recipes.throughput.models import SPECS
 from qlora_recipes.trainer import TokenCount
 from qlora_recipes.training import machine
@@ -118,9 +120,7 @@ def build(arm: str, spec: Specification, folder: str) -> SFTTrainer:
     if arm == "recipe" or arm in WITHOUT:
         leave_out(arm, read)
         run = load_run(read)
-        trainer = build_trainer(run, RunFolder(Path(folder)))
-        trainer.bytes_before = run.bytes_before
-        return trainer
+        return build_trainer(run, RunFolder(Path(folder)))
     rows = [row.encoded for row in read.data.train]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
     stored, cpu = precision_named(spec.precision), not torch.cuda.is_available()
@@ -193,7 +193,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
     """Train an arm and return what it did; the first step, which warms up, is not in the speed."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(arm, spec, folder)
-        clock = _Clock(trainer)
+        clock, beside = _Clock(trainer), bytes_beside(trainer.model)
         trainer.train()
     counted = clock.steps[1:]
     total = {name: sum(step[name] for step in counted) for name in counted[0]}
@@ -212,22 +212,21 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         "storage": _storage(trainer),
         "micro_batch": trainer.args.per_device_train_batch_size,
         "checkpointing": bool(trainer.args.gradient_checkpointing),
-        **_memory(arm, trainer, spec),
+        **_memory(arm, beside, spec, trainer.args.device.type),
         "threads": torch.get_num_threads(),
     }
 
 
-def _memory(arm: str, trainer: SFTTrainer, spec: Specification) -> dict[str, int]:
+def _memory(arm: str, beside: int, spec: Specification, device: str) -> dict[str, int]:
     """Return the peak of the training alone, and what the plan said of it, for the arm that has one."""
     if arm != "recipe":
         return {}
-    device = trainer.args.device.type
     planned = memory.plan(fitted(settings_of(spec), machine()), device=device).training
-    return {"training_bytes": environment.peak_bytes(device) - trainer.bytes_before, "planned_bytes": planned.allocated}
+    return {"training_bytes": environment.peak_bytes(device) - beside, "planned_bytes": planned.allocated}
 
 
 def _storage(trainer: SFTTrainer) -> str:
-    return "expanded" if any(hasattr(module, "expanded_weight") for module in trainer.model.modules()) else "packed"
+    return "expanded" if any(hasattr(module, EXPANDED) for module in trainer.model.modules()) else "packed"
 
 
 def main() -> None:
