@@ -299,6 +299,43 @@ def test_a_mask_of_a_models_own_is_the_mask_of_sdpa() -> None:
     assert mask[0, 0, 10].nonzero().flatten().tolist() == [8, 9, 10]
 
 
+def test_a_mask_that_shows_what_comes_is_the_mask_of_sdpa() -> None:
+    given = dict(batch_size=1, q_length=SHORT + 8, kv_length=SHORT + 8, allow_is_causal_skip=False)
+    sees_the_next = lambda batch, head, q, kv: kv <= q + 1  # noqa: E731
+    mask = attention.conversation_mask(**given, mask_function=sees_the_next)
+    assert mask.ndim == 4
+    assert mask[0, 0, 10].nonzero().max() == 11
+
+
+def test_what_the_loop_does_not_know_is_left_to_sdpa() -> None:
+    query, key, value, _ = inputs([20], (2, 2))
+    both_ways = torch.nn.Identity()
+    both_ways.is_causal = False
+    found = attention.attention(both_ways, query, key, value, None)[0]
+    assert torch.equal(found, functional.scaled_dot_product_attention(query, key, value).transpose(1, 2))
+    with pytest.raises(ValueError, match="softcap"):
+        attention.attention(torch.nn.Identity(), query, key, value, None, softcap=30.0)
+    bias = torch.randn(1, 2, 20, 20, generator=torch.Generator().manual_seed(0))
+    found = attention.attention(torch.nn.Identity(), query, key, value, None, position_bias=bias)[0]
+    mask = bias.masked_fill(~dense_mask(bounds_of([20])), -torch.inf)
+    assert torch.allclose(found, fused(query, key, value, mask), atol=1e-6)
+
+
+def test_dropout_stays_within_conversations() -> None:
+    bounds = bounds_of([30, 20])
+    query, key, value, _ = inputs([30, 20], (4, 2))
+    module = torch.nn.Identity()
+    module.num_key_value_groups = 2
+    found = []
+    for change in (1, -3):
+        torch.manual_seed(0)
+        moved = value.clone()
+        moved[:, :, :30] *= change
+        found.append(attention.attention(module, query, key, moved, bounds, dropout=0.5)[0])
+    assert torch.equal(found[0][:, 30:], found[1][:, 30:])
+    assert not torch.equal(found[0][:, :30], found[1][:, :30])
+
+
 @pytest.mark.parametrize("family", ["llama2", "falcon"])
 def test_checkpointed_gradients_are_the_same_bits(tiny: Tiny, models: Callable, family: str) -> None:
     models(family, NAME)  # with its repairs

@@ -1,4 +1,4 @@
-"""What nobody stated is fitted to the machine, the global batch and what was stated stay, and a resumed run keeps it."""
+"""What nobody stated is fitted to the machine; what was stated and the global batch stay, when resumed too."""
 
 from __future__ import annotations
 

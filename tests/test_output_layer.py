@@ -158,6 +158,19 @@ def test_other_logits_than_plain_ones_are_left_to_trl(temperature: float, softca
     assert not torch.allclose(found[0], LogProbs.apply(given["hidden"], *arguments)[0])
 
 
+def test_more_than_an_sft_trainer_asks_for_is_left_to_trl() -> None:
+    given = drawn(20, torch.float32)
+    output_layer.score_supervised_tokens()
+    others = (given["labels"], 1.0, 64, None, 1.0)
+    found = utils._ChunkedLogProbFunction.apply(
+        given["hidden"], given["weight"], None, *others, ("mean_logits", "log_sum_sq_probs")
+    )
+    assert found[2].shape == found[3].shape == (20,)
+    trained = given["weight"].clone().requires_grad_()
+    utils._ChunkedLogProbFunction.apply(given["hidden"], trained, None, *others, OUTPUTS)[0].sum().backward()
+    assert trained.grad.any()
+
+
 def trainer_of(recipe: type[Recipe], model: Path, folder: Path) -> RunTrainer:
     trainer = build_trainer(load_run(read(recipe, model, output_dir=folder, precision="bf16")), RunFolder(folder))
     trainer.current_gradient_accumulation_steps = 1  # which the loop would set

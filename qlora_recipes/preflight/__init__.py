@@ -90,6 +90,7 @@ AFTER_TRAINING: Sequence[CheckFunction] = (
     trained.loss_fell,
     trained.optimizer_state_kept,
     trained.base_unchanged,
+    budget.peak_as_planned,
 )
 """Made on a TrainedRun, before anything of it is saved."""
 

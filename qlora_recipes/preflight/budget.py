@@ -6,12 +6,13 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from qlora_recipes import memory
+from qlora_recipes import environment, memory
 from qlora_recipes.errors import ModelError
-from qlora_recipes.preflight.subject import ReadRun, ReadyRun
+from qlora_recipes.preflight.subject import ReadRun, ReadyRun, TrainedRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
 
+_OWN_GROWTH = 2**29  # of a process as it runs: kernels, buffers of threads, holes in the heap
 _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a precision of fewer bits."
 
 
@@ -39,6 +40,21 @@ def base_bytes(run: ReadyRun) -> Check:
         abs(run.base.bytes - planned) <= 0.02 * planned,
         f"{_size(run.base.bytes)}, {_size(planned)} planned",
         "Something is stored in another dtype than planned; run.json counts bytes by storage.",
+    )
+
+
+def peak_as_planned(run: TrainedRun) -> Check:
+    """The training took the memory that was planned for it, or less: rows are seldom all as long as they may be."""
+    device = PartialState().device.type
+    try:
+        planned = memory.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
+    except ModelError as error:
+        return passed(f"no plan: {error}")
+    taken = environment.peak_bytes(device) - run.bytes_beside
+    return warn_unless(
+        taken <= 1.1 * planned + _OWN_GROWTH,
+        f"{_size(taken)}, {_size(planned)} planned",
+        "Plan with more room than that; run.json has the settings that the plan was made for.",
     )
 
 
