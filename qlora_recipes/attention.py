@@ -92,7 +92,8 @@ def attention(
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
     bounds = attention_mask
-    if any(others.get(name) is not None for name in _SDPA_ALONE) or not getattr(module, "is_causal", True):
+    its_own = any(others.get(name) is not None for name in _SDPA_ALONE) or value.shape[-1] != key.shape[-1]
+    if its_own or not getattr(module, "is_causal", True):
         return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     on_cpu = query.device.type == "cpu" and dropout == 0.0
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
@@ -158,6 +159,7 @@ class _CausalOnCPU(torch.autograd.Function):
         return output
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         shared, tokens, size = key.shape

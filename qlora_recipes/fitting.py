@@ -72,11 +72,11 @@ def fitted(settings: Settings, machine: Machine) -> Settings:
 
 
 def _roomiest(sizes: Sizes, settings: Settings, asked: Workload, machine: Machine) -> Workload | None:
-    """Return the fastest way to cut up a step that fits, or None; for the 16-bit base, if that fits at all."""
+    """Return the fastest way to cut up a step that fits, with a 16-bit base too if one does, or None."""
     even = next(each for each in PRECISIONS.values() if each.dtype == settings.dtype)
-    for precision in (even, settings.precision):
+    for precisions in ((even, settings.precision), (settings.precision,)):
         for work in _ways(settings, asked):
-            if training_memory(sizes, precision, work).total <= machine.bytes:
+            if all(training_memory(sizes, each, work).total <= machine.bytes for each in precisions):
                 return work
     return None
 

@@ -28,7 +28,8 @@ class _LoraLinear(torch.autograd.Function):
         """x [tokens, inputs], a [rank, inputs], b [outputs, rank] -> [tokens, outputs]."""
         down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
         reduced = x @ down.T
-        y = nn.functional.linear(x, weight_of(layer, x.dtype), layer.bias)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        y = nn.functional.linear(x, weight_of(layer, x.dtype), bias)
         y.addmm_(reduced, up.T)
         ctx.save_for_backward(x, reduced, a, b)
         ctx.layer, ctx.scaling = layer, scaling
@@ -50,7 +51,14 @@ class _LoraLinear(torch.autograd.Function):
 def _forward(self: LoraLayer, x: torch.Tensor, *arguments: Any, **others: Any) -> torch.Tensor:
     name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
     half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if name not in self.lora_A or self.disable_adapters or self.merged or arguments or others or half == torch.float32:
+    if (
+        not _is_plain(self, name)
+        or self.disable_adapters
+        or self.merged
+        or arguments
+        or others
+        or half == torch.float32
+    ):
         return type(self).forward(self, x, *arguments, **others)
     layer, scaling = self.get_base_layer(), self.scaling[name]
     with torch.autocast(x.device.type, enabled=False):
@@ -69,17 +77,21 @@ def join_updates(model: nn.Module) -> int:
     each call several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
     gathers a weight when the module that owns it is called, and here it is not.
     """
-    plain = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
+    plain = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and _is_plain(layer, layer.active_adapters[0])
+    ]
     for layer in plain:
         layer.forward = MethodType(_forward, layer)
     return len(plain)
 
 
-def _is_plain(layer: LoraLayer) -> bool:
+def _is_plain(layer: LoraLayer, name: str | None) -> bool:
     base = layer.get_base_layer()
-    name = layer.active_adapters[0]
     return (
         isinstance(base, nn.Linear)
+        and name in layer.lora_A
         and base.weight.dtype != torch.int8
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and name not in layer.lora_variant

@@ -110,7 +110,7 @@ def resolve(
         UsageError: for an unknown or contradictory choice, or a demo that nothing is bundled for.
     """
     stored = precision_named(precision)
-    _check_storage(storage, stored)
+    check_storage(storage, stored)
     standin = STANDINS.get(recipe.model.family) if demo else None
     if demo and standin is None and model is None:
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
@@ -145,7 +145,12 @@ def resolve(
     return Settings(**{**vars(settings), "output_dir": folder})
 
 
-def _check_storage(storage: str, precision: Precision) -> None:
+def check_storage(storage: str, precision: Precision) -> None:
+    """Refuse a storage that is none, or that a precision has no use for.
+
+    Raises:
+        UsageError: saying which there are.
+    """
     if storage not in ("auto", *STORAGES):
         raise UsageError(f"unknown --storage {storage!r}, wanted auto, packed or expanded.{nearest(storage, STORAGES)}")
     if storage == "expanded" and precision.quant_type is None:

@@ -197,7 +197,6 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         trainer.train()
     counted = clock.steps[1:]
     total = {name: sum(step[name] for step in counted) for name in counted[0]}
-    weights = [getattr(module, "weight", None) for module in trainer.model.modules()]
     return {
         "tokens_per_second": total["real"] / total["seconds"],
         "supervised_tokens_per_second": total["supervised"] / total["seconds"],
@@ -208,7 +207,9 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         "tokens_per_micro_batch": sum(step["real"] for step in counted)
         / sum(step["micro_batches"] for step in counted),
         "padding_share": 1 - total["real"] / total["positions"],
-        "quantized_linears": sum(getattr(weight, "quant_state", None) is not None for weight in weights),
+        "quantized_linears": sum(
+            getattr(weight, "quant_state", None) is not None for weight in trainer.model.parameters()
+        ),
         "storage": _storage(trainer),
         "micro_batch": trainer.args.per_device_train_batch_size,
         "checkpointing": bool(trainer.args.gradient_checkpointing),

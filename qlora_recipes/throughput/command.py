@@ -20,7 +20,8 @@ from rich.progress import Progress
 from qlora_recipes import standins
 from qlora_recipes.commandline import quiet_libraries, run_command
 from qlora_recipes.errors import RecipesError, UsageError
-from qlora_recipes.precision import DTYPES, PRECISIONS
+from qlora_recipes.precision import DTYPES, PRECISIONS, precision_named
+from qlora_recipes.settings import check_storage
 
 _FORMATS = {"llama2": "guanaco_llama2", "falcon": "openassistant_guanaco"}
 _SPREAD = ("tokens_per_second", "supervised_tokens_per_second", "peak_bytes")
@@ -62,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(asked: argparse.Namespace) -> None:
-    if asked.steps < 2 or asked.repeats < 1:
-        raise UsageError("--steps: wanted at least 2, the first of which is not timed; --repeats: at least 1")
+    _check(asked)
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         figures = [measure(asked, Path(folder), length) for length in asked.lengths or [None]]
     from qlora_recipes.throughput import results
@@ -74,6 +74,20 @@ def _run(asked: argparse.Namespace) -> None:
         asked.json.write_text(json.dumps(figures if asked.lengths else figures[0], indent=1) + "\n", encoding="utf-8")
     if asked.plot:
         results.plot(figures, asked.plot)
+
+
+def _check(asked: argparse.Namespace) -> None:
+    """Refuse at once what would fail after minutes."""
+    if asked.steps < 2 or asked.repeats < 1:
+        raise UsageError("--steps: wanted at least 2, the first of which is not timed; --repeats: at least 1")
+    check_storage(asked.storage, precision_named(asked.precision))
+    if asked.layers < 1:
+        raise UsageError(f"--layers {asked.layers}: wanted at least 1")
+    if asked.rows and not Path(asked.rows).is_file():
+        raise UsageError(f"--rows {asked.rows}: there is no such file")
+    for file in filter(None, (asked.json, asked.plot)):
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: there is no folder {file.parent} to write it into")
 
 
 def measure(asked: argparse.Namespace, folder: Path, length: int | None) -> dict[str, Any]:
@@ -153,9 +167,9 @@ def _in_a_process(arm: str, spec: dict[str, Any], folder: Path) -> dict[str, Any
 def _median(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the turn of median speed, with the spread of all."""
     ordered = sorted(turns, key=lambda turn: turn["tokens_per_second"])
-    middle = dict(ordered[len(ordered) // 2])
+    middle = dict(ordered[(len(ordered) - 1) // 2])
     for name in _SPREAD:
         values = [turn[name] for turn in turns]
-        middle[name] = statistics.median(values)
+        middle[name] = statistics.median_low(values)
         middle[f"{name}_range"] = [min(values), max(values)]
     return middle
