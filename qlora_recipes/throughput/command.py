@@ -24,6 +24,7 @@ from qlora_recipes.precision import DTYPES, PRECISIONS, precision_named
 from qlora_recipes.settings import check_storage
 
 _FORMATS = {"llama2": "guanaco_llama2", "falcon": "openassistant_guanaco"}
+_WIDTH = 112  # of a table that goes into a file
 _SPREAD = ("tokens_per_second", "supervised_tokens_per_second", "peak_bytes")
 
 
@@ -69,7 +70,7 @@ def _run(asked: argparse.Namespace) -> None:
     from qlora_recipes.throughput import results
 
     for each in figures:
-        results.print_table(each, Console())
+        results.print_table(each, Console(width=None if sys.stdout.isatty() else _WIDTH))
     if asked.json:
         asked.json.write_text(json.dumps(figures if asked.lengths else figures[0], indent=1) + "\n", encoding="utf-8")
     if asked.plot:

@@ -71,7 +71,7 @@ def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     arms = list(all_figures[0]["arms"])
-    figure, axes = pyplot.subplots(figsize=(1.5 + 2.2 * len(all_figures), 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(3.5 + 0.6 * len(arms) * len(all_figures), 3.6), layout="constrained")
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         places = [group + (number - (len(arms) - 1) / 2) * width for group in range(len(all_figures))]
@@ -89,7 +89,7 @@ def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
     labels = [f"{each['rows']['length']} tokens" if each["rows"]["length"] else _title(each) for each in all_figures]
     axes.set_xticks(range(len(all_figures)), labels, fontsize=8)
     axes.set_ylabel("real tokens a second")
-    axes.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.margins(y=0.15)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
