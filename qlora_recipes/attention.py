@@ -92,26 +92,23 @@ def attention(
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
     bounds = attention_mask
-    its_own = any(others.get(name) is not None for name in _SDPA_ALONE) or value.shape[-1] != key.shape[-1]
-    if its_own or not getattr(module, "is_causal", True):
-        return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
-    on_cpu = query.device.type == "cpu" and dropout == 0.0
+    asked = any(others.get(name) is not None for name in _SDPA_ALONE) or value.shape[-1] != key.shape[-1]
+    plain = not asked and dropout == 0.0 and getattr(module, "is_causal", True)
+    on_cpu = plain and query.device.type == "cpu"
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
         bounds = torch.tensor([0, query.shape[2]])
     if bounds is None or bounds.ndim != 1:
         return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout == 0.0 and _has_flash(query):
-        longest = others.get("max_length_q") or int(
-            bounds.diff().max()
-        )  # the collator knows, and need not be waited for
+    if plain and _has_flash(query):
+        longest = others.get("max_length_q") or int(bounds.diff().max())  # to ask the GPU is to wait for it
         return _on_gpu(query, key, value, bounds, longest, scaling), None
     if on_cpu:
         with torch.autocast("cpu", enabled=False):  # which would compute the scores in 16 bits
             return _CausalOnCPU.apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
     lengths = bounds.diff().tolist()
     rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
-    parts = [sdpa_attention_forward(module, *row, None, dropout=dropout, scaling=scaling)[0] for row in rows]
+    parts = [sdpa_attention_forward(module, *row, None, dropout, scaling, **others)[0] for row in rows]
     return torch.cat(parts, dim=1), None
 
 

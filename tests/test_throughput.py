@@ -121,6 +121,7 @@ def test_the_machine_is_measured_and_the_median_is_taken(monkeypatch: pytest.Mon
     [
         (["--steps", "1"], "--steps: wanted at least 2"),
         (["--repeats", "0"], "--repeats: at least 1"),
+        (["--words", "100"], "--words 100: wanted at least the tokenizer's 1,536"),
         (["--layers", "0"], "--layers 0: wanted at least 1"),
         (["--precision", "nf"], "unknown precision 'nf'"),
         (["--storage", "expandd"], "unknown --storage 'expandd'"),

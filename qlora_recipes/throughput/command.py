@@ -128,6 +128,8 @@ def _specification(asked: argparse.Namespace, folder: Path, kind: type) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 asked.tokenizer or standin.folder, **SPECS[asked.family].tokenizer
             )
+            if words < len(tokenizer):
+                raise UsageError(f"--words {words}: wanted at least the tokenizer's {len(tokenizer):,}")
             make(Shape(asked.family, asked.hidden, asked.layers, words), tokenizer, base)
     return kind(
         family=asked.family,
