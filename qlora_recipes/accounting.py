@@ -62,11 +62,10 @@ def describe_training(trainer: RunTrainer, seconds: float) -> TrainingReceipt:
 def describe_memory(run: ReadyRun) -> MemoryReceipt:
     """Return the peak memory of this session."""
     device = run.trainer.args.device.type
-    peak = environment.peak_bytes(device)
     return MemoryReceipt(
-        peak_bytes=peak,
+        peak_bytes=max(environment.peak_bytes(device), run.base_bytes),
         base_bytes=run.base_bytes,
-        training_bytes=peak - run.bytes_beside,
+        training_bytes=environment.peak_since_reset(device) - run.bytes_beside,
         planned_bytes=_planned(run, device),
     )
 

@@ -16,6 +16,7 @@ from qlora_recipes.errors import EnvironmentFault
 
 _DISTRIBUTION = "qlora-recipes"
 _CGROUP = "/sys/fs/cgroup"
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RECORDED = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "evaluate",
     "tokenizers", "safetensors", "numpy",
@@ -116,6 +117,24 @@ def resident_bytes(device_type: str) -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def reset_peak(device_type: str) -> None:
+    """Have `peak_since_reset` begin anew."""
+    if device_type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access(_CLEAR_REFS, os.W_OK):
+        _CLEAR_REFS.write_text("5")  # Linux: the high-water mark of resident memory becomes what it is now
+
+
+def peak_since_reset(device_type: str) -> int:
+    """Return the peak memory since `reset_peak`: allocated on the GPU, or resident; the whole run's where not Linux."""
+    if device_type == "cuda" or not _STATUS.is_file():
+        return peak_bytes(device_type)
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def peak_bytes(device_type: str) -> int:

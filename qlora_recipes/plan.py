@@ -31,6 +31,7 @@ _LABELS = {
     "cache": "keys, values",
     "logits": "logits, loss",
     "workspace": "workspace",
+    "heap": "heap",
     "context": "CUDA context",
 }
 

@@ -148,6 +148,7 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, of_run(launch.asked, run, initial), checkpoint, passed_over)
     run.bytes_beside = bytes_beside(run.model)
+    environment.reset_peak(PartialState().device.type)
     seconds = _run_steps(launch, run, folder, signals, checkpoint)
     adapter = describe_adapter(run, initial, before)
     training = describe_training(run.trainer, seconds)

@@ -189,7 +189,7 @@ def test_a_step_peaks_where_planned(small, family, precision, checkpoint, storag
         device="cpu",
     )
     planned = training_memory(sizes_of(small(family)), PRECISIONS[precision], work)
-    assert planned.total == pytest.approx(measured, rel=0.1)
+    assert planned.total - planned.heap == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("family", SPECS)

@@ -12,7 +12,7 @@ from qlora_recipes.preflight.subject import ReadRun, ReadyRun, TrainedRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.runs import Check
 
-_OWN_GROWTH = 2**29  # of a process as it runs: kernels, buffers of threads, holes in the heap
+_OWN_GROWTH = 2**30  # of a process as it runs: what is imported late, kernels, buffers of threads
 _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a precision of fewer bits."
 
 
@@ -50,7 +50,7 @@ def peak_as_planned(run: TrainedRun) -> Check:
         planned = memory.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
     except ModelError as error:
         return passed(f"no plan: {error}")
-    taken = environment.peak_bytes(device) - run.bytes_beside
+    taken = environment.peak_since_reset(device) - run.bytes_beside
     return warn_unless(
         taken <= 1.1 * planned + _OWN_GROWTH,
         f"{_size(taken)}, {_size(planned)} planned",

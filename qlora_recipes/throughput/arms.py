@@ -194,6 +194,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(arm, spec, folder)
         clock, beside = _Clock(trainer), bytes_beside(trainer.model)
+        environment.reset_peak(trainer.args.device.type)
         trainer.train()
     counted = clock.steps[1:]
     total = {name: sum(step[name] for step in counted) for name in counted[0]}
@@ -223,7 +224,7 @@ def _memory(arm: str, beside: int, spec: Specification, device: str) -> dict[str
     if arm != "recipe":
         return {}
     planned = memory.plan(fitted(settings_of(spec), machine()), device=device).training
-    return {"training_bytes": environment.peak_bytes(device) - beside, "planned_bytes": planned.allocated}
+    return {"training_bytes": environment.peak_since_reset(device) - beside, "planned_bytes": planned.allocated}
 
 
 def _storage(trainer: SFTTrainer) -> str:
