@@ -205,8 +205,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "supervised_tokens": [step["supervised"] for step in clock.steps],
         "tokens": sum(step["real"] for step in clock.steps),
-        "tokens_per_micro_batch": sum(step["real"] for step in counted)
-        / sum(step["micro_batches"] for step in counted),
+        "tokens_per_micro_batch": total["real"] / total["micro_batches"],
         "padding_share": 1 - total["real"] / total["positions"],
         "quantized_linears": sum(
             getattr(weight, "quant_state", None) is not None for weight in trainer.model.parameters()
