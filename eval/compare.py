@@ -2,8 +2,8 @@
 
 import sys
 
-from qlora_recipes.commandline import quiet_libraries, run_command
-from qlora_recipes.evaluation.compare import main
+from qlora_recipes.commands.compare import main
+from qlora_recipes.commands.recipe_cli import quiet_libraries, run_command
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--debug"]

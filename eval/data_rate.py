@@ -26,9 +26,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_recipes.commandline import quiet_libraries, run_command
+from qlora_recipes.commands.recipe_cli import quiet_libraries, run_command
+from qlora_recipes.data.reading import read_rows
 from qlora_recipes.formatters import Message, detect
-from qlora_recipes.reading import read_rows
 from qlora_recipes.recipe import DatasetSpec, Recipe, load_recipe
 from qlora_recipes.settings import STANDIN, resolve
 from qlora_recipes.standins import ROWS
@@ -106,7 +106,7 @@ def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
     """Return the recipe over such copies: its own formatter, then the number, with every row counted."""
     formatter = recipe.formatter() or detect(next(read_rows(str(rows)))[1])
 
-    class Measured(Recipe):
+    class AlignedScores(Recipe):
         model = recipe.model
         dataset = DatasetSpec(str(rows), held_out=recipe.dataset.held_out)
         training = recipe.training
@@ -118,14 +118,14 @@ def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
             first["content"] = f"({row['number']}) {first['content']}"
             return messages
 
-    return Measured
+    return AlignedScores
 
 
 def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder: Path) -> dict[str, Any]:
     """Prepare `count` rows and check them; return the marks, the receipt and the sizes of the files."""
-    from qlora_recipes.data import prepare
-    from qlora_recipes.encoding import ConversationEncoder
-    from qlora_recipes.loading import load_tokenizer
+    from qlora_recipes.base.loading import load_tokenizer
+    from qlora_recipes.data.encoding import ConversationEncoder
+    from qlora_recipes.data.prepare import prepare
     from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, run_checks
 
     copies = folder / "copies.jsonl"

@@ -3,7 +3,7 @@
 python eval/throughput.py --hidden 1024 --layers 8 --precision nf4 --json throughput.json
 """
 
-from qlora_recipes.throughput.command import main
+from qlora_recipes.experiments.throughput.command import main
 
 if __name__ == "__main__":
     main()

@@ -6,18 +6,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from qlora_recipes.commandline import quiet_libraries, run_command
+from qlora_recipes.commands.recipe_cli import quiet_libraries, run_command
 from qlora_recipes.errors import UsageError, nearest
 
 # Verb to the module whose `main(arguments)` does it, and what it is for. Imported only when called.
 VERBS = {
-    "list": ("qlora_recipes.listing", "recipes in a folder (default: recipes/)"),
-    "plan": ("qlora_recipes.plan", "memory of a recipe in every precision, without loading anything"),
-    "inspect": ("qlora_recipes.inspect", "what of a recipe's rows is in the loss, token by token"),
-    "evaluate": ("qlora_recipes.evaluation.command", "score a run with lm-eval and on its held-out rows"),
-    "compare": ("qlora_recipes.evaluation.compare", "hold two evaluated runs against each other"),
-    "merge": ("qlora_recipes.merging", "write the adapter into 16-bit weights"),
-    "chat": ("qlora_recipes.chat", "talk to a trained run"),
+    "list": ("qlora_recipes.commands.list", "recipes in a folder (default: recipes/)"),
+    "plan": ("qlora_recipes.commands.plan", "memory of a recipe in every precision, without loading anything"),
+    "inspect": ("qlora_recipes.commands.inspect", "what of a recipe's rows is in the loss, token by token"),
+    "evaluate": ("qlora_recipes.commands.evaluate", "score a run with lm-eval and on its held-out rows"),
+    "compare": ("qlora_recipes.commands.compare", "hold two evaluated runs against each other"),
+    "merge": ("qlora_recipes.commands.merge", "write the adapter into 16-bit weights"),
+    "chat": ("qlora_recipes.commands.chat", "talk to a trained run"),
 }
 
 

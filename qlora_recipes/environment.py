@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from qlora_recipes.errors import EnvironmentFault
+from qlora_recipes.errors import SetupError
 
 _DISTRIBUTION = "qlora-recipes"
 _CGROUP = "/sys/fs/cgroup"
@@ -27,12 +27,10 @@ def check_versions() -> None:
     """Refuse packages outside the ranges that setup.cfg states, which are those that were tested.
 
     Raises:
-        EnvironmentFault: naming each package, and the command that mends it.
+        SetupError: naming each package, and the command that mends it.
     """
     if _version(_DISTRIBUTION) is None:
-        raise EnvironmentFault(
-            f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e ."
-        )
+        raise SetupError(f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e .")
     faults = []
     for line in importlib.metadata.requires(_DISTRIBUTION) or ():
         requirement = Requirement(line)
@@ -44,7 +42,7 @@ def check_versions() -> None:
     if faults:
         found = "; ".join(f"{need.name} {got or 'is missing'}, wanted {need.specifier}" for need, got in faults)
         wanted = " ".join(f"'{need.name}{need.specifier}'" for need, _ in faults)
-        raise EnvironmentFault(f"outside the tested versions: {found}. Run: pip install -c constraints.txt {wanted}")
+        raise SetupError(f"outside the tested versions: {found}. Run: pip install -c constraints.txt {wanted}")
 
 
 def versions() -> dict[str, str]:

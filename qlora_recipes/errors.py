@@ -9,7 +9,7 @@
     ├── QuantizationError    (RuntimeError)   the base is not stored as the precision says
     ├── CheckError           (RuntimeError)   a check on the loaded model or the trained adapter failed
     ├── DivergenceError      (ArithmeticError) a loss or a gradient that is NaN or infinite
-    ├── EnvironmentFault     (RuntimeError)   versions, devices, disk or network
+    ├── SetupError     (RuntimeError)   versions, devices, disk or network
     ├── RunFolderError       (OSError)        a run folder that is taken, damaged or another's
     └── ComparisonError      (ValueError)     two runs that cannot be held against each other
 
@@ -61,7 +61,7 @@ class DivergenceError(RecipesError, ArithmeticError):
     """The loss or a gradient is NaN or infinite."""
 
 
-class EnvironmentFault(RecipesError, RuntimeError):
+class SetupError(RecipesError, RuntimeError):
     """Package versions, devices, disk or network are not what the run needs."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from qlora_recipes.errors import EnvironmentFault, UsageError
+from qlora_recipes.errors import SetupError, UsageError
 
 # Later files override earlier ones, as the subclasses they hold do.
 _SOURCES = {
@@ -108,7 +108,7 @@ def fields_of(config: str) -> Mapping[str, Field]:
     """Return name to Field for `"SFTConfig"` or `"LoraConfig"`.
 
     Raises:
-        EnvironmentFault: when the package that defines the class is not installed.
+        SetupError: when the package that defines the class is not installed.
     """
     found: dict[str, Field] = {}
     for package, path, class_name in _SOURCES[config]:
@@ -119,7 +119,7 @@ def fields_of(config: str) -> Mapping[str, Field]:
 def _source(package: str, path: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise EnvironmentFault(f"{package} is not installed; run: pip install -c constraints.txt {package}")
+        raise SetupError(f"{package} is not installed; run: pip install -c constraints.txt {package}")
     return Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8")
 
 

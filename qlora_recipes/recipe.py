@@ -102,7 +102,7 @@ class Recipe:
         save_total_limit=2,  # a checkpoint takes three times the adapter's size
         report_to="none",
     )
-    stated: ClassVar[frozenset[str]] = frozenset()
+    explicit_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of `training` that a recipe or one above it sets itself; of the others some are fitted to the machine."""
     format_row: ClassVar[Callable[..., list[Message]] | None] = None
     """For data of one's own: a function from row to messages, with or without `self`. It beats the dataset's."""
@@ -117,7 +117,7 @@ class Recipe:
             if isinstance(declared, Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
                 setattr(cls, name, {**inherited, **declared})
-                cls.stated = cls.stated | set(declared)
+                cls.explicit_fields = cls.explicit_fields | set(declared)
         own = cls.__dict__.get("format_row")
         if inspect.isfunction(own) and len(inspect.signature(own).parameters) == 1:
             cls.format_row = staticmethod(own)  # written without `self`
@@ -132,7 +132,7 @@ class Recipe:
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> None:
         """Run the command line: train this recipe with the flags given (the process's own by default)."""
-        from qlora_recipes.commandline import main  # the one door from a declaration to the work
+        from qlora_recipes.commands.recipe_cli import main  # the one door from a declaration to the work
 
         main(cls, arguments)
 

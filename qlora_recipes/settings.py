@@ -18,7 +18,7 @@ from qlora_recipes.standins import ROWS, STANDINS, StandIn
 
 RUNS = Path("runs")
 STORAGES = ("packed", "expanded")
-FITTED = {
+AUTO_FIELDS = {
     "batch": {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"},
     "checkpointing": {"gradient_checkpointing", "gradient_checkpointing_kwargs"},
 }
@@ -50,7 +50,7 @@ class Settings:
     demo: bool = False
     storage: str = "auto"
     """Whether 4-bit weights are dequantised for every product (`packed`) or once (`expanded`); `auto`: as they fit."""
-    left_open: frozenset[str] = frozenset()
+    auto_fields: frozenset[str] = frozenset()
     """What nobody stated and the machine may decide: `batch` (how a step is cut up), `checkpointing`."""
 
     @property
@@ -139,7 +139,9 @@ def resolve(
         output_dir=Path(),
         demo=demo,
         storage=storage,
-        left_open=frozenset(name for name, fields in FITTED.items() if not fields & (recipe.stated | above.keys())),
+        auto_fields=frozenset(
+            name for name, fields in AUTO_FIELDS.items() if not fields & (recipe.explicit_fields | above.keys())
+        ),
     )
     folder = Path(output_dir) if output_dir else RUNS / settings.name / f"{precision}-seed{settings.seed}"
     return Settings(**{**vars(settings), "output_dir": folder})

@@ -27,12 +27,12 @@ from conftest import FAMILIES, make_tiny  # first: it keeps the hub and the GPU 
 from rich.console import Console
 
 from qlora_recipes import DatasetSpec, Recipe
-from qlora_recipes.adapters import WEIGHTS
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.base.adapters import WEIGHTS
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import resolve
 from qlora_recipes.standins import ROWS
-from qlora_recipes.trainer import RunTrainer
-from qlora_recipes.training import train
+from qlora_recipes.training.train import train
+from qlora_recipes.training.trainer import RunTrainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{precision}, {'packed' if packing else 'padded'}": dict(precision=precision, training=dict(packing=packing))

@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_recipes.preflight import ReadRun, ReadyRun, run_checks
-from qlora_recipes.preparing import build_trainer, load_run, read_run
 from qlora_recipes.recipe import Recipe
-from qlora_recipes.runs import Check, RunFolder
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import resolve
+from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 
 
 def read(recipe: type[Recipe], model: Path, **options: object) -> ReadRun:
-    return read_run(resolve(recipe, model=str(model), **options))
+    return prepare_rows(resolve(recipe, model=str(model), **options))
 
 
 def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> ReadyRun:
-    loaded = load_run(read(recipe, model, output_dir=folder, **options))
+    loaded = load_model(read(recipe, model, output_dir=folder, **options))
     return ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(folder)))
 
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_recipes import Recipe, chat, merging
+from qlora_recipes import Recipe
+from qlora_recipes.commands import chat, merge
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import resolve
-from qlora_recipes.training import train
+from qlora_recipes.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def folder(
 
 
 def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: RunFolder, tmp_path: Path) -> None:
-    report = merging.merge(folder, tmp_path / "merged")
+    report = merge.merge(folder, tmp_path / "merged")
     assert report == json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert report["trained_on"] == "nf4"
     assert 0 <= report["merging"] < report["storage"]  # NF4 moves the likelihoods more than adding the adapter does
@@ -48,7 +49,7 @@ def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: Run
 def test_merging_never_writes_over_another_folder(folder: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="is not empty"):
-        merging.merge(folder, tmp_path)
+        merge.merge(folder, tmp_path)
 
 
 def test_chat_answers_each_line_of_a_pipe(

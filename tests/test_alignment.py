@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from qlora_recipes.comparison.alignment import align
 from qlora_recipes.errors import ComparisonError
-from qlora_recipes.evaluation.alignment import align
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from transformers.masking_utils import (
 )
 from transformers.models.falcon import modeling_falcon
 
-from qlora_recipes import attention, repairs
-from qlora_recipes.attention import BLOCK, NAME, SHORT
+from qlora_recipes.base import repairs
+from qlora_recipes.kernels import attention
+from qlora_recipes.kernels.attention import BLOCK, NAME, SHORT
 
 Tiny = Callable[[str], Path]
 Tensors = list[torch.Tensor]

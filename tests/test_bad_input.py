@@ -14,7 +14,7 @@ import torch
 
 from qlora_recipes import DatasetSpec, Recipe, cli, environment
 from qlora_recipes.chat_templates import ChatTemplate
-from qlora_recipes.commandline import main
+from qlora_recipes.commands.recipe_cli import main
 
 Refused = Callable[..., str]
 
@@ -135,7 +135,7 @@ def test_data(refused: Refused, tmp_path: Path, case: str) -> None:
 
 
 def test_a_byte_order_mark_is_no_fault_of_the_rows(tmp_path: Path) -> None:
-    from qlora_recipes.reading import read_rows
+    from qlora_recipes.data.reading import read_rows
 
     for name in ("a.jsonl", "a.csv"):
         text = json.dumps(QA) if name == "a.jsonl" else "question,answer\nWhy?,Because.\n"
@@ -368,7 +368,7 @@ def test_an_adapter_of_another_base(tiny: Callable[[str], Path], tmp_path: Path)
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qlora_recipes.adapters import load_adapter
+    from qlora_recipes.base.adapters import load_adapter
     from qlora_recipes.errors import ModelError
 
     falcon, llama = (AutoModelForCausalLM.from_pretrained(tiny(family)) for family in ("falcon", "llama2"))
@@ -414,7 +414,7 @@ def test_no_disk(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gated_model(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.errors as hub
 
-    from qlora_recipes import loading
+    from qlora_recipes.base import loading
 
     def gated(*args: Any, **kwargs: Any) -> None:
         gate = hub.GatedRepoError.__new__(hub.GatedRepoError)  # its own constructor wants the hub's answer
@@ -464,7 +464,7 @@ def test_template(
     source: str,
     part: str,
 ) -> None:
-    from qlora_recipes import encoding
+    from qlora_recipes.data import encoding
 
     monkeypatch.setattr(encoding, "_RENDER_SECONDS", 0.3)
     (tmp_path / "mine.jinja").write_text(source)

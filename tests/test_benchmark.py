@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
 
-from qlora_recipes.benchmark import command, scoring, training
-from qlora_recipes.benchmark.plan import Plan, settle
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
-from qlora_recipes.evaluation.divergence_files import read_divergence, write_divergence
-from qlora_recipes.evaluation.findings import Divergence
+from qlora_recipes.evaluation.kl_files import Divergence, read_divergence, write_divergence
 from qlora_recipes.evaluation.records import TaskResult, finished_tasks
-from qlora_recipes.resuming import of_settings
-from qlora_recipes.runs import RunFolder
-from qlora_recipes.stopping import Stopped
+from qlora_recipes.experiments.benchmark import command, scoring, training
+from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.signals import Stopped
+from qlora_recipes.training.journal import settings_identity
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RECIPE = RECIPES / "llama2_guanaco.py"
@@ -33,8 +32,8 @@ ROOT = RECIPES.parent
 
 
 def plan_of(output: Path, precisions: tuple[str, ...] = ("nf4", "bf16"), **options: Any) -> Plan:
-    return settle(RECIPE, **{"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "demo": True, "output": output}
-                  | options)  # fmt: skip
+    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "demo": True, "output": output}
+    return plan_benchmark(RECIPE, **given | options)
 
 
 # The plan
@@ -288,7 +287,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_and_kept(tmp_path: Path)
     plan = plan_of(tmp_path / "b", seeds=[0])
     folder = plan.arms[0].folder
     folder.path.mkdir(parents=True)
-    run = of_settings(plan.arms[0].settings)
+    run = settings_identity(plan.arms[0].settings)
     run["training"]["learning_rate"] = 1.0
     started = {"started": "2026", "run": run, "versions": {}, "resumes": []}
     folder.started.write_text(json.dumps(started))

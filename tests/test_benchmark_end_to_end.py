@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.benchmark import command, training
-from qlora_recipes.benchmark.plan import Plan, settle
-from qlora_recipes.evaluation.findings import Report
-from qlora_recipes.evaluation.report import read_report
+from qlora_recipes.comparison.findings import Report
+from qlora_recipes.comparison.report import read_report
+from qlora_recipes.experiments.benchmark import command, training
+from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 
@@ -21,7 +21,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 def benchmark(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     output = tmp_path_factory.mktemp("benchmark") / "b"
     flags = ["--model", str(tiny("llama2")), "--max_steps", "3", "--max_length", "128", "--warmup_steps", "0"]
-    plan = settle(
+    plan = plan_benchmark(
         RECIPE,
         precisions=["nf4", "bf16"],
         seeds=[0],
@@ -34,7 +34,7 @@ def benchmark(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     )
 
     def train_here(plan: Plan, arm: Any, console: Any, launch: Any) -> None:
-        from qlora_recipes.training import train  # in this process: a fresh one takes seconds to import
+        from qlora_recipes.training.train import train  # in this process: a fresh one takes seconds to import
 
         train(arm.settings, console=console)
 

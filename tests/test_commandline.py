@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_recipes import Recipe
-from qlora_recipes.commandline import _without_secrets, parse, settings_from
+from qlora_recipes.commands.recipe_cli import _without_secrets, parse, settings_from
 from qlora_recipes.errors import UsageError
 from qlora_recipes.settings import Settings
 

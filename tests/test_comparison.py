@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
 
+from qlora_recipes.commands.compare import compare_folders, main
+from qlora_recipes.comparison.build import choose_baseline
+from qlora_recipes.comparison.findings import Report
+from qlora_recipes.comparison.receipts import differences
 from qlora_recipes.errors import CheckError, ComparisonError, RecipesError, RunFolderError
-from qlora_recipes.evaluation.compare import compare_folders, main
-from qlora_recipes.evaluation.comparison import choose_baseline
-from qlora_recipes.evaluation.divergence_files import (
+from qlora_recipes.evaluation.kl_files import (
+    Divergence,
+    LayerError,
     read_divergence,
     read_quantization_error,
     write_divergence,
     write_quantization_error,
 )
-from qlora_recipes.evaluation.findings import Divergence, LayerError, Report
-from qlora_recipes.evaluation.receipts import differences
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
 
 N = 800
 SCORES = answers(N)
@@ -51,9 +53,9 @@ def ladder(root: Path, seeds: int = 2) -> list[Path]:
         )
     for precision in ("nf4", "fp4"):
         for seed in range(seeds):
-            swapped = {**receipt("bf16", seed), "precision": precision, "base": receipt(precision, seed)["base"]}
+            cross_base = {**receipt("bf16", seed), "precision": precision, "base": receipt(precision, seed)["base"]}
             folder = root / f"bf16-seed{seed}" / "evaluation" / f"on-{precision}"
-            write_results(folder, swapped, flipped(SCORES, 3, 2))
+            write_results(folder, cross_base, flipped(SCORES, 3, 2))
     return folders
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from qlora_recipes import DatasetSpec, Recipe
-from qlora_recipes import data as data_module
-from qlora_recipes.data import PreparedData, prepare
-from qlora_recipes.encoding import IGNORED, ConversationEncoder, Encoded, Rendered
-from qlora_recipes.errors import DataError, EnvironmentFault
-from qlora_recipes.loading import load_tokenizer
+from qlora_recipes.base.loading import load_tokenizer
+from qlora_recipes.data import prepare as data_module
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded, Rendered
+from qlora_recipes.data.prepare import PreparedData, prepare
+from qlora_recipes.errors import DataError, SetupError
 from qlora_recipes.models import LLAMA_2_7B_CHAT
 from qlora_recipes.recipe import load_recipe
-from qlora_recipes.row_file import Conversation
 from qlora_recipes.settings import STANDIN, resolve
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -215,5 +215,5 @@ def test_a_row_that_raises_leaves_no_file(run: Prepare, tmp_path: Path, monkeypa
 
 def test_no_room_for_the_rows_is_one_error(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(EnvironmentFault, match="prepared rows cannot be written"):
+    with pytest.raises(SetupError, match="prepared rows cannot be written"):
         run(rows(4))

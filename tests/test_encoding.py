@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_recipes.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.base.loading import load_tokenizer
+from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Reason, RowError
-from qlora_recipes.loading import load_tokenizer
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.settings import STANDIN
 

@@ -12,22 +12,25 @@ import pytest
 from preflight_runs import read
 from rich.console import Console
 
-from qlora_recipes import DatasetSpec, Recipe, environment, fitting, preparing, training
-from qlora_recipes.commandline import main, parse, settings_from
+from qlora_recipes import DatasetSpec, Recipe, environment
+from qlora_recipes.commands.recipe_cli import main, parse, settings_from
 from qlora_recipes.errors import UsageError
-from qlora_recipes.fitting import ENOUGH_TOKENS, Machine, describe, fitted
-from qlora_recipes.memory import GIB, training_memory
+from qlora_recipes.memory import fitting
+from qlora_recipes.memory.estimate import GIB, training_memory
+from qlora_recipes.memory.fitting import ENOUGH_TOKENS, Machine, describe, fit_to_memory
+from qlora_recipes.memory.sizes import sizes_for
+from qlora_recipes.memory.workload import Workload, workload_of
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
-from qlora_recipes.preparing import load_run
-from qlora_recipes.resuming import as_started
-from qlora_recipes.runs import RunFolder
-from qlora_recipes.settings import FITTED, Settings, resolve
-from qlora_recipes.sizes import sizes_for
-from qlora_recipes.training import settled, train
-from qlora_recipes.workload import Workload, workload_of
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.settings import AUTO_FIELDS, Settings, resolve
+from qlora_recipes.training import build
+from qlora_recipes.training import train as train_module
+from qlora_recipes.training.build import load_model
+from qlora_recipes.training.journal import restore_batch
+from qlora_recipes.training.train import finalize_settings, train
 
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
-ALL_OPEN = frozenset(FITTED)
+ALL_OPEN = frozenset(AUTO_FIELDS)
 
 
 class Seven(Recipe):
@@ -64,18 +67,18 @@ def needed(settings: Settings, here: Machine, **changes: Any) -> int:
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_global_batch_is_kept_and_the_memory_suffices(recipe: type[Recipe], precision: str, device: str) -> None:
     asked = resolve(recipe, precision=precision)
-    assert asked.left_open == ALL_OPEN
+    assert asked.auto_fields == ALL_OPEN
     for batch in (1, 2, 6, 7, 16, 24):
         several = replace(asked, training={**asked.training, ACCUMULATION: batch})
         for gib in (1, 8, 12, 16, 20, 24, 40, 80, 200):
             here = machine(gib, device)
-            found = fitted(several, here)
+            found = fit_to_memory(several, here)
             rows, accumulation, every = cut(found)
             assert rows * accumulation == batch
-            assert found.left_open == frozenset()
+            assert found.auto_fields == frozenset()
             assert found.storage in ("packed", "expanded")
             kept = {**found.training}
-            for name in FITTED["batch"] | FITTED["checkpointing"]:
+            for name in AUTO_FIELDS["batch"] | AUTO_FIELDS["checkpointing"]:
                 kept.pop(name, None)
             assert kept.items() <= several.training.items()
             if needed(found, here) > here.bytes:  # only where nothing fits; then as the library's defaults say
@@ -88,7 +91,7 @@ def test_less_memory_takes_the_next_slower_way() -> None:
     seen: list[tuple[int, int, int]] = []
     for gib in range(100, 12, -1):
         here = machine(gib)
-        found = fitted(asked, here)
+        found = fit_to_memory(asked, here)
         if not seen or cut(found) != seen[-1]:
             seen.append(cut(found))
         if needed(found, here) > here.bytes:
@@ -114,7 +117,7 @@ def test_of_the_ways_that_fit_the_fastest_is_taken() -> None:
         if not fitting_ways:
             continue
         best = min(fitting_ways, key=lambda way: fitting._cost(way.checkpoint_every, way.rows * 256))
-        assert cut(fitted(asked, here)) == (best.rows, best.accumulation, best.checkpoint_every)
+        assert cut(fit_to_memory(asked, here)) == (best.rows, best.accumulation, best.checkpoint_every)
 
 
 def test_checkpointing_every_layer_costs_more_than_a_few_small_micro_batches() -> None:
@@ -128,7 +131,7 @@ def test_a_micro_batch_is_no_larger_than_gains_anything() -> None:
         for recipe, per_row in ((Seven, 1024), (Unpacked, 256)):
             asked = resolve(recipe)
             many = replace(asked, training={**asked.training, ACCUMULATION: 256})
-            assert cut(fitted(many, machine(10_000, device)))[0] == enough // per_row
+            assert cut(fit_to_memory(many, machine(10_000, device)))[0] == enough // per_row
 
 
 @pytest.mark.parametrize("gib", [6, 10, 16, 20, 24, 40, 80])
@@ -138,7 +141,7 @@ def test_all_precisions_of_one_dtype_are_cut_up_alike_where_the_widest_fits(
     recipe: type[Recipe], device: str, gib: float
 ) -> None:
     here = machine(gib, device)
-    arms = {name: fitted(resolve(recipe, precision=name), here) for name in ("bf16", "nf4", "nf4-single", "fp4")}
+    arms = {name: fit_to_memory(resolve(recipe, precision=name), here) for name in ("bf16", "nf4", "nf4-single", "fp4")}
     if needed(arms["bf16"], here) > here.bytes:
         assert cut(arms["bf16"]) == (1, 16, 1)
         return
@@ -157,8 +160,8 @@ def test_what_is_stated_stays() -> None:
         of_flags = resolve(Seven, training=stated)
         of_recipe = resolve(type("Stated", (Seven,), {"training": stated, "__module__": __name__}))
         for asked in (of_flags, of_recipe):
-            assert asked.left_open == ALL_OPEN - {name}
-            found = fitted(asked, here).training
+            assert asked.auto_fields == ALL_OPEN - {name}
+            found = fit_to_memory(asked, here).training
             assert stated.items() <= found.items()
             if name == "batch":
                 assert found["gradient_checkpointing"] is False
@@ -180,33 +183,33 @@ def test_what_a_recipe_above_states_is_stated() -> None:
     class Silent(Stated):
         lora = dict(r=2)
 
-    assert Recipe.stated == frozenset()
-    assert Seven.stated == {"max_length"}
-    assert BATCH in Below.stated
-    assert "learning_rate" in Below.stated
-    assert BATCH not in Beside.stated
-    assert resolve(Silent).left_open == resolve(Below).left_open == {"checkpointing"}
-    assert resolve(Beside).left_open == ALL_OPEN
+    assert Recipe.explicit_fields == frozenset()
+    assert Seven.explicit_fields == {"max_length"}
+    assert BATCH in Below.explicit_fields
+    assert "learning_rate" in Below.explicit_fields
+    assert BATCH not in Beside.explicit_fields
+    assert resolve(Silent).auto_fields == resolve(Below).auto_fields == {"checkpointing"}
+    assert resolve(Beside).auto_fields == ALL_OPEN
 
 
 def test_a_stand_in_leaves_nothing_open(recipe_for: Callable[..., type[Recipe]]) -> None:
     recipe = recipe_for(training=dict(max_steps=3))
-    assert resolve(recipe, demo=True).left_open == frozenset()
-    assert resolve(recipe).left_open == ALL_OPEN
+    assert resolve(recipe, demo=True).auto_fields == frozenset()
+    assert resolve(recipe).auto_fields == ALL_OPEN
     words = ("--gradient_checkpointing", "false")
-    assert settings_from(recipe, parse(recipe, words)).left_open == {"batch"}
+    assert settings_from(recipe, parse(recipe, words)).auto_fields == {"batch"}
 
 
 def test_4_bit_weights_are_expanded_where_there_is_room() -> None:
     asked = resolve(Seven, precision="nf4", training={BATCH: 1, "gradient_checkpointing": True})
     kept, once = (needed(asked, machine(1), storage=storage) for storage in ("packed", "expanded"))
     assert once > kept
-    assert fitted(asked, Machine("cuda", once)).storage == "expanded"
-    assert fitted(asked, Machine("cuda", once - 1)).storage == "packed"
-    assert fitted(replace(asked, storage="packed"), machine(10_000)).storage == "packed"
-    assert fitted(replace(asked, storage="expanded"), Machine("cuda", kept)).storage == "expanded"
+    assert fit_to_memory(asked, Machine("cuda", once)).storage == "expanded"
+    assert fit_to_memory(asked, Machine("cuda", once - 1)).storage == "packed"
+    assert fit_to_memory(replace(asked, storage="packed"), machine(10_000)).storage == "packed"
+    assert fit_to_memory(replace(asked, storage="expanded"), Machine("cuda", kept)).storage == "expanded"
     for precision in ("bf16", "int8"):
-        assert fitted(resolve(Seven, precision=precision), machine(10_000)).storage == "packed"
+        assert fit_to_memory(resolve(Seven, precision=precision), machine(10_000)).storage == "packed"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -241,24 +244,24 @@ def test_an_unknown_storage_names_the_nearest(recipe_for: Callable[..., type[Rec
 )
 def test_what_cannot_be_planned_keeps_the_defaults(changes: dict[str, Any], here: Machine) -> None:
     asked = resolve(Seven, **changes)
-    found = fitted(asked, here)
-    assert found.left_open == frozenset()
+    found = fit_to_memory(asked, here)
+    assert found.auto_fields == frozenset()
     assert found.storage == "packed"
     assert (found.training[BATCH], found.training[ACCUMULATION]) == (1, 16)
     assert found.training.get("gradient_checkpointing", True)
-    assert fitted(found, here) == found  # what is settled stays settled
+    assert fit_to_memory(found, here) == found  # what is settled stays settled
 
 
 def test_what_was_fitted_is_said_in_one_line(recipe_for: Callable[..., type[Recipe]]) -> None:
     console = Console(record=True, width=200)
     asked = resolve(Seven)
-    found = settled(asked, console=console)
+    found = finalize_settings(asked, console=console)
     line = console.export_text()
     assert line.count("\n") == 1
     assert line.startswith("fitted to this machine: ")
     rows, accumulation, _ = cut(found)
     assert f"{rows} x {accumulation} rows a step" in line
-    settled(found, console=console)
+    finalize_settings(found, console=console)
     assert console.export_text() == ""  # nothing was open
     assert describe(replace(asked, model="nobody/nothing"), machine(80)) == ""
 
@@ -274,7 +277,7 @@ def test_usable_memory_is_a_share_of_all_there_is(monkeypatch: pytest.MonkeyPatc
         assert not environment.is_sharded()
         for value, sharded in (("true", True), ("True", True), ("false", False)):
             monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
-            assert environment.is_sharded() == training.machine().sharded == sharded
+            assert environment.is_sharded() == train_module.machine().sharded == sharded
 
 
 # ---- Runs ----
@@ -300,11 +303,11 @@ def test_a_resumed_run_is_cut_up_as_it_started(
     open_run: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = open_run()
-    assert asked.left_open == ALL_OPEN
+    assert asked.auto_fields == ALL_OPEN
     folder = RunFolder(asked.output_dir)
     sizes = {"large": 2**40, "small": 2**20}
     monkeypatch.setattr(environment, "usable_bytes", lambda device, processes: sizes["large"])
-    large = settled(asked)
+    large = finalize_settings(asked)
     train(asked)
     started = json.loads(folder.started.read_text())["run"]["training"]
     whole = folder.receipt()["adapter"]["final_sha256"]
@@ -312,9 +315,9 @@ def test_a_resumed_run_is_cut_up_as_it_started(
     checkpoints = sorted(path.name for path in folder.checkpoints.glob("checkpoint-*"))
     assert checkpoints
     monkeypatch.setattr(environment, "usable_bytes", lambda device, processes: sizes["small"])
-    small = settled(replace(asked, output_dir=folder.path.parent / "another"))
+    small = finalize_settings(replace(asked, output_dir=folder.path.parent / "another"))
     assert cut(small) != cut(large)
-    assert cut(settled(asked, resume=True)) == cut(as_started(asked, folder)) == cut(large)
+    assert cut(finalize_settings(asked, resume=True)) == cut(restore_batch(asked, folder)) == cut(large)
     train(asked, resume=True)
     receipt = folder.receipt()
     assert receipt["adapter"]["final_sha256"] == whole
@@ -326,7 +329,7 @@ def test_a_resumed_run_with_another_cut_stated_is_refused(open_run: Callable[...
     asked = open_run()
     train(asked)
     RunFolder(asked.output_dir).path.joinpath("run.json").unlink()
-    rows = settled(asked).training[BATCH]
+    rows = finalize_settings(asked).training[BATCH]
     from qlora_recipes.errors import RunFolderError
 
     with pytest.raises(RunFolderError, match=f"training.{BATCH}: was {rows}, now {rows * 2}"):
@@ -376,11 +379,11 @@ def test_rows_that_are_not_packed_are_not_padded_either(
     padding_free: bool,
     max_length: int | None,
 ) -> None:
-    run = load_run(read(recipe_for(), tiny("llama2"), output_dir=tmp_path, training=asked))
-    config = preparing._sft_config(run, str(tmp_path))
+    run = load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path, training=asked))
+    config = build._sft_config(run, str(tmp_path))
     assert (config.padding_free, config.max_length) == (padding_free, max_length)
     run.model.config._attn_implementation = "sdpa"  # which would attend with a mask over all rows
-    config = preparing._sft_config(run, str(tmp_path))
+    config = build._sft_config(run, str(tmp_path))
     assert config.padding_free == asked.get("padding_free", False)
 
 

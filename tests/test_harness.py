@@ -18,22 +18,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qlora_recipes import Recipe, chat, environment, merging
-from qlora_recipes.adapters import WEIGHTS, generate
-from qlora_recipes.encoding import IGNORED
+from qlora_recipes import Recipe, environment
+from qlora_recipes.base.adapters import WEIGHTS, generate
+from qlora_recipes.commands import chat, merge
+from qlora_recipes.commands.evaluate import main
+from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation import harness, loaded
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.command import main
 from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate, evaluate_many
 from qlora_recipes.evaluation.held_out import score_held_out
-from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, check_remote_code, load_run, load_run_base
+from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
 from qlora_recipes.evaluation.records import DocRecord, Scores, TaskResult, finished_tasks, read_task, write_task
 from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, EvalTask, load_tasks
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.signals import Stopped
 from qlora_recipes.settings import resolve
-from qlora_recipes.stopping import Stopped
-from qlora_recipes.training import train
+from qlora_recipes.training.train import train
 
 SHORT = Options(limit=4, batch_size=4)
 TASKS = ["standin_choice", "standin_answer", "standin_text", "held_out"]
@@ -109,7 +110,7 @@ def test_runs_of_one_base_share_it_and_are_scored_as_alone(
     folders = [RunFolder(Path(shutil.copytree(trained(seed=seed).path, tmp_path / str(seed)))) for seed in (0, 1)]
     alone = [evaluate(folder, ["held_out"], options=SHORT)[0].metrics for folder in folders]
     loads: list[BaseKey] = []
-    monkeypatch.setattr(harness, "load_run_base", lambda key: loads.append(key) or load_run_base(key))
+    monkeypatch.setattr(harness, "restore_base", lambda key: loads.append(key) or restore_base(key))
     together = evaluate_many(folders, ["held_out"], options=SHORT, overwrite=True)
     assert [results[0].metrics for results in together] == alone
     assert alone[0] != alone[1] and len(loads) == 1
@@ -119,10 +120,10 @@ def test_controls_lie_beside_the_run(trained: Callable[..., RunFolder], tmp_path
     folder = RunFolder(Path(shutil.copytree(trained(precision="bf16").path, tmp_path / "run")))
     (own,) = evaluate(folder, ["held_out"], options=SHORT)
     (base,) = evaluate(folder, ["held_out"], options=replace(SHORT, adapter=False))
-    (swapped,) = evaluate(folder, ["held_out"], options=replace(SHORT, precision="nf4"))
+    (cross_base,) = evaluate(folder, ["held_out"], options=replace(SHORT, precision="nf4"))
     assert (base.adapter_sha256, base.adapter_on_off_difference, base.base_sha256) == (None, None, own.base_sha256)
-    assert (swapped.adapter_sha256, swapped.precision) == (own.adapter_sha256, "nf4")
-    assert len({own.metrics["loss"], base.metrics["loss"], swapped.metrics["loss"]}) == 3
+    assert (cross_base.adapter_sha256, cross_base.precision) == (own.adapter_sha256, "nf4")
+    assert len({own.metrics["loss"], base.metrics["loss"], cross_base.metrics["loss"]}) == 3
     assert (folder.evaluation / "base" / "held_out.json").is_file()
     assert (folder.evaluation / "on-nf4" / "held_out.json").is_file()
 
@@ -205,7 +206,7 @@ def test_code_of_a_base_runs_only_where_it_is_allowed_again(
     training = dict(trust_remote_code=True, learning_rate=0.05)
     folder = train(resolve(recipe_for(), model=str(base), output_dir=tmp_path / "run", training=training))
     assert ran.exists()
-    for command in (main, merging.main, chat.main):
+    for command in (main, merge.main, chat.main):
         with pytest.raises(UsageError, match="Give --trust_remote_code when you have read it"):
             command([str(folder.path)])
     asked: list[bool] = []
@@ -214,7 +215,7 @@ def test_code_of_a_base_runs_only_where_it_is_allowed_again(
         loaded, "load_base", lambda *a, **k: asked.append(k["trust_remote_code"]) or plain(*a, **k)
     )  # the code is in this process already, and would not run a second time
     main([str(folder.path), "--tasks", "held_out", "--limit", "2", "--trust_remote_code"])
-    merging.main([str(folder.path), "--trust_remote_code"])
+    merge.main([str(folder.path), "--trust_remote_code"])
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
     chat.main([str(folder.path), "--trust_remote_code"])
     assert asked == [True] * 4
@@ -235,7 +236,7 @@ def test_code_of_a_base_is_run_at_a_commit_only(trained: Callable[..., RunFolder
 
 def test_finished_tasks_are_kept_and_unfinished_ones_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(run, ["held_out"], options=SHORT)
-    monkeypatch.setattr(harness, "load_run_base", lambda key: pytest.fail("loaded a base for a finished task"))
+    monkeypatch.setattr(harness, "restore_base", lambda key: pytest.fail("loaded a base for a finished task"))
     evaluate(run, ["held_out"], options=SHORT)
     monkeypatch.undo()
     (run.evaluation / "held_out.json").unlink()  # as after a kill between the two files
@@ -256,7 +257,7 @@ def test_a_signal_ends_an_evaluation_and_the_same_command_does_what_is_left(
 ) -> None:
     plain, scored = harness._measure, []
 
-    def measure(run: LoadedRun, task: EvalTask, *rest: Any) -> Scores:
+    def measure(run: RestoredRun, task: EvalTask, *rest: Any) -> Scores:
         if task.name == "standin_text" and "standin_text" not in scored:
             scored.append(task.name)
             os.kill(os.getpid(), which)
@@ -325,7 +326,7 @@ def test_results_of_other_options_are_not_replaced(run: RunFolder) -> None:
 
 def test_held_out_loss_is_that_of_one_row_at_a_time(run: RunFolder) -> None:
     key = BaseKey.of(run.receipt())
-    with load_run(run, load_run_base(key), key) as it, torch.no_grad():
+    with restore_run(run, restore_base(key), key) as it, torch.no_grad():
         scores = score_held_out(it, batch_size=2, limit=None, bar=_silent())
         for messages, doc in zip(it.held_out, scores.docs, strict=True):
             row = it.encoder.encode(messages)
@@ -351,7 +352,7 @@ def test_prompts_and_choices_are_the_training_format_to_the_token(
     folder = trained(family)
     key = BaseKey.of(folder.receipt())
     (task,) = load_tasks(["standin_choice"])["standin_choice"]
-    with load_run(folder, load_run_base(key), key) as it:
+    with restore_run(folder, restore_base(key), key) as it:
         model = RunLanguageModel(it, 2, _silent())
         part = task.parts[0]
         part.build_all_requests(limit=3, apply_chat_template=True, chat_template=model.apply_chat_template)
@@ -379,7 +380,7 @@ def test_rolling_text_starts_with_one_bos(run: RunFolder) -> None:
     evaluate(run, ["standin_text"], options=SHORT)
     _, docs = read_task(run.evaluation, "standin_text")
     key = BaseKey.of(run.receipt())
-    with load_run(run, load_run_base(key), key) as it, torch.no_grad():
+    with restore_run(run, restore_base(key), key) as it, torch.no_grad():
         for doc in docs:
             plain = it.tokenizer(doc.target, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([[it.tokenizer.bos_token_id, *plain]])

@@ -14,12 +14,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qlora_recipes import Recipe, loading
-from qlora_recipes.commandline import main, parse, settings_from
+from qlora_recipes import Recipe
+from qlora_recipes.base import loading
+from qlora_recipes.commands.recipe_cli import main, parse, settings_from
+from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError, ModelError, UsageError
 from qlora_recipes.fields import fields_of
 from qlora_recipes.models import LLAMA_2_7B_CHAT
-from qlora_recipes.reading import read_rows
 from qlora_recipes.settings import recipe_name, resolve
 
 SECRET, OTHER = "hf_" + "PlantedInTheCommandLine" * 2, "planted-in-the-environment-4711"
@@ -171,8 +172,8 @@ def test_any_bytes_are_rows_or_one_error(tmp_path: Path, name: str, content: byt
 
 
 def test_a_setting_that_is_a_secret_is_no_part_of_what_a_run_is(recipe_for: Callable[..., type[Recipe]]) -> None:
-    from qlora_recipes.resuming import of_settings
+    from qlora_recipes.training.journal import settings_identity
 
     plain = resolve(recipe_for())
     with_token = replace(plain, training={**plain.training, "hub_token": SECRET})
-    assert of_settings(with_token) == of_settings(plain)
+    assert settings_identity(with_token) == settings_identity(plain)

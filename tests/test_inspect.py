@@ -13,8 +13,8 @@ from preflight_runs import read, with_rows
 from rich.console import Console
 
 from qlora_recipes import Recipe
+from qlora_recipes.commands.inspect import describe, draw_lengths, main, print_page, render_html, tokens_of
 from qlora_recipes.errors import UsageError
-from qlora_recipes.inspect import describe, draw_lengths, main, print_page, render_html, tokens_of
 from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, run_checks
 
 ROOT = Path(__file__).parent.parent

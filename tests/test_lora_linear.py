@@ -15,12 +15,13 @@ from preflight_runs import read
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_recipes import Recipe, preparing
-from qlora_recipes.lora_linear import join_updates
-from qlora_recipes.preparing import build_trainer, load_run
-from qlora_recipes.runs import RunFolder
-from qlora_recipes.storage import dequantized, expand
-from qlora_recipes.trainer import RunTrainer
+from qlora_recipes import Recipe
+from qlora_recipes.kernels.dequantize import dequantized, expand
+from qlora_recipes.kernels.lora_linear import fuse_lora_layers
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.training import build
+from qlora_recipes.training.build import build_trainer, load_model
+from qlora_recipes.training.trainer import RunTrainer
 
 KINDS = ["bf16", "nf4", "expanded"]
 INPUTS, OUTPUTS = 64, 96
@@ -61,7 +62,7 @@ def adapted(kind: str = "bf16", *, bias: bool = False, joined: int | None = 1, *
     model = get_peft_model(Base(kind, bias=bias), LoraConfig(**given))
     fill(model)
     if joined is not None:
-        assert join_updates(model) == joined
+        assert fuse_lora_layers(model) == joined
     return model
 
 
@@ -240,8 +241,8 @@ def test_layers_are_counted_and_others_passed_over() -> None:
             return self.three(self.two(self.one(self.table(ids).bfloat16())))
 
     model = get_peft_model(Several(), LoraConfig(r=2, target_modules=["one", "two", "table"]))
-    assert join_updates(model) == 2
-    assert join_updates(model) == 2  # again changes nothing
+    assert fuse_lora_layers(model) == 2
+    assert fuse_lora_layers(model) == 2  # again changes nothing
     base = model.base_model.model
     assert ["forward" in vars(part) for part in (base.one, base.two, base.three, base.table)] == [
         True,
@@ -260,8 +261,8 @@ def test_nothing_is_joined_where_weights_are_sharded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     joined = []
-    monkeypatch.setattr(preparing, "join_updates", joined.append)
-    run = load_run(read(recipe_for(), tiny("llama2"), output_dir=tmp_path))
+    monkeypatch.setattr(build, "fuse_lora_layers", joined.append)
+    run = load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path))
     build_trainer(run, RunFolder(tmp_path))
     assert joined == [run.model]
 
@@ -270,8 +271,8 @@ def test_nothing_is_joined_where_weights_are_sharded(
             super().__init__(*arguments, **others)
             setattr(self, f"is_{name.lower()}_enabled", True)
 
-    monkeypatch.setattr(preparing, "RunTrainer", Sharded)
-    build_trainer(load_run(read(recipe_for(), tiny("llama2"), output_dir=tmp_path)), RunFolder(tmp_path))
+    monkeypatch.setattr(build, "RunTrainer", Sharded)
+    build_trainer(load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path)), RunFolder(tmp_path))
     assert joined == [run.model]
 
 

@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_recipes import memory, repairs
-from qlora_recipes.adapters import attach
+from qlora_recipes.base import repairs
+from qlora_recipes.base.adapters import attach
+from qlora_recipes.base.loading import load_base
 from qlora_recipes.errors import ModelError, UsageError
-from qlora_recipes.loading import load_base
-from qlora_recipes.lora_linear import join_updates
-from qlora_recipes.memory import GIB, Memory, base_bytes, largest_micro_batch, plan, training_memory
+from qlora_recipes.kernels.dequantize import expand
+from qlora_recipes.kernels.lora_linear import fuse_lora_layers
+from qlora_recipes.kernels.output_layer import score_supervised_tokens
+from qlora_recipes.memory import estimate
+from qlora_recipes.memory.estimate import GIB, Memory, base_bytes, largest_micro_batch, plan, training_memory
+from qlora_recipes.memory.sizes import adapter_parameters, linear_shapes, parameter_count, sizes_of
+from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
-from qlora_recipes.output_layer import score_supervised_tokens
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import resolve
-from qlora_recipes.sizes import adapter_parameters, linear_shapes, parameter_count, sizes_of
 from qlora_recipes.standins import STANDINS
-from qlora_recipes.storage import expand
-from qlora_recipes.workload import Workload, left_out, workload_of
 
 SPECS = {"llama2": LLAMA_2_7B_CHAT, "falcon": FALCON_7B}
 NF4, BF16 = PRECISIONS["nf4"], PRECISIONS["bf16"]
@@ -140,7 +141,7 @@ def peak_of_a_step(
             train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
             processing_class=tokenizer,
         )
-    join_updates(model)
+    fuse_lora_layers(model)
     step, peaks = trainer.training_step, []
 
     def profiled(*args):
@@ -225,7 +226,7 @@ def test_a_hub_model_that_cannot_be_had_is_named(recipe_for):
 
 def test_parts_add_up_and_the_context_is_no_tensor(recipe_for):
     training = plan(resolve(recipe_for())).training
-    assert sum(training.parts.values()) == training.total == training.allocated + memory.CUDA_CONTEXT
+    assert sum(training.parts.values()) == training.total == training.allocated + estimate.CUDA_CONTEXT
     assert plan(resolve(recipe_for()), device="cpu").training.context == 0
 
 
@@ -247,7 +248,7 @@ def test_int8_keeps_its_inputs_under_checkpointing():
     [("adamw_torch_fused", 8), ("paged_adamw_32bit", 8), ("paged_adamw_8bit", 2.03125), ("sgd", 0)],
 )
 def test_optimizer_bytes_by_name(optim, bytes_each):
-    assert memory.optimizer_bytes(optim, 2**20) == bytes_each * 2**20
+    assert estimate.optimizer_bytes(optim, 2**20) == bytes_each * 2**20
 
 
 def test_accumulated_gradients_are_there_throughout():

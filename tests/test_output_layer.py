@@ -12,11 +12,14 @@ from preflight_runs import read
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer import utils
 
-from qlora_recipes import Recipe, attention, memory, output_layer, preparing
-from qlora_recipes.output_layer import CACHED, TOKENS, LogProbs
-from qlora_recipes.preparing import build_trainer, load_run
-from qlora_recipes.runs import RunFolder
-from qlora_recipes.trainer import RunTrainer
+from qlora_recipes import Recipe
+from qlora_recipes.kernels import attention, output_layer
+from qlora_recipes.kernels.output_layer import CACHED, TOKENS, LogProbs
+from qlora_recipes.memory import estimate
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.training import build
+from qlora_recipes.training.build import build_trainer, load_model
+from qlora_recipes.training.trainer import RunTrainer
 
 COUNTS = [1, CACHED - 1, CACHED + 1, TOKENS - 1, TOKENS, TOKENS + 1]
 OUTPUTS = ("entropy", "is_top1")
@@ -172,7 +175,7 @@ def test_more_than_an_sft_trainer_asks_for_is_left_to_trl() -> None:
 
 
 def trainer_of(recipe: type[Recipe], model: Path, folder: Path) -> RunTrainer:
-    trainer = build_trainer(load_run(read(recipe, model, output_dir=folder, precision="bf16")), RunFolder(folder))
+    trainer = build_trainer(load_model(read(recipe, model, output_dir=folder, precision="bf16")), RunFolder(folder))
     trainer.current_gradient_accumulation_steps = 1  # which the loop would set
     return trainer
 
@@ -205,7 +208,7 @@ def test_a_step_is_that_of_trls_own_way(
     assert utils._ChunkedLogProbFunction is output_layer._ByDevice
     monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
-    monkeypatch.setattr(preparing, "score_supervised_tokens", lambda: None)
+    monkeypatch.setattr(build, "score_supervised_tokens", lambda: None)
     upstream = one_step(trainer_of(recipe_for(family), tiny(family), tmp_path / "upstream"))
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
     assert len(seen) == 1
@@ -283,5 +286,5 @@ def test_upstream_scores_every_position_on_a_cpu() -> None:
 
 
 def test_the_memory_plan_knows_the_same_tiles() -> None:
-    assert (memory.TILE_TOKENS, memory.TILE_CACHED) == (TOKENS, CACHED)
-    assert memory.SHORT == attention.SHORT
+    assert (estimate.TILE_TOKENS, estimate.TILE_CACHED) == (TOKENS, CACHED)
+    assert estimate.SHORT == attention.SHORT

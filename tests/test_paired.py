@@ -9,8 +9,7 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.power import normal_power
 from statsmodels.stats.weightstats import ttost_paired
 
-from qlora_recipes.errors import ComparisonError
-from qlora_recipes.evaluation.paired import (
+from qlora_recipes.comparison.paired import (
     TaskScores,
     bits_per_byte_difference,
     compare,
@@ -19,6 +18,7 @@ from qlora_recipes.evaluation.paired import (
     needed_documents,
     overall,
 )
+from qlora_recipes.errors import ComparisonError
 
 
 def accuracy(gains: int, losses: int, n: int) -> tuple[np.ndarray, np.ndarray]:

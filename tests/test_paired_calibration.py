@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_recipes.evaluation.paired import (
-    TaskScores,
-    bits_per_byte_difference,
-    compare,
-    needed_documents,
-    overall,
-)
+from qlora_recipes.comparison.paired import TaskScores, bits_per_byte_difference, compare, needed_documents, overall
 
 ALLOWED = 0.065  # of 1,500 repetitions of a true 5 %, 2.7 standard errors
 NO_MARGIN = 1e-6  # nothing is equivalent to within it, so that it hides no false "different"

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_recipes import cli, plan
+from qlora_recipes import cli
+from qlora_recipes.commands import plan
+from qlora_recipes.commands.plan import print_plan
 from qlora_recipes.errors import UsageError
-from qlora_recipes.memory import Memory
-from qlora_recipes.plan import print_plan
+from qlora_recipes.memory.estimate import Memory
 from qlora_recipes.settings import resolve
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -106,7 +107,7 @@ def test_a_wrong_command_is_one_message(words, capsys):
 
 def test_it_answers_at_once_and_without_torch():
     code = (
-        "import sys; from qlora_recipes.plan import main; main(sys.argv[1:]);"
+        "import sys; from qlora_recipes.commands.plan import main; main(sys.argv[1:]);"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     begun = time.perf_counter()

@@ -16,16 +16,16 @@ from preflight_runs import ready, verdict_of
 from torch import nn
 
 from qlora_recipes import Recipe
-from qlora_recipes.data import PreparedData
-from qlora_recipes.encoding import Encoded
-from qlora_recipes.loading import base_sha256
+from qlora_recipes.base.loading import base_sha256
+from qlora_recipes.data.encoding import Encoded
+from qlora_recipes.data.prepare import PreparedData
 from qlora_recipes.preflight import (
     BEFORE_TRAINING,
     ReadyRun,
-    asked,
     budget,
     dtypes,
     gradient,
+    launch,
     loss,
     machine,
     packing,
@@ -178,7 +178,7 @@ def test_weights_that_no_checkpoint_names_are_warned_of(run: ReadyRun) -> None:
 
 def test_another_dtype_than_the_runs_is_refused(run: ReadyRun) -> None:
     run.settings = replace(run.settings, dtype="float16")
-    for check in (dtypes.base_dtype, dtypes.compute_dtype, asked.mixed_precision):
+    for check in (dtypes.base_dtype, dtypes.compute_dtype, launch.mixed_precision):
         assert verdict_of(check, run).verdict == "fail"
 
 
@@ -244,18 +244,18 @@ def test_a_full_disk_is_refused(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) 
 
 def test_fewer_processes_than_asked_for_are_refused(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--cpu", "--num_processes", "2", "recipes/llama2_guanaco.py", "--demo"]
-    monkeypatch.setattr(asked, "launch_words", lambda: words)
-    check = verdict_of(asked.processes, run)
+    monkeypatch.setattr(launch, "launch_words", lambda: words)
+    check = verdict_of(launch.processes, run)
     assert check.verdict == "fail"
     assert check.figure == "1 of 2 asked for" and "torchrun" in check.advice
-    monkeypatch.setattr(asked, "launch_words", lambda: None)
+    monkeypatch.setattr(launch, "launch_words", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert verdict_of(asked.processes, run).figure == "1 of 4 asked for"
+    assert verdict_of(launch.processes, run).figure == "1 of 4 asked for"
 
 
 def test_the_launcher_above_a_process_is_found(tmp_path: Path) -> None:
     script = tmp_path / "asked_for.py"
-    script.write_text("from qlora_recipes.preflight import asked\nprint('asked for', asked._asked_processes())\n")
+    script.write_text("from qlora_recipes.preflight import launch\nprint('asked for', launch._asked_processes())\n")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     quiet = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -265,11 +265,11 @@ def test_the_launcher_above_a_process_is_found(tmp_path: Path) -> None:
 
 def test_fsdp_that_became_something_else_is_refused(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check = verdict_of(asked.wrapper, run)
+    check = verdict_of(launch.wrapper, run)
     assert check.verdict == "fail"
     assert "FSDP was asked for" in check.figure
 
 
 def test_an_idle_gpu_is_warned_of(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked.torch.cuda, "is_available", lambda: True)
-    assert verdict_of(asked.device, run).verdict == "warn"
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    assert verdict_of(launch.device, run).verdict == "warn"

@@ -13,8 +13,8 @@ from preflight_runs import read, verdict_of, with_rows
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
-from qlora_recipes.data import Conversation
-from qlora_recipes.encoding import IGNORED, ConversationEncoder, Encoded
+from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
+from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.preflight import (
     BEFORE_LOADING,

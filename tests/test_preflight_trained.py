@@ -16,8 +16,8 @@ from preflight_runs import verdict_of
 from rich.console import Console
 
 from qlora_recipes import Recipe
-from qlora_recipes.adapters import WEIGHTS
-from qlora_recipes.commandline import parse
+from qlora_recipes.base.adapters import WEIGHTS
+from qlora_recipes.commands.recipe_cli import parse
 from qlora_recipes.errors import CheckError, RecipeError, UsageError
 from qlora_recipes.preflight import (
     ReadyRun,
@@ -31,9 +31,10 @@ from qlora_recipes.preflight import (
     run_checks,
     trained,
 )
-from qlora_recipes.runs import AdapterReceipt, Check, RunFolder
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import AdapterReceipt, Check
 from qlora_recipes.settings import resolve
-from qlora_recipes.training import prepare_run, train
+from qlora_recipes.training.train import prepare_run, train
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., type[Recipe]]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
-from qlora_recipes.reading import read_rows
 
 ROWS = [{"question": "Où?", "answer": "Ici, là"}, {"question": "a\nb", "answer": 'say "x"'}]
 

@@ -9,8 +9,8 @@ import pytest
 
 from qlora_recipes import load_recipe
 from qlora_recipes.cli import VERBS
-from qlora_recipes.commandline import parse, settings_from
-from qlora_recipes.memory import plan
+from qlora_recipes.commands.recipe_cli import parse, settings_from
+from qlora_recipes.memory.estimate import plan
 from qlora_recipes.precision import precision_named
 
 ROOT = Path(__file__).parent.parent

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.falcon import modeling_falcon
 
-from qlora_recipes import Recipe, repairs
-from qlora_recipes.adapters import adapter_tensors
+from qlora_recipes import Recipe
+from qlora_recipes.base import repairs
+from qlora_recipes.base.adapters import adapter_tensors
 from qlora_recipes.precision import precision_named, quantization_config
-from qlora_recipes.preparing import build_trainer, load_run
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.training.build import build_trainer, load_model
 
 Tiny = Callable[[str], Path]
 
@@ -123,7 +124,7 @@ def test_an_evaluation_changes_4_bit_gradients_without_the_repair_alone(tiny: Ti
 
 
 def adapter_dtypes(recipe: type[Recipe], model: Path, folder: Path) -> set[torch.dtype]:
-    run = load_run(read(recipe, model, output_dir=folder))
+    run = load_model(read(recipe, model, output_dir=folder))
     build_trainer(run, RunFolder(folder))
     return {tensor.dtype for _, tensor in adapter_tensors(run.model)}
 

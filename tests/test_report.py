@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from fake_runs import answers, flipped, make_run
 
+from qlora_recipes.commands.compare import compare_folders
+from qlora_recipes.comparison.escape import markdown, plain
+from qlora_recipes.comparison.findings import Report, from_json
+from qlora_recipes.comparison.report import read_report, render_html, render_json, render_markdown, write_report
 from qlora_recipes.errors import ComparisonError
-from qlora_recipes.evaluation.compare import compare_folders
-from qlora_recipes.evaluation.findings import Divergence, LayerError, Report, from_json
+from qlora_recipes.evaluation.kl_files import Divergence, LayerError
 from qlora_recipes.evaluation.records import DocRecord
-from qlora_recipes.evaluation.report import read_report, render_html, render_json, render_markdown, write_report
-from qlora_recipes.evaluation.text import markdown, plain
 
 HOSTILE = [
     "<script>alert('answer')</script>",

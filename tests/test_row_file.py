@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes.encoding import Encoded
-from qlora_recipes.errors import DataError, EnvironmentFault
-from qlora_recipes.row_file import Conversation, Rows, write_rows
+from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
+from qlora_recipes.data.encoding import Encoded
+from qlora_recipes.errors import DataError, SetupError
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_the_folder_goes_with_the_last_of_its_rows(folder: Path) -> None:
 
 def test_the_folder_goes_when_the_process_ends(folder: Path) -> None:
     code = (
-        "from qlora_recipes.row_file import write_rows\n"
+        "from qlora_recipes.data.arrow_rows import write_rows\n"
         "rows = write_rows([])\n"
         "import os; print(len(os.listdir(os.environ['TMPDIR'])))"
     )
@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_error_that_says_where(folder: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(EnvironmentFault) as caught:
+        with pytest.raises(SetupError) as caught:
             write_rows([ALL] * 50)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_error_that_says_where(folder: Path) -> None:
 
 def test_no_folder_for_temporary_files_is_the_same_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "missing"))
-    with pytest.raises(EnvironmentFault, match=r"No such file or directory.*TMPDIR="):
+    with pytest.raises(SetupError, match=r"No such file or directory.*TMPDIR="):
         write_rows([ALL])
 
 

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 
 from qlora_recipes import Recipe
-from qlora_recipes.adapters import attach
-from qlora_recipes.loading import base_sha256, load_base
+from qlora_recipes.base.adapters import attach
+from qlora_recipes.base.loading import base_sha256, load_base
+from qlora_recipes.kernels.dequantize import dequantized, expand, is_4bit, weight_of
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 from qlora_recipes.precision import precision_named
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import resolve
-from qlora_recipes.storage import dequantized, expand, is_4bit, weight_of
-from qlora_recipes.training import train
+from qlora_recipes.training.train import train
 
 Tiny = Callable[[str], Path]
 CPU = torch.device("cpu")

@@ -21,49 +21,23 @@ ORDER = [
     "recipe",
     "standins",
     "settings",
-    "sizes",
-    "workload",
-    "memory",
-    "runs",
-    "checkpoints",
-    "stopping",
-    "reading",
-    "limits",
-    "encoding",
-    "row_file",
-    "data",
     "environment",
-    "attention",
-    "output_layer",
-    "storage",
-    "repairs",
-    "loading",
-    "lora_linear",
-    "adapters",
-    "preflight",
-    "fitting",
-    "faults",
-    "divergence",
-    "progress",
-    "resuming",
-    "trainer",
-    "preparing",
-    "accounting",
-    "training",
-    "summary",
+    "run",
+    "kernels",
+    "data",
+    "base",
+    "memory",
+    "stages",
     "evaluation",
-    "plan",
-    "commandline",
-    "benchmark",
-    "throughput",
-    "inspect",
-    "listing",
-    "merging",
-    "chat",
+    "comparison",
+    "preflight",
+    "training",
+    "commands",
+    "experiments",
     "cli",
 ]
-# The doors back: `Recipe.main` hands the recipe to its command line, and `qlora-recipes plan` reads the same flags.
-DOORS = {("recipe", "commandline"), ("plan", "commandline")}
+# The one door back: `Recipe.main` hands the recipe to its command line.
+DOORS = {("recipe", "commands")}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "lm_eval", "matplotlib"}
 
 
@@ -91,7 +65,7 @@ def test_every_room_has_its_place() -> None:
 
 def test_contributing_shows_the_same_order() -> None:
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("reads the imports:")[1]
-    block = text.split("Two doors")[0]
+    block = text.split("One door")[0]
     assert block.replace(",", " ").split() == ORDER
 
 
@@ -115,7 +89,7 @@ def test_a_recipe_is_declared_without_heavy_imports() -> None:
     import sys
 
     code = (
-        "import sys, qlora_recipes, qlora_recipes.commandline, qlora_recipes.cli, qlora_recipes.listing\n"
+        "import sys, qlora_recipes.commands.recipe_cli, qlora_recipes.cli, qlora_recipes.commands.list\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,17 +20,19 @@ import pytest
 import torch
 from kill_and_resume import outcome
 
-from qlora_recipes import DatasetSpec, Recipe, checkpoints, faults, training
-from qlora_recipes.benchmark.command import main as benchmark
-from qlora_recipes.checkpoints import Checkpoint, newest_intact
-from qlora_recipes.commandline import run_command
-from qlora_recipes.errors import DivergenceError, EnvironmentFault, RunFolderError, UsageError
-from qlora_recipes.faults import OutOfMemoryFault
-from qlora_recipes.resuming import Journal, find_checkpoint
-from qlora_recipes.runs import RunFolder
+from qlora_recipes import DatasetSpec, Recipe
+from qlora_recipes.commands.recipe_cli import run_command
+from qlora_recipes.errors import DivergenceError, RunFolderError, SetupError, UsageError
+from qlora_recipes.experiments.benchmark.command import main as benchmark
+from qlora_recipes.run import checkpoints
+from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.signals import Stopped
 from qlora_recipes.settings import Settings, resolve
-from qlora_recipes.stopping import Stopped
-from qlora_recipes.trainer import RunTrainer
+from qlora_recipes.training import faults, train
+from qlora_recipes.training.faults import MemoryExhaustedError
+from qlora_recipes.training.journal import Journal, find_checkpoint
+from qlora_recipes.training.trainer import RunTrainer
 
 STEPS = dict(
     gradient_checkpointing=True,
@@ -65,7 +67,7 @@ class Runs:
         )
 
     def train(self, name: str, *, resume: bool = False, **training_: Any) -> RunFolder:
-        return training.train(self.settings(name, **training_), resume=resume, skip_checks=SLOW)
+        return train.train(self.settings(name, **training_), resume=resume, skip_checks=SLOW)
 
     def copy(self, name: str) -> RunFolder:
         """Return the finished run as a kill right before its receipt would have left it."""
@@ -358,9 +360,9 @@ def test_another_run_is_not_gone_on_with(runs: Runs, tmp_path: Path, change: dic
 
 def test_what_is_kept_and_shown_may_change(runs: Runs) -> None:
     journal = Journal(RunFolder(runs.folder / "whole"))
-    from qlora_recipes.resuming import of_settings
+    from qlora_recipes.training.journal import settings_identity
 
-    journal.refuse_another(of_settings(runs.settings("whole", save_steps=1, save_total_limit=1, logging_steps=1)))
+    journal.refuse_another(settings_identity(runs.settings("whole", save_steps=1, save_total_limit=1, logging_steps=1)))
 
 
 @pytest.mark.parametrize("key", ["rows", "template", "base weights", "first adapter", "processes"])
@@ -462,7 +464,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints(
         with small_files() if self.state.global_step == 4 else nullcontext():
             plain(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(EnvironmentFault, match=r"GiB are free.*--resume"):
+    with monkeypatch.context() as patch, pytest.raises(SetupError, match=r"GiB are free.*--resume"):
         patch.setattr(RunTrainer, kind, save)
         runs.train(f"full {kind}")
     folder = RunFolder(runs.folder / f"full {kind}")
@@ -477,7 +479,7 @@ def test_a_folder_that_takes_no_files_is_one_error(
 ) -> None:
     """The system's answer is given in its place; a folder that is read-only in truth has a test of its own."""
     settings = replace(runs.settings("unused"), output_dir=tmp_path)
-    with pytest.raises(EnvironmentFault) as caught, faults.machine_faults(settings):
+    with pytest.raises(SetupError) as caught, faults.machine_faults(settings):
         raise OSError(number, os.strerror(number), str(tmp_path / "checkpoints"))
     assert os.strerror(number) in str(caught.value)
     assert "--resume" in str(caught.value)
@@ -554,7 +556,7 @@ def starve(monkeypatch: pytest.MonkeyPatch, rows: int, step: int) -> None:
 
 def test_out_of_memory_is_one_error_with_the_plan(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     starve(monkeypatch, rows=1, step=0)
-    with pytest.raises(OutOfMemoryFault) as caught:
+    with pytest.raises(MemoryExhaustedError) as caught:
         runs.train("starved", eval_strategy="no")
     message = str(caught.value)
     assert "out of memory with 2 rows of up to 128 tokens" in message
@@ -635,7 +637,7 @@ def test_evaluating_needs_rows_to_evaluate_on(runs: Runs, recipe_for: Callable[.
     none_kept = recipe_for(dataset=DatasetSpec(runs.recipe.dataset.source, held_out=0.0))
     settings = replace(runs.settings("nothing held out"), recipe=none_kept)
     with pytest.raises(UsageError, match="needs held-out rows"):
-        training.train(settings)
+        train.train(settings)
     assert not settings.output_dir.exists()
 
 

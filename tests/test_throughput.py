@@ -19,11 +19,11 @@ from trl.trainer import utils
 
 from qlora_recipes import standins
 from qlora_recipes.errors import UsageError
+from qlora_recipes.experiments.throughput import arms, bound, command, models, results
+from qlora_recipes.experiments.throughput.arms import Specification
+from qlora_recipes.memory.sizes import linear_shapes, parameter_count, sizes_of
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, Sizes
-from qlora_recipes.preparing import read_run
-from qlora_recipes.sizes import linear_shapes, parameter_count, sizes_of
-from qlora_recipes.throughput import arms, bound, command, models, results
-from qlora_recipes.throughput.arms import Specification
+from qlora_recipes.training.build import prepare_rows
 
 ROOT = Path(__file__).parent.parent
 SEVEN = {"llama2": (4096, LLAMA_2_7B_CHAT.sizes), "falcon": (4544, FALCON_7B.sizes)}
@@ -161,9 +161,9 @@ def specification(family: str, **others: Any) -> Specification:
 
 def test_rows_of_a_length_are_cut_there(tmp_path: Path) -> None:
     settings = arms.settings_of(specification("llama2", rows=command._rows_of(96, tmp_path), max_length=96))
-    assert settings.left_open == {"batch", "checkpointing"}
+    assert settings.auto_fields == {"batch", "checkpointing"}
     assert settings.training["per_device_train_batch_size"] * settings.training["gradient_accumulation_steps"] == 8
-    rows = read_run(settings).data.train
+    rows = prepare_rows(settings).data.train
     assert len(rows) == 256
     assert {len(row.encoded.input_ids) for row in rows} == {96}
 

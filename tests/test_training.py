@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora_recipes import Recipe, loading
-from qlora_recipes.adapters import WEIGHTS, adapter_sha256, load_adapter
-from qlora_recipes.encoding import ConversationEncoder
-from qlora_recipes.errors import EnvironmentFault, ModelError, QuantizationError, RecipeError, RunFolderError
+from qlora_recipes import Recipe
+from qlora_recipes.base import loading
+from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, load_adapter
+from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.errors import ModelError, QuantizationError, RecipeError, RunFolderError, SetupError
 from qlora_recipes.precision import PRECISIONS, precision_named
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import resolve
-from qlora_recipes.training import train
+from qlora_recipes.training.train import train
 
 Train = Callable[..., RunFolder]
 CPU = torch.device("cpu")
@@ -192,7 +193,7 @@ def test_a_falcon_that_stays_unquantised_is_refused(
 
 
 def test_float16_asks_for_cuda_and_says_why(tiny: Callable[[str], Path]) -> None:
-    with pytest.raises(EnvironmentFault, match="needs CUDA: CPUs multiply float16"):
+    with pytest.raises(SetupError, match="needs CUDA: CPUs multiply float16"):
         loading.load_base(str(tiny("llama2")), None, precision_named("fp16"), "float16", device=CPU)
 
 
@@ -234,7 +235,7 @@ def test_versions_outside_the_tested_range_are_refused(monkeypatch: pytest.Monke
     from qlora_recipes import environment
 
     monkeypatch.setattr(environment.importlib.metadata, "requires", lambda name: ["torch>=99", "rich>=1", "nothere>=1"])
-    with pytest.raises(EnvironmentFault) as caught:
+    with pytest.raises(SetupError) as caught:
         environment.check_versions()
     message = str(caught.value)
     assert "torch 2" in message

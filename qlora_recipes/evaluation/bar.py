@@ -57,7 +57,7 @@ class Bar:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
+def silence_lm_eval() -> Iterator[None]:
     """Silence lm-eval's bars and its log below errors; what of it matters is counted and written down."""
     log = logging.getLogger("lm_eval")
     level = log.level

@@ -18,19 +18,13 @@ from rich.console import Console
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.held_out import score_answers, score_held_out
-from qlora_recipes.evaluation.loaded import BaseKey, LoadedRun, check_remote_code, load_run, load_run_base
+from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
 from qlora_recipes.evaluation.records import Scores, TaskResult, finished_tasks, write_task
-from qlora_recipes.evaluation.task_loading import (
-    HELD_OUT_TASKS,
-    STANDIN_TASKS,
-    EvalTask,
-    checked_limit,
-    load_tasks,
-)
+from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS, EvalTask, checked_limit, load_tasks
 from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import precision_named
-from qlora_recipes.runs import RunFolder
-from qlora_recipes.stopping import Stopped, StopSignals
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.signals import Stopped, StopSignals
 
 # Of a stand-in and of a model of billions: larger is faster where memory allows. Never "auto", which may choose another
 # size for each arm, and with it other roundings.
@@ -145,11 +139,11 @@ def _score_missing(
     for key in dict.fromkeys(job.key for job in jobs):
         mine = [i for i, job in enumerate(jobs) if job.key == key]
         if any(task.name not in results[i] for i in mine for task in wanted[i]):
-            base = load_run_base(key)
+            base = restore_base(key)
             for i in mine:
                 missing = [task for task in wanted[i] if task.name not in results[i]]
                 if missing:
-                    with load_run(
+                    with restore_run(
                         jobs[i].folder, base, key, adapter=options.adapter, other_template=options.other_template
                     ) as run:
                         _score(run, missing, options, jobs[i].output, results[i], signals, console)
@@ -233,7 +227,7 @@ def _check_same_options(result: TaskResult, task: EvalTask, job: _Job, options: 
 
 
 def _score(
-    run: LoadedRun,
+    run: RestoredRun,
     tasks: Sequence[EvalTask],
     options: Options,
     output: Path,
@@ -291,7 +285,7 @@ def _chat_template(task: EvalTask, options: Options) -> bool:
     return options.chat_template
 
 
-def _measure(run: LoadedRun, task: EvalTask, options: Options, bar: Bar) -> Scores:
+def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Scores:
     batch_size = options.batch(run.receipt)
     if task.name == "held_out":
         return score_held_out(run, batch_size=batch_size, limit=options.limit, bar=bar)

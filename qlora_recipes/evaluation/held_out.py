@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from qlora_recipes.adapters import generate
-from qlora_recipes.encoding import IGNORED, Encoded
+from qlora_recipes.base.adapters import generate
+from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.loaded import LoadedRun
+from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import Message
 
@@ -25,7 +25,7 @@ MAX_ANSWER_TOKENS = 256
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
-def score_held_out(run: LoadedRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
+def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
     """Return the negative log-likelihood of the assistant's words.
 
     `loss` is in nats a supervised token, with the end-of-turn token, as in training; `bits_per_byte` divides the same
@@ -54,12 +54,9 @@ def score_held_out(run: LoadedRun, *, batch_size: int, limit: int | None, bar: B
     )
 
 
-def score_answers(run: LoadedRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
+def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
     """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves."""
-    from qlora_recipes.evaluation.metrics import (
-        ChrF,
-        RougeL,
-    )  # nltk, which they bring along, takes seconds to import
+    from qlora_recipes.evaluation.metrics import ChrF, RougeL  # nltk, which they bring along, takes seconds to import
 
     rows = _rows(run, limit)
     prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
@@ -93,7 +90,7 @@ def score_answers(run: LoadedRun, *, batch_size: int, limit: int | None, bar: Ba
     )
 
 
-def _rows(run: LoadedRun, limit: int | None) -> list[list[Message]]:
+def _rows(run: RestoredRun, limit: int | None) -> list[list[Message]]:
     if not run.held_out:
         raise DataError(
             f"{run.folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
@@ -116,7 +113,7 @@ def _batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _losses(run: LoadedRun, rows: Sequence[Encoded]) -> list[float]:
+def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     """Return each row's negative log-likelihood in nats; the padding is on the right, where no token looks."""
     pad = run.tokenizer.pad_token_id
     ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from qlora_recipes.evaluation.bar import Bar
-    from qlora_recipes.evaluation.loaded import LoadedRun
+    from qlora_recipes.evaluation.loaded import RestoredRun
 
 
 class RunLanguageModel(HFLM):
@@ -22,7 +22,7 @@ class RunLanguageModel(HFLM):
     Overrides lm-eval 0.4.13's HFLM where a method is named with the reason.
     """
 
-    def __init__(self, run: LoadedRun, batch_size: int, bar: Bar) -> None:
+    def __init__(self, run: RestoredRun, batch_size: int, bar: Bar) -> None:
         # In 16 bits 5 % of the choices tie exactly.
         super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
         self._encoder = run.encoder

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.evaluator import evaluate
 
 from qlora_recipes.errors import DataError
-from qlora_recipes.evaluation.bar import Bar, one_voice
+from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
 from qlora_recipes.evaluation.language_model import RunLanguageModel
-from qlora_recipes.evaluation.loaded import LoadedRun
+from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
 from qlora_recipes.evaluation.task_loading import EvalTask
 
@@ -23,7 +23,7 @@ _BOOTSTRAP = 1000  # draws for the standard error of the few metrics that have n
 
 
 def score_with_lm_eval(
-    run: LoadedRun, task: EvalTask, *, batch_size: int, limit: int | None, chat_template: bool, bar: Bar
+    run: RestoredRun, task: EvalTask, *, batch_size: int, limit: int | None, chat_template: bool, bar: Bar
 ) -> Scores:
     """Return what lm-eval makes of a run in one task.
 
@@ -34,7 +34,7 @@ def score_with_lm_eval(
     """
     for part in task.parts:
         part.set_fewshot_seed(SEED)
-    with one_voice():
+    with silence_lm_eval():
         model = RunLanguageModel(run, batch_size, bar)
         outcome = evaluate(
             model,

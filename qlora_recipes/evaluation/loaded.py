@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from qlora_recipes.adapters import adapter_sha256, load_adapter
+from qlora_recipes.base.adapters import adapter_sha256, load_adapter
+from qlora_recipes.base.loading import load_base
 from qlora_recipes.chat_templates import ChatTemplate
-from qlora_recipes.encoding import ConversationEncoder
+from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.errors import CheckError, ModelError, UsageError
 from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.formatters import Message
-from qlora_recipes.loading import load_base
 from qlora_recipes.precision import precision_named
-from qlora_recipes.runs import RunFolder
+from qlora_recipes.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def check_remote_code(receipt: Mapping[str, Any], *, allowed: bool) -> None:
 
 
 @dataclass(frozen=True)
-class LoadedBase:
+class RestoredBase:
     """A base in memory, with the hash of what lies there."""
 
     model: PreTrainedModel
@@ -80,7 +80,7 @@ class LoadedBase:
 
 
 @dataclass(frozen=True)
-class LoadedRun:
+class RestoredRun:
     """A run in memory, with the proof that it is that run."""
 
     folder: RunFolder
@@ -97,7 +97,7 @@ class LoadedRun:
     adapter_on_off_difference: float | None
 
 
-def load_run_base(key: BaseKey) -> LoadedBase:
+def restore_base(key: BaseKey) -> RestoredBase:
     """Load the base of one or more runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, receipt, _ = load_base(
@@ -108,13 +108,13 @@ def load_run_base(key: BaseKey) -> LoadedBase:
         device=device,
         trust_remote_code=key.trust_remote_code,
     )
-    return LoadedBase(model.eval(), receipt.sha256)
+    return RestoredBase(model.eval(), receipt.sha256)
 
 
 @contextmanager
-def load_run(
-    folder: RunFolder, base: LoadedBase, key: BaseKey, *, adapter: bool = True, other_template: bool = False
-) -> Iterator[LoadedRun]:
+def restore_run(
+    folder: RunFolder, base: RestoredBase, key: BaseKey, *, adapter: bool = True, other_template: bool = False
+) -> Iterator[RestoredRun]:
     """Attach a run's adapter to its base for the time of the context, and prove both against the receipt.
 
     Raises:
@@ -128,7 +128,7 @@ def load_run(
         _check_same("base", base.sha256, receipt["base"]["sha256"], _BASE_ADVICE)
     held_out = read_held_out(folder)
     if not adapter:
-        yield LoadedRun(
+        yield RestoredRun(
             folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256, None, None
         )
         return
@@ -137,7 +137,7 @@ def load_run(
         loaded = adapter_sha256(model)
         _check_same("adapter", loaded, receipt["adapter"]["final_sha256"], _ADAPTER_ADVICE)
         difference = _on_off_difference(model, encoder, held_out)
-        yield LoadedRun(
+        yield RestoredRun(
             folder,
             receipt,
             model,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_recipes.errors import DataError, UsageError, nearest
-from qlora_recipes.evaluation.bar import one_voice
+from qlora_recipes.evaluation.bar import silence_lm_eval
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -64,7 +64,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, list[EvalTask]]:
         DataError: for a broken YAML file, or data that cannot be had.
     """
     meant = {name: list(LEADERBOARD) if name == "openllm" else [name] for name in names}
-    with one_voice():
+    with silence_lm_eval():
         asked = [part for parts in meant.values() for part in parts]
         standard = _standard_tasks([name for name in asked if name not in OWN and not _is_path(name)])
         return {name: [task for part in parts for task in _load(part, standard)] for name, parts in meant.items()}

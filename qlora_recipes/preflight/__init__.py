@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from qlora_recipes.preflight import (
     answers,
-    asked,
     budget,
     dtypes,
     forged_turns,
     gradient,
+    launch,
     loss,
     machine,
     packing,
@@ -26,10 +26,10 @@ from qlora_recipes.preflight import (
     vocabulary,
 )
 from qlora_recipes.preflight.running import CheckFunction, check_names, refuse_failed, run_checks
-from qlora_recipes.preflight.subject import LoadedRun, ReadRun, ReadyRun, TrainedRun
 from qlora_recipes.preflight.table import print_checks, tally
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.recipe import Recipe
+from qlora_recipes.stages import LoadedRun, ReadRun, ReadyRun, TrainedRun
 
 BEFORE_LOADING: Sequence[CheckFunction] = (
     machine.versions,
@@ -62,10 +62,10 @@ BEFORE_TRAINING: Sequence[CheckFunction] = (
     vocabulary.generation_stops,
     loss.trainer_keeps_the_loss,
     steps.steps,
-    asked.processes,
-    asked.wrapper,
-    asked.device,
-    asked.mixed_precision,
+    launch.processes,
+    launch.wrapper,
+    launch.device,
+    launch.mixed_precision,
     machine.disk_space,
     storage.quantized_linears,
     budget.base_bytes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from qlora_recipes.adapters import generate
-from qlora_recipes.data import Conversation
+from qlora_recipes.base.adapters import generate
+from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.preflight.samples import spread_where
-from qlora_recipes.preflight.subject import TrainedRun
 from qlora_recipes.preflight.verdicts import passed, warn_unless
-from qlora_recipes.runs import Check, write_json
+from qlora_recipes.run.folder import write_json
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import TrainedRun
 
 _QUESTIONS = 4
 _NEW_TOKENS = 64

@@ -6,11 +6,12 @@ import psutil
 import torch
 from accelerate import PartialState
 
-from qlora_recipes import environment, memory
+from qlora_recipes import environment
 from qlora_recipes.errors import ModelError
-from qlora_recipes.preflight.subject import ReadRun, ReadyRun, TrainedRun
+from qlora_recipes.memory import estimate
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadRun, ReadyRun, TrainedRun
 
 _OWN_GROWTH = 2**30  # of a process as it runs: what is imported late, kernels, buffers of threads
 _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a precision of fewer bits."
@@ -20,7 +21,7 @@ def memory_free(run: ReadRun) -> Check:
     """The planned peak fits into what is free before the base is loaded."""
     device = PartialState().device
     try:
-        planned = memory.plan(run.settings, device=device.type).training
+        planned = estimate.plan(run.settings, device=device.type).training
     except ModelError as error:
         return passed(f"no plan: {error}")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -33,7 +34,7 @@ def memory_free(run: ReadRun) -> Check:
 def base_bytes(run: ReadyRun) -> Check:
     """The base takes the memory that its precision promises."""
     try:
-        planned = memory.plan(run.settings).training.base
+        planned = estimate.plan(run.settings).training.base
     except ModelError as error:
         return passed(f"{_size(run.base.bytes)}; no plan: {error}")
     return warn_unless(
@@ -47,10 +48,10 @@ def peak_as_planned(run: TrainedRun) -> Check:
     """The training took the memory that was planned for it, or less: rows are seldom all as long as they may be."""
     device = PartialState().device.type
     try:
-        planned = memory.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
+        planned = estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
     except ModelError as error:
         return passed(f"no plan: {error}")
-    taken = environment.peak_since_reset(device) - run.bytes_beside
+    taken = environment.peak_since_reset(device) - run.non_weight_bytes
     return warn_unless(
         taken <= 1.1 * planned + _OWN_GROWTH,
         f"{_size(taken)}, {_size(planned)} planned",

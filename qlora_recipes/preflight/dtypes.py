@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qlora_recipes.adapters import adapter_tensors
-from qlora_recipes.loading import stored_tensors
+from qlora_recipes.base.adapters import adapter_tensors
+from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.preflight.probes import logits, probe_batch
-from qlora_recipes.preflight.subject import ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadyRun
 
 _BELOW_16_BITS = {"uint8", "int8"}
 
@@ -31,7 +31,7 @@ def base_dtype(run: ReadyRun) -> Check:
     return fail_unless(
         not others,
         f"{', '.join(sorted(others))} beside {run.settings.dtype}" if others else f"{stored} in memory",
-        "Load the base through qlora_recipes.loading.load_base, which sets every one of them.",
+        "Load the base through qlora_recipes.base.loading.load_base, which sets every one of them.",
     )
 
 

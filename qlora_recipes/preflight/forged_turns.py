@@ -12,13 +12,13 @@ from collections.abc import Sequence, Set
 from functools import cache
 from itertools import chain
 
-from qlora_recipes.data import Conversation
-from qlora_recipes.encoding import ConversationEncoder
+from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.formatters import Message, Reason, RowError
 from qlora_recipes.preflight.samples import count_and_first
-from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadRun
 
 _ROLES = ("system", "user", "assistant", "user", "assistant")
 

@@ -7,9 +7,9 @@ import math
 import torch
 
 from qlora_recipes.preflight.probes import forward, gradients, logits, probe_batch
-from qlora_recipes.preflight.subject import ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadyRun
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
 _NOISE = 1e-3  # GPUs add in another order each time; the defect looked for halves the gradient

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
-from qlora_recipes.data import TOO_LONG, Conversation
-from qlora_recipes.encoding import IGNORED
+from qlora_recipes.data.encoding import IGNORED
+from qlora_recipes.data.prepare import TOO_LONG, Conversation
 from qlora_recipes.preflight.samples import count_and_first, spread
-from qlora_recipes.preflight.subject import ReadRun, ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadRun, ReadyRun
 
 _DECODED_ROWS = 200  # decoding all of 10,000 rows would take seconds
 _CUT_SHARE = 0.01  # of the supervised tokens; a long row or two of a thousand are nothing to ask about

@@ -9,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 from qlora_recipes import environment
-from qlora_recipes.preflight.subject import ReadRun, ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import model_location
+from qlora_recipes.stages import ReadRun, ReadyRun
 
 _CHECKPOINT_PARTS = 3  # float32 weights and Adam's two moments of the same size
 _HUB_SECONDS = 3

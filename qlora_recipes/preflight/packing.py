@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from qlora_recipes.encoding import Encoded
+from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.preflight.probes import collate, logits
-from qlora_recipes.preflight.subject import ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadyRun
 
 _TOKENS = 300  # of each conversation: together more than those that attention tells apart by a mask
 _NOISE = 1e-3  # of how far the changed conversation's own logits move; a leak measured 0.1 and more

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_recipes.encoding import IGNORED, Encoded
-from qlora_recipes.preflight.subject import ReadyRun
+from qlora_recipes.data.encoding import IGNORED, Encoded
+from qlora_recipes.stages import ReadyRun
 
 PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
 
@@ -48,7 +48,7 @@ def logits(run: ReadyRun, batch: dict[str, Any]) -> torch.Tensor:
 
 def gradients(run: ReadyRun, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
     """Return name to gradient of every weight, None where there is none, after one pass in training mode."""
-    torch.manual_seed(0)  # the same dropout in every probe; put back by `untouched`
+    torch.manual_seed(0)  # the same dropout in every probe; put back by `preserving_state`
     run.model.train()
     run.model.zero_grad(set_to_none=True)
     forward(run, batch).loss.backward()

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from qlora_recipes.data import TOO_LONG, Conversation
+from qlora_recipes.data.prepare import TOO_LONG, Conversation
 from qlora_recipes.formatters import Reason
 from qlora_recipes.preflight.samples import spread
-from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadRun
 
 _SHARED_WORDS = 8  # words in a row that two texts share by chance next to never
 _HELD_OUT = 2_000  # held-out conversations looked for: their words are held in memory

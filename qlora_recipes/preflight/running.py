@@ -10,8 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from qlora_recipes.errors import CheckError, RecipesError, UsageError, nearest
-from qlora_recipes.preflight.untouched import untouched
-from qlora_recipes.runs import Check
+from qlora_recipes.preflight.preserving import preserving_state
+from qlora_recipes.run.receipt import Check
 
 CheckFunction = Callable[[Any], Check]
 """A function of one stage of a run (see subject.py); its name is the check's."""
@@ -31,7 +31,7 @@ def _run(check: CheckFunction, run: Any, skip: Collection[str]) -> Check:
     name = check.__name__
     if name in skip:
         return Check(name, "off", "turned off")
-    with untouched(getattr(run, "model", None)):
+    with preserving_state(getattr(run, "model", None)):
         try:
             return replace(check(run), name=name)
         except RecipesError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from qlora_recipes.preflight.subject import ReadyRun
 from qlora_recipes.preflight.verdicts import warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadyRun
 
 _FEW = 10
 

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from qlora_recipes.loading import base_name
-from qlora_recipes.preflight.subject import ReadyRun
+from qlora_recipes.base.loading import base_name
+from qlora_recipes.kernels.dequantize import dequantized
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import model_location
-from qlora_recipes.storage import dequantized
+from qlora_recipes.stages import ReadyRun
 
 if TYPE_CHECKING:
     from peft import PeftModel

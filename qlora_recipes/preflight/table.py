@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "off": "dim"}
 

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlora_recipes.data import Conversation
-from qlora_recipes.encoding import IGNORED
+from qlora_recipes.data.encoding import IGNORED
+from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.preflight.samples import spread_where
-from qlora_recipes.preflight.subject import ReadRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,14 +7,14 @@ import math
 import torch
 from transformers import AutoTokenizer
 
-from qlora_recipes.encoding import ConversationEncoder
-from qlora_recipes.loading import base_sha256
+from qlora_recipes.base.loading import base_sha256
+from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.preflight.probes import logits, probe_batch
 from qlora_recipes.preflight.samples import spread_where
-from qlora_recipes.preflight.subject import TrainedRun
 from qlora_recipes.preflight.template import template_agrees, template_sha256
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import TrainedRun
 
 _RELOADED = "reloaded"
 _FEW_LOSSES = 10

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
 
 
 def passed(figure: str) -> Check:

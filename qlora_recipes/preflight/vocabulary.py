@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import chain
 
 from qlora_recipes.preflight.samples import count_and_first
-from qlora_recipes.preflight.subject import ReadRun, ReadyRun
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
-from qlora_recipes.runs import Check
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import ReadRun, ReadyRun
 
 
 def padding_token(run: ReadRun) -> Check:

@@ -1,0 +1,132 @@
+"""LoRA adapters: attach one to a base, describe it, and load one from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import set_seed
+
+from qlora_recipes.base.loading import hash_tensors
+from qlora_recipes.errors import ModelError, RecipeError, nearest
+from qlora_recipes.kernels.lora_linear import fuse_lora_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
+# Initialisations that touch the adapter alone and can be repeated in float32. Others (PiSSA, OLoRA, LoftQ, ...)
+# rewrite the base, and with it make another baseline of every precision.
+_REPEATABLE = (True, "gaussian")
+
+
+def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
+    """Return the base with a new float32 adapter, the same for every precision of one seed.
+
+    PEFT gives an adapter the dtype of its layer and casts it to float32 afterwards: beside a 16-bit base the first
+    weights are rounded, beside a 4-bit base they are not. They are drawn again in float32, right after seeding.
+
+    Raises:
+        RecipeError: when a target module is not in the model.
+    """
+    _check_targets(base, lora)
+    set_seed(seed)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
+    initialisation = lora.get("init_lora_weights", True)
+    set_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and initialisation in _REPEATABLE:
+            module.reset_lora_parameters(ADAPTER, initialisation)
+    return model
+
+
+def _check_targets(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
+    """PEFT takes a list of which one name matches and passes over the others without a word."""
+    targets = lora.get("target_modules")
+    if not isinstance(targets, (list, tuple)):
+        return
+    linears = sorted({name.rsplit(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+    names = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise RecipeError(
+                f"lora: target_modules names {target!r}, which {type(base).__name__} has not; its linear layers are "
+                f"{', '.join(linears)}.{nearest(str(target), linears)}"
+            )
+
+
+def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the trainable weights in a fixed order, named as in the model."""
+    return ((name, weight.data) for name, weight in sorted(model.named_parameters()) if weight.requires_grad)
+
+
+def adapter_sha256(model: PeftModel) -> str:
+    """Return the hash of the adapter's weights, which differs when one bit does."""
+    return hash_tensors(adapter_tensors(model))
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """Return the full names of the modules that carry the adapter."""
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return the base with a saved adapter, unmerged, in float32 as it was trained.
+
+    Raises:
+        ModelError: when the folder holds no adapter in safetensors, or one for another base.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"no adapter at {folder}: {WEIGHTS} is missing. Wanted the adapter/ folder of a finished run")
+    try:
+        # Trainable, so that `adapter_tensors` sees the weights and their hash can be held against the receipt.
+        model = PeftModel.from_pretrained(
+            base, str(folder), adapter_name=ADAPTER, is_trainable=True, use_safetensors=True
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
+    fuse_lora_layers(model)
+    return model
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end: int,
+    pad: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Continue prompts greedily, as one batch, and return what was added to each.
+
+    An answer that ended by itself ends with the id `end`; one that was cut at `max_new_tokens` does not.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        temperature=None,  # a chat model's own settings for sampling, which greedy search warns of
+        top_p=None,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    return [_up_to(answer, end) for answer in output[:, width:].tolist()]
+
+
+def _up_to(ids: list[int], end: int) -> list[int]:
+    """Return the ids up to the first `end`, which stays; padding comes after it."""
+    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -1,0 +1,258 @@
+"""The tokenizer and the base model, repaired, and counted after loading. The only place a base is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qlora_recipes.base import repairs
+from qlora_recipes.errors import ModelError, QuantizationError, SetupError, TemplateError
+from qlora_recipes.kernels import attention
+from qlora_recipes.kernels.dequantize import row_scales
+from qlora_recipes.models import ModelSpec
+from qlora_recipes.precision import Precision, quantization_config
+from qlora_recipes.run.receipt import BaseReceipt, QuantizedReceipt
+from qlora_recipes.settings import model_location
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    spec: ModelSpec, model: str, revision: str | None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the base's tokenizer with the recipe's chat template and pad token.
+
+    Raises:
+        ModelError: when it cannot be had.
+        TemplateError: when a token that the recipe relies on is not in the vocabulary.
+    """
+    own = dict(spec.tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
+    tokenizer.init_kwargs.update(spec.tokenizer)  # or they are not saved, and a reload gives other ids
+    mended = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
+    tokenizer.repairs = ["merge_spaces_last"] if mended else []  # for the receipt
+    if spec.pad_token not in tokenizer.get_vocab():
+        raise TemplateError(
+            f"{model} has no token {spec.pad_token!r} to pad with, and a new one would resize the embedding; "
+            "set ModelSpec.pad_token to a token of its vocabulary that no conversation holds"
+        )
+    tokenizer.pad_token = spec.pad_token
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id == tokenizer.pad_token_id:
+        raise TemplateError(
+            f"{model} pads with {tokenizer.pad_token!r} and ends turns with {tokenizer.eos_token!r}; these must differ"
+        )
+    tokenizer.chat_template = spec.chat_template.source
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(
+    model: str,
+    revision: str | None,
+    precision: Precision,
+    dtype: str,
+    *,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, BaseReceipt, list[str]]:
+    """Return the frozen base, what was counted in it, and the names of the repairs that were made.
+
+    Raises:
+        ModelError: when it cannot be had.
+        QuantizationError: when a linear layer is not stored as the precision says.
+        SetupError: when the device cannot hold or compute in that precision.
+    """
+    _check_device(precision, dtype, device)
+    config = _from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
+    made = _repair_architecture(config)
+    base = _from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        model,
+        revision,
+        dtype=getattr(torch, dtype),
+        quantization_config=quantization_config(precision, dtype),
+        device_map={"": device},
+        use_safetensors=True,  # a pickle can run code when it is opened
+        attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
+        trust_remote_code=trust_remote_code,
+    )
+    if repairs.keep_4bit_gradients(base):
+        made.append("keep_4bit_gradients")
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    receipt = describe_base(base, config, precision, model=model, revision=revision, dtype=dtype)
+    _check_quantized(receipt, precision)
+    return base, receipt, made
+
+
+def _repair_architecture(config: PretrainedConfig) -> list[str]:
+    if config.model_type != "falcon":
+        return []
+    falcon = (repairs.quantize_falcon_linears, repairs.separate_packed_falcon)
+    for repair in falcon:
+        repair()
+    repairs.route_falcon_attention(attention.NAME)
+    return [repair.__name__ for repair in falcon]
+
+
+def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
+    """Call a `from_pretrained`, and say in one sentence why it failed."""
+    import huggingface_hub.errors as hub
+
+    location = model_location(model)
+    try:
+        return load(location, revision=revision or "main", **kwargs)
+    except (OSError, ValueError, SafetensorError, hub.HfHubHTTPError) as error:
+        reason = _reason(error)
+        raise ModelError(f"cannot load {location}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    import huggingface_hub.errors as hub
+
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    if any(isinstance(link, hub.GatedRepoError) for link in chain):
+        return "it is gated. Accept its terms on the hub, then run: hf auth login"
+    first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (
+        f"{first}. Wanted a hub id that can be reached, or a folder with config.json and safetensors (--model); "
+        "weights in pickle (.bin, .pt) are never opened, since that can run code"
+    )
+
+
+def _check_device(precision: Precision, dtype: str, device: torch.device) -> None:
+    if device.type == "cpu" and dtype == "float16":
+        raise SetupError(
+            "training in float16 needs CUDA: CPUs multiply float16 up to 1,000 times slower than bfloat16, and its "
+            "gradients need a scaler that is made for GPUs. Use --dtype bfloat16, or --precision bf16"
+        )
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16, or --precision fp16")
+
+
+def describe_base(
+    base: PreTrainedModel,
+    config: PretrainedConfig,
+    precision: Precision,
+    *,
+    model: str,
+    revision: str | None,
+    dtype: str,
+) -> BaseReceipt:
+    """Count what lies in memory: linear layers by class, bytes by storage, and a hash of all of it.
+
+    What should be quantised is counted on an empty model of the same configuration, so that a layer that quantisation
+    overlooked is missed here and not there.
+    """
+    with torch.device("meta"):
+        blueprint = AutoModelForCausalLM.from_config(config)
+    expected = sum(1 for _ in _linears(blueprint, nn.Linear)) if precision.quantized else 0
+    found = sum(_is_stored_as(module, precision) for module in _linears(base, nn.Linear)) if precision.quantized else 0
+    storage: Counter[str] = Counter()
+    for _, tensor in stored_tensors(base):
+        storage[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    return BaseReceipt(
+        model=model,
+        revision=getattr(base.config, "_commit_hash", None) or revision,
+        dtype=dtype,
+        linears=dict(Counter(type(module).__name__ for module in _linears(base, nn.Linear))),
+        quantized=QuantizedReceipt(expected=expected, found=found),
+        parameters=sum(parameter.numel() for parameter in blueprint.parameters()),
+        bytes=storage.total(),
+        bytes_by_storage=dict(storage),
+        sha256=base_sha256(base),
+    )
+
+
+def _linears(model: PreTrainedModel, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    """Yield every linear layer but the output layer, which no precision quantises."""
+    output = model.get_output_embeddings()
+    return (module for module in model.modules() if isinstance(module, kind) and module is not output)
+
+
+def _is_stored_as(module: nn.Module, precision: Precision) -> bool:
+    """Look at the weights themselves: a layer's class says what was meant, not what was done."""
+    weight = module.weight
+    if precision.quant_type is None:
+        return weight.dtype == torch.int8
+    state = getattr(weight, "quant_state", None)
+    return state is not None and state.quant_type == precision.quant_type and state.nested == precision.double_quant
+
+
+def _check_quantized(receipt: BaseReceipt, precision: Precision) -> None:
+    quantized = receipt.quantized
+    if precision.quantized and not (quantized.found == quantized.expected > 0):
+        raise QuantizationError(
+            f"{quantized.found} of {quantized.expected} linear layers of {receipt.model} are stored as "
+            f"{precision.name}; found {receipt.linears}. The rest would train in {receipt.dtype} under a wrong name: "
+            "use --precision bf16, or add a repair for this architecture to qlora_recipes/repairs.py"
+        )
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the model as stored, quantisation constants included; adapters are left out."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "lora_" in name:
+            continue
+        yield name, tensor.data
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            yield from ((f"{name}.{key}", part) for key, part in _constants(state))
+        elif tensor.dtype == torch.int8:
+            scales = row_scales(model.get_submodule(name.rpartition(".")[0]))
+            if scales is not None:
+                yield f"{name}.SCB", scales
+
+
+def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "absmax", state.absmax
+    yield "code", state.code
+    if state.nested:
+        yield "state2.absmax", state.state2.absmax
+        yield "state2.code", state.state2.code
+        yield "offset", state.offset
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Return the hash over the stored bytes of a base, the same with an adapter around it and without."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(max_workers=8) as threads:  # hashlib lets go of the interpreter: 3.6 GB at 2 GB/s each
+        for part in threads.map(_tensor_sha256, *zip(*stored_tensors(model), strict=True)):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _tensor_sha256(name: str, tensor: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(base_name(name).encode())
+    digest.update(raw_bytes(tensor))
+    return digest.digest()
+
+
+def base_name(name: str) -> str:
+    """Return the name that a base's module or tensor has without an adapter around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor of any dtype, for hashing."""
+    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def hash_tensors(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""`qlora-recipes merge RUN`: write the adapter into 16-bit weights, and measure what that changes.
+
+Never into 4-bit weights: quantising the sum again makes another model than the one that was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
+from qlora_recipes.evaluation.writing import disk_faults
+from qlora_recipes.precision import PRECISIONS
+from qlora_recipes.run.folder import RunFolder, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ADVICE = "Give --output a folder that can be made and written"
+PROBES = 16
+"""Held-out conversations whose log-likelihoods are compared before and after."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Merge a run into a folder that `from_pretrained` loads, with `merge.json` beside the weights."""
+    parser = argparse.ArgumentParser(prog="qlora-recipes merge", description="Write the adapter into 16-bit weights.")
+    parser.add_argument("run", help="run folder, such as runs/llama2_guanaco-demo/nf4-seed0")
+    parser.add_argument("--output", help="folder to write (default: RUN/merged)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a base trained with it")
+    flags = parser.parse_args(arguments)
+    output = Path(flags.output or Path(flags.run) / "merged")
+    report = merge(RunFolder(Path(flags.run)), output, trust_remote_code=flags.trust_remote_code)
+    print(
+        f"merged into {output}, {report['dtype']}. Mean |difference| of held-out log-likelihoods per token: "
+        f"{report['merging']:.4f} by merging"
+        + (f", {report['storage']:.4f} between {report['trained_on']} and 16 bits" if report["storage"] else "")
+    )
+
+
+def merge(folder: RunFolder, output: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Write the merged model and return what is in its `merge.json`.
+
+    Raises:
+        RunFolderError: when the output folder holds something already, or takes no files.
+        UsageError: when the base brings code of its own and that is not allowed.
+    """
+    receipt = folder.receipt()
+    check_remote_code(receipt, allowed=trust_remote_code)
+    with disk_faults(output, _ADVICE):  # before the base is loaded, which takes minutes
+        output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()):
+            raise RunFolderError(f"{output} is not empty; give --output another folder")
+    trained = BaseKey.of(receipt)
+    wide = BaseKey.of(receipt, next(name for name, kind in PRECISIONS.items() if kind.dtype == receipt["dtype"]))
+    as_trained = _log_likelihoods_of(folder, trained) if trained != wide else None
+    with restore_run(folder, restore_base(wide), wide) as run:
+        unmerged = _log_likelihoods(run, run.model)
+        merged = run.model.merge_and_unload()
+        after = _log_likelihoods(run, merged)
+        with disk_faults(output, _ADVICE):
+            merged.save_pretrained(output)
+            run.tokenizer.save_pretrained(output)
+    report = {
+        "adapter_sha256": receipt["adapter"]["final_sha256"],
+        "base": receipt["base"]["model"],
+        "trained_on": receipt["precision"],
+        "dtype": receipt["dtype"],
+        "merging": _mean_difference(unmerged, after),
+        "storage": _mean_difference(as_trained, unmerged) if as_trained else None,
+    }
+    write_json(output / "merge.json", report)
+    return report
+
+
+def _log_likelihoods_of(folder: RunFolder, key: BaseKey) -> list[float]:
+    with restore_run(folder, restore_base(key), key) as run:
+        return _log_likelihoods(run, run.model)
+
+
+@torch.no_grad()
+def _log_likelihoods(run: RestoredRun, model: nn.Module) -> list[float]:
+    """Return the log-likelihood in nats of every token of a few held-out conversations."""
+    values: list[float] = []
+    for messages in run.held_out[:PROBES]:
+        ids = torch.tensor([run.encoder.encode(messages).input_ids], device=run.model.device)
+        scores = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+        values += scores.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+    return values
+
+
+def _mean_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return sum(differences) / max(1, len(differences))

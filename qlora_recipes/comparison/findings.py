@@ -1,0 +1,210 @@
+"""What a comparison found: the typed content of `report.json`, from which every report is rendered.
+
+Records only. Percentages and scores are in points (a score of 0 to 1 times 100), bits per byte in bits, KL in nats.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+from qlora_recipes.comparison.paired import BitsPerByte, Comparison, Flips
+from qlora_recipes.errors import ComparisonError
+from qlora_recipes.evaluation.kl_files import Divergence, LayerError
+
+SCHEMA_VERSION = 1
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The logged losses of one run."""
+
+    precision: str
+    seed: int
+    steps: list[int]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One precision over all its seeds: what it cost, and how it scored."""
+
+    precision: str
+    seeds: list[int]
+    scores: dict[str, float]
+    """Task to score in points, the mean over seeds."""
+    base_bytes: int
+    """The base as stored, quantisation constants included."""
+    peak_bytes: int
+    """Highest peak of any seed while training."""
+    adapter_bytes: int
+    """Size of the adapter's file."""
+    tokens_per_second: float
+    """Mean over seeds, while training."""
+    seconds: float
+    """Mean wall time of the training loop."""
+    final_loss: float
+    """Mean over seeds of the last tenth of the logged losses."""
+
+
+@dataclass(frozen=True)
+class TaskContrast:
+    """One task's difference between an arm and its baseline."""
+
+    task: str
+    metric: str
+    score: float
+    """Of the arm, in points."""
+    baseline_score: float
+    comparison: Comparison
+    p_holm: float
+    """`comparison.p_difference`, adjusted over the tasks (Holm)."""
+
+
+@dataclass(frozen=True)
+class FlipCount:
+    """Documents of one task that were answered differently, for one seed."""
+
+    task: str
+    seed: int
+    flips: Flips
+
+
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """One document that the two arms answered differently."""
+
+    task: str
+    subject: str | None
+    doc_id: str
+    seed: int
+    change: str
+    """`right to wrong`, `wrong to right` or `wrong to other wrong`, from the baseline to the arm."""
+    prompt: str
+    target: str
+    baseline_answer: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class BitsContrast:
+    """Bits per byte of held-out text in one task, the mean over seeds."""
+
+    task: str
+    a: float
+    """Of the arm."""
+    b: float
+    """Of the baseline."""
+    comparison: BitsPerByte | None
+    """None where the texts are too few for an interval."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One arm against its baseline."""
+
+    name: str
+    """What is under test, such as `nf4`."""
+    baseline: str
+    sentence: str
+    """The verdict, with margin, documents and seeds."""
+    overall: Comparison
+    tasks: list[TaskContrast]
+    flips: list[FlipCount]
+    changed: list[ChangedAnswer]
+    """A sample of the documents that were answered differently."""
+    changed_share: float | None
+    """Points: share of all documents answered differently, right or wrong; None where no task is right or wrong."""
+    bits: list[BitsContrast]
+    divergence: Divergence | None
+    quantization_error: list[LayerError]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A measurement that is no arm: a base before tuning, or an adapter on another base."""
+
+    name: str
+    scores: dict[str, float]
+    """Task to score in points, the mean over seeds."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One of the steps that lead from the baseline to an arm."""
+
+    name: str
+    meaning: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that was counted or verified."""
+
+    name: str
+    verdict: str
+    """pass, warn or fail."""
+    figure: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was found."""
+
+    recipe: str
+    demo: bool
+    model: str
+    dtype: str
+    """16-bit dtype that every arm computes in."""
+    baseline: str
+    """Precision of the baseline."""
+    seeds: list[int]
+    margin: float
+    """Points."""
+    earlier_margins: list[float]
+    """Margins that were stated before this one, the first one first; a verdict under a changed margin is weaker."""
+    limit: int | None
+    """Documents per task that the evaluation was limited to; a report with a limit is no result."""
+    arms: list[Arm]
+    """The baseline first."""
+    contrasts: list[Contrast]
+    """Every other arm against the baseline."""
+    noise: Contrast | None
+    """The baseline's second seed against its first: what differs where the precision does not."""
+    controls: list[Control]
+    effects: list[Effect]
+    losses: list[LossCurve]
+    validity: list[Fact]
+    caveats: list[str]
+    """Reasons to believe a verdict less than its interval says."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def from_json(content: Any) -> Report:
+    """Return the report that `report.json` holds.
+
+    Raises:
+        ComparisonError: when it is of another schema.
+    """
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise ComparisonError(f"this is no report of schema {SCHEMA_VERSION}; compare the runs again")
+    return _decode(Report, content)
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """Build a value of an annotated type from parsed JSON."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value)
+    if origin is list:
+        return [_decode(arguments[0], item) for item in value]
+    if origin is tuple:
+        return tuple(value)
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{field.name: _decode(hints[field.name], value[field.name]) for field in fields(kind)})
+    return value

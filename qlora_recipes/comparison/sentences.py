@@ -1,0 +1,62 @@
+"""A comparison in one sentence, with its margin, documents and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_recipes.comparison.paired import Comparison, Interval
+
+
+def sentence(name: str, baseline: str, found: Comparison, tasks: Sequence[str], seeds: Sequence[int]) -> str:
+    """Say what an arm did against its baseline. Differences are in points."""
+    evidence = f"{found.n:,} documents of {_count(len(tasks), 'task')} and {_count(len(seeds), 'seed')}"
+    margin = f"the margin of ±{found.margin:g} {'point' if found.margin == 1 else 'points'}"
+    if found.limited:
+        return (
+            f"NOT A RESULT: the evaluation was limited to {evidence}. In this trial {name} scores "
+            f"{points(found.difference)} against {baseline} (90 % interval {interval(found.interval)})."
+        )
+    if found.verdict == "equivalent":
+        return (
+            f"{name} matches {baseline}: its score differs by {points(found.difference)} (90 % interval "
+            f"{interval(found.interval)}), which lies inside {margin}, over {evidence}."
+        )
+    if found.verdict == "different":
+        better = "above" if found.difference > 0 else "below"
+        return (
+            f"{name} does not match {baseline}: it scores {points(abs(found.difference), sign=False)} {better} it "
+            f"(95 % interval {interval(found.interval_95)}, 90 % {interval(found.interval)}), with {margin}, over "
+            f"{evidence}."
+        )
+    return (
+        f"Inconclusive: {name} scores {points(found.difference)} against {baseline} (90 % interval "
+        f"{interval(found.interval)}); that is not inside {margin}, nor does the 95 % interval "
+        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_needed(found)}"
+    )
+
+
+def _needed(found: Comparison) -> str:
+    if found.n_needed is not None:
+        return f" About {found.n_needed:,} documents would settle it."
+    return " What is wide is the spread over seeds: train more of them." if found.seed_interval else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign, a typographic minus, and none for zero."""
+    text = f"{abs(value):.{digits}f}"
+    return text if not float(text) else ("−" if value < 0 else "+") + text  # noqa: RUF001  the sign of print
+
+
+def points(value: float, *, sign: bool = True) -> str:
+    """Return a difference in percentage points."""
+    text = signed(value) if sign else f"{value:.2f}"
+    return f"{text} points"
+
+
+def interval(bounds: Interval, digits: int = 2) -> str:
+    """Return both bounds of an interval."""
+    return f"{signed(bounds[0], digits)} to {signed(bounds[1], digits)}"

@@ -1,0 +1,183 @@
+"""Usable rows in an Arrow file on disk, read back one at a time, so that memory does not grow with their number.
+
+The file lies in a folder of its own under the system's folder for temporary files (`TMPDIR` names another), and goes
+when the last of its rows goes, or with the process. Knows nothing of how rows are read, formatted or encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import overload
+
+import numpy
+import pyarrow
+from datasets import Dataset
+
+from qlora_recipes.data.encoding import Encoded
+from qlora_recipes.errors import RecipesError, SetupError
+from qlora_recipes.formatters import Message
+
+_SCHEMA = pyarrow.schema(
+    {
+        "place": pyarrow.string(),
+        "messages": pyarrow.large_string(),  # as JSON; the offsets of `string` end at 2 GiB a batch
+        "input_ids": pyarrow.list_(pyarrow.int32()),
+        "labels": pyarrow.list_(pyarrow.int32()),
+        "supervised_lost": pyarrow.int32(),
+        "truncated": pyarrow.bool_(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One usable row."""
+
+    place: str
+    """Where it stands in its file, such as `line 3`."""
+    messages: list[Message]
+    encoded: Encoded
+    """Cut to max_length."""
+    supervised_lost: int
+    """Tokens of the answers that the cut took away."""
+    truncated: bool
+
+
+class Rows(Sequence[Conversation]):
+    """Conversations on disk, each of which is read anew whenever it is asked for."""
+
+    def __init__(self, file: _RowFile, indices: numpy.ndarray) -> None:
+        self._file = file
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Conversation | Rows:
+        if isinstance(index, slice):
+            return Rows(self._file, self._indices[index])
+        return next(self._file.read(self._indices[[index]]))
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return self._file.read(self._indices)
+
+    def where(self, chosen: numpy.ndarray) -> Rows:
+        """Return the rows for which `chosen`, one bool a row, holds."""
+        return Rows(self._file, self._indices[chosen])
+
+    def dataset(self) -> Dataset:
+        """Return ids and labels as a dataset that is read from disk; use it only while these rows are held."""
+        table = Dataset.from_file(str(self._file.path))
+        return table.select_columns(["input_ids", "labels"]).select(self._indices)
+
+
+class _RowFile:
+    """The file, in a folder that is removed when nobody holds it any more or the process ends."""
+
+    def __init__(self) -> None:
+        folder = tempfile.mkdtemp(prefix="qlora-recipes-")
+        self.path = Path(folder) / "rows.arrow"
+        self.remove = weakref.finalize(self, _remove, folder, os.getpid())
+
+    def write(self, batches: Iterable[Sequence[Conversation]]) -> None:
+        with pyarrow.OSFile(str(self.path), "wb") as file, pyarrow.ipc.new_stream(file, _SCHEMA) as stream:
+            for batch in batches:
+                stream.write_batch(_record_batch(batch))
+
+    def open(self) -> int:
+        """Map the file into memory, and return how many rows are in it."""
+        self._batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path))).read_all().to_batches()
+        self._starts = numpy.cumsum([0, *map(len, self._batches)])
+        return int(self._starts[-1])
+
+    def read(self, indices: numpy.ndarray) -> Iterator[Conversation]:
+        numbers = numpy.searchsorted(self._starts, indices, side="right") - 1  # of each row's batch
+        ends = numpy.flatnonzero(numpy.diff(numbers, append=-1)) + 1
+        for begin, end in pairwise([0, *ends]):
+            number = numbers[begin]
+            yield from _conversations(self._batches[number], (indices[begin:end] - self._starts[number]).tolist())
+
+
+def _conversations(batch: pyarrow.RecordBatch, indices: Iterable[int]) -> Iterator[Conversation]:
+    place, messages, ids, labels, lost, truncated = batch.columns
+    id_values, id_starts = ids.values.to_numpy(), ids.offsets.to_numpy()  # views of the file, not copies
+    label_values, label_starts = labels.values.to_numpy(), labels.offsets.to_numpy()
+    for i in indices:
+        yield Conversation(
+            place=place[i].as_py(),
+            messages=json.loads(messages[i].as_py()),
+            encoded=Encoded(
+                id_values[id_starts[i] : id_starts[i + 1]].tolist(),
+                label_values[label_starts[i] : label_starts[i + 1]].tolist(),
+            ),
+            supervised_lost=lost[i].as_py(),
+            truncated=truncated[i].as_py(),
+        )
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker holds a copy of everything, and ends before its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
+    """Write conversations, a batch at a time, and return them all; where anything is raised, nothing stays behind.
+
+    Raises:
+        SetupError: when they cannot be written, as on a full disk.
+    """
+    with _disk_faults():
+        file = _RowFile()
+        try:
+            file.write(batches)
+            return Rows(file, numpy.arange(file.open()))
+        except BaseException:
+            file.remove()
+            raise
+
+
+@contextmanager
+def _disk_faults() -> Iterator[None]:
+    try:
+        yield
+    except RecipesError:  # some are OSErrors too, and none of those is about this file
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise SetupError(
+            f"the prepared rows cannot be written: {reason}; {_room()}. They take about five times the size of the "
+            "data file. Make room, or name a folder on another disk: TMPDIR=/path/to/folder before the command"
+        ) from error
+
+
+def _room() -> str:
+    try:
+        folder = tempfile.gettempdir()
+        return f"{shutil.disk_usage(folder).free / 2**30:,.2f} GiB are free in {folder}"
+    except OSError:
+        return "there is no folder for temporary files"
+
+
+def _record_batch(rows: Sequence[Conversation]) -> pyarrow.RecordBatch:
+    columns = {
+        "place": [row.place for row in rows],
+        "messages": [json.dumps(row.messages, ensure_ascii=False) for row in rows],
+        "input_ids": [row.encoded.input_ids for row in rows],
+        "labels": [row.encoded.labels for row in rows],
+        "supervised_lost": [row.supervised_lost for row in rows],
+        "truncated": [row.truncated for row in rows],
+    }
+    return pyarrow.RecordBatch.from_pydict(columns, schema=_SCHEMA)

@@ -1,0 +1,166 @@
+"""From messages to token ids and labels, such that the text of a message can never become a control token.
+
+The template is rendered with a stand-in character for every control token it emits. The rendered text is cut at
+these; what lies between is encoded as plain text, whatever it spells, and the control tokens are put back by id.
+For text without control strings the ids are those of the tokenizer on the whole text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.data.sandbox import memory_limit, time_limit
+from qlora_recipes.errors import TemplateError
+from qlora_recipes.formatters import Message, Reason, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Tokens = tuple[list[int], list[tuple[int, int]]]
+_RENDER_BYTES = 2**29
+_RENDER_SECONDS = 10.0  # of one conversation, which takes less than a millisecond
+IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
+# Unicode's noncharacters, which no text may hold: one for each control token of a template.
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as the model sees it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The id where the token is in the loss, -100 elsewhere; as long as `input_ids`."""
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens in the loss."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+    def cut(self, max_length: int) -> Encoded:
+        """Return the first `max_length` tokens."""
+        return Encoded(self.input_ids[:max_length], self.labels[:max_length])
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation as the template writes it, with a stand-in character for each control token."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    """Where each part that is in the loss begins and ends, in characters."""
+
+
+class ConversationEncoder:
+    """Encodes conversations with one tokenizer and one chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        source = template.source
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        literal = [token for token in tokenizer.all_special_tokens if token in source]
+        tokens = list(dict.fromkeys([*named.values(), *literal]))
+        if len(tokens) > len(_NONCHARACTERS):
+            raise TemplateError(f"{len(tokens)} control tokens, wanted at most {len(_NONCHARACTERS)}")
+        marks = dict(zip(tokens, _NONCHARACTERS, strict=False))
+        for token in sorted(literal, key=len, reverse=True):  # written out in the template instead of as a variable
+            source = source.replace(token, marks[token])
+        self._source = source
+        self._variables = {name: marks[token] for name, token in named.items()}
+        self._ids = {mark: tokenizer.convert_tokens_to_ids(token) for token, mark in marks.items()}
+        self._cut = re.compile("([" + "".join(marks.values()) + "])")
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """Return ids and labels; the loss covers what the template generates for the assistant.
+
+        Raises:
+            RowError: when a message holds a role marker or a character that stands for a control token.
+            TemplateError: when the template cannot be rendered.
+        """
+        return self.tokenize([self.render(messages)])[0]
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """Return the text of a conversation, the first half of `encode`, with the same errors."""
+        self._check(messages)
+        return self._render(messages, add_generation_prompt=False)
+
+    def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
+        """Return the ids and labels of rendered conversations, many of which at once are spread over the cores."""
+        pieces = [self._cut.split(rendered.text) for rendered in conversations]
+        plain = [piece for parts in pieces for piece in parts if piece and piece not in self._ids]
+        tokens = iter(self._plain_tokens(plain))
+        return [
+            self._put_together(parts, tokens, rendered.spans)
+            for parts, rendered in zip(pieces, conversations, strict=True)
+        ]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids after which the assistant's answer is to be generated."""
+        self._check(messages)
+        text = self._render(messages, add_generation_prompt=True).text
+        return self.tokenize([Rendered(text, [])])[0].input_ids
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if marker := self.template.forged_marker(message["content"]):
+                raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text holds {marker!r}")
+            if found := re.search("[\ufdd0-\ufdef]", message["content"]):
+                raise RowError(
+                    Reason.UNENCODABLE, f"the {message['role']}'s text holds the noncharacter {found.group()!a}"
+                )
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
+        try:
+            with time_limit(_RENDER_SECONDS), memory_limit(_RENDER_BYTES):
+                texts, spans = render_jinja_template(  # in Jinja's sandbox
+                    [list(messages)],
+                    chat_template=self._source,
+                    return_assistant_tokens_mask=True,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._variables,
+                )
+        except Exception as error:  # a template is a program, and fails as programs do
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
+        return Rendered(texts[0], spans[0])
+
+    def _put_together(
+        self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]
+    ) -> Encoded:
+        """Return one conversation, taking the next tokens for each piece of text and the id for each mark."""
+        ids: list[int] = []
+        positions: list[int] = []  # of each token's first character in the rendered text
+        start = 0
+        for piece in pieces:
+            if piece in self._ids:
+                ids.append(self._ids[piece])
+                positions.append(start)
+            elif piece:
+                found, offsets = next(tokens)
+                ids += found
+                positions += [start + begin for begin, _ in offsets]
+            start += len(piece)
+        return Encoded(ids, _labels(ids, positions, spans))
+
+    def _plain_tokens(self, texts: list[str]) -> Iterable[_Tokens]:
+        """Return, for each text, the ids of its tokens and where each begins and ends, no string being special."""
+        if not texts:
+            return []
+        batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+
+
+def _labels(ids: list[int], positions: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+    places = numpy.array(positions, dtype=numpy.int64)
+    supervised = numpy.zeros(len(ids), dtype=bool)
+    for begin, end in spans:
+        supervised |= (begin <= places) & (places < end)
+    return numpy.where(supervised, ids, IGNORED).tolist()

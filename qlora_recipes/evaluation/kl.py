@@ -1,0 +1,150 @@
+"""How far apart two arms are beneath their answers: next-token distributions, and the stored weights themselves.
+
+One model is in memory at a time. The baseline's log-probabilities go to disk, and every arm is read against them; the
+original weights are read from their file one matrix at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from qlora_recipes.data.encoding import IGNORED
+from qlora_recipes.errors import DataError
+from qlora_recipes.evaluation.kl_files import (
+    TOKENS,
+    Divergence,
+    LayerError,
+    read_divergence,
+    read_quantization_error,
+    write_divergence,
+    write_quantization_error,
+)
+from qlora_recipes.evaluation.loaded import BaseKey, RestoredBase, RestoredRun, restore_base, restore_run
+from qlora_recipes.precision import precision_named
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.settings import model_location
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_WEIGHTS = "model.safetensors"
+
+
+def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable[[str], None] = lambda _: None) -> None:
+    """Measure how far runs are from the reference, and what quantisation did to their layers; skip what is done.
+
+    The figures go into the run folders, see `divergence_files`.
+
+    Raises:
+        RecipesError: when a run is not what its receipt says, or kept no conversation from training.
+    """
+    todo = [other for other in others if read_divergence(reference, other) is None]
+    if todo:
+        with tempfile.TemporaryDirectory(prefix="log-probabilities-") as scratch:
+            _measure(reference, todo, Path(scratch), said)
+
+
+def _measure(reference: RunFolder, todo: Sequence[RunFolder], scratch: Path, said: Callable[[str], None]) -> None:
+    keys = {folder.path: BaseKey.of(folder.receipt()) for folder in (reference, *todo)}
+    for key in dict.fromkeys(keys.values()):  # the reference's first
+        base = restore_base(key)
+        if keys[reference.path] == key:
+            said(f"log-probabilities of {reference.path.name}")
+            with restore_run(reference, base, key) as run:
+                _write_log_probabilities(run, scratch)
+        for folder in (folder for folder in todo if keys[folder.path] == key):
+            said(f"divergence of {folder.path.name}")
+            _measure_quantization(folder, base, key)
+            with restore_run(folder, base, key) as run:
+                found = _compare(run, scratch)
+            write_divergence(reference, folder, found)
+        del base
+        gc.collect()
+
+
+def _write_log_probabilities(run: RestoredRun, folder: Path) -> None:
+    for i, block in enumerate(_log_probabilities(run)):
+        np.save(folder / f"{i}.npy", block.numpy())
+
+
+@torch.no_grad()
+def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
+    """Yield a (tokens, words) block in float32 for each held-out conversation: what precedes a supervised token."""
+    left = TOKENS
+    longest = run.receipt["data"]["max_length"]
+    if not run.held_out:
+        raise DataError(f"{run.folder.path} kept no conversation from training; KL is measured on those")
+    for messages in run.held_out:
+        if left <= 0:
+            return
+        row = run.encoder.encode(messages).cut(longest)
+        ids = torch.tensor([row.input_ids], device=run.model.device)
+        supervised = torch.tensor(row.labels[1:]) != IGNORED
+        if bool(supervised.any()):
+            logits = run.model(input_ids=ids).logits[0, :-1][supervised.to(ids.device)][:left]
+            left -= len(logits)
+            yield torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def _compare(run: RestoredRun, folder: Path) -> Divergence:
+    divergences, same = [], 0
+    for i, block in enumerate(_log_probabilities(run)):
+        reference = torch.from_numpy(np.load(folder / f"{i}.npy"))
+        divergences.append((reference.exp() * (reference - block)).sum(-1, dtype=torch.float64).clamp(min=0))
+        same += int((reference.argmax(-1) == block.argmax(-1)).sum())
+    by_token = torch.cat(divergences)
+    return Divergence(
+        tokens=len(by_token),
+        mean_kl=float(by_token.mean()),
+        median_kl=float(by_token.median()),
+        p99_kl=float(by_token.quantile(0.99)),
+        same_top_1=100 * same / len(by_token),
+    )
+
+
+def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -> None:
+    if precision_named(key.precision).quantized and not read_quantization_error(folder):
+        write_quantization_error(folder, base.sha256, list(quantization_error(base.model, key)))
+
+
+@torch.no_grad()
+def quantization_error(model: nn.Module, key: BaseKey) -> Iterator[LayerError]:
+    """Yield the relative error of every quantised layer, held against the weights in the checkpoint's own file."""
+    files = _weight_files(key)
+    for name, module in model.named_modules():
+        if not _quantized(module) or f"{name}.weight" not in files:
+            continue
+        with safe_open(files[f"{name}.weight"], framework="pt") as checkpoint:
+            original = checkpoint.get_tensor(f"{name}.weight").to(getattr(torch, key.dtype)).float()
+        stored = dequantize_module_weight(module).float().cpu()
+        yield LayerError(name, float((stored - original).norm() / original.norm()))
+
+
+def _quantized(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and (getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8)
+
+
+def _weight_files(key: BaseKey) -> Mapping[str, str]:
+    """Return tensor name to the safetensors file that holds it."""
+    location, revision = model_location(key.model), key.revision or "main"
+    index = cached_file(
+        location, f"{_WEIGHTS}.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if index is None:
+        single = cached_file(location, _WEIGHTS, revision=revision)
+        with safe_open(single, framework="pt") as checkpoint:
+            return dict.fromkeys(checkpoint.keys(), single)
+    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return {name: str(Path(index).parent / shard) for name, shard in shards.items()}

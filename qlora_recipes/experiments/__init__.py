@@ -1,0 +1,1 @@
+"""Programs of many runs: the benchmark of precisions, and the throughput of training."""

@@ -1,0 +1,233 @@
+"""What a benchmark will do: arms and seeds, settled and checked before anything is trained.
+
+Imports nothing heavy, so that a misspelt flag answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_recipes.commands.recipe_cli import parse, settings_from
+from qlora_recipes.comparison.build import choose_baseline
+from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.evaluation.writing import disk_faults
+from qlora_recipes.precision import precision_named
+from qlora_recipes.recipe import Recipe, load_recipe
+from qlora_recipes.run.folder import RunFolder, write_json
+from qlora_recipes.settings import Settings
+
+SCHEMA_VERSION = 1
+RECORD = "benchmark.json"
+# Flags of a recipe that the benchmark sets itself, with what to give it in their place.
+_OURS = {
+    "precision": "--precisions",
+    "seed": "--seeds",
+    "output_dir": "--output",
+    "plan": "the recipe itself",
+    "resume": "nothing; it goes on by itself",
+    "overwrite": "another --output",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run to be trained and evaluated."""
+
+    settings: Settings
+    words: Sequence[str]
+    """The recipe's command line."""
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.settings.output_dir)
+
+    @property
+    def precision(self) -> str:
+        return self.settings.precision.name
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}, seed {self.settings.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark, settled."""
+
+    recipe: type[Recipe]
+    recipe_file: Path
+    arms: Sequence[Arm]
+    """Seed by seed, the baseline first."""
+    baseline: str
+    precisions: Sequence[str]
+    """The baseline first."""
+    seeds: Sequence[int]
+    tasks: Sequence[str] | None
+    """None for the default of the runs."""
+    margin: float
+    """Points."""
+    limit: int | None
+    demo: bool
+    flags: Sequence[str]
+    """Flags that every arm passes on to the recipe."""
+    output: Path
+
+    def folders(self, precision: str) -> list[RunFolder]:
+        """Return the run folders of a precision, in the order of the seeds."""
+        return [arm.folder for arm in self.arms if arm.precision == precision]
+
+
+def plan_benchmark(
+    recipe_file: Path,
+    *,
+    precisions: Sequence[str],
+    seeds: Sequence[int],
+    margin: float,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    demo: bool = False,
+    flags: Sequence[str] = (),
+    output: Path | None = None,
+) -> Plan:
+    """Return the plan, with every arm's settings resolved.
+
+    Raises:
+        UsageError: for a recipe, precision, seed or flag that cannot be, or that the benchmark sets itself.
+    """
+    recipe = load_recipe(recipe_file)
+    _check(precisions, seeds, parse(recipe, flags))
+    baseline = choose_baseline(precisions)
+    ordered = sorted(precisions, key=lambda name: name != baseline)
+    shared = [*flags, *(["--demo"] if demo else []), *_dtype_words(baseline)]
+    name = settings_from(recipe, parse(recipe, [*flags, *(["--demo"] if demo else [])])).name
+    output = output or Path("runs") / name / "benchmark"
+    arms = []
+    for seed in seeds:
+        for precision in ordered:
+            folder = output / f"{precision}-seed{seed}"
+            words = [*_without_dtype(shared, precision, baseline), "--precision", precision, "--seed", str(seed)]
+            words += ["--output_dir", str(folder)]
+            arms.append(Arm(settings_from(recipe, parse(recipe, words)), words))
+    declared = None if demo else list(recipe.eval_tasks) or None
+    return Plan(
+        recipe=recipe,
+        recipe_file=recipe_file,
+        arms=arms,
+        baseline=baseline,
+        precisions=ordered,
+        seeds=list(seeds),
+        tasks=list(tasks) if tasks else declared,
+        margin=margin,
+        limit=limit,
+        demo=demo,
+        flags=list(flags),
+        output=output,
+    )
+
+
+def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, Any]) -> None:
+    for what, values in (("precision", precisions), ("seed", seeds)):
+        if twice := [value for value in values if list(values).count(value) > 1]:
+            raise UsageError(f"--{what}s: {twice[0]} is given twice")
+    if len(precisions) < 2:
+        raise UsageError(f"--precisions: got {', '.join(precisions)}, wanted two or more, such as nf4 bf16")
+    dtypes = {precision_named(name).dtype for name in precisions} - {None}
+    if len(dtypes) > 1:
+        raise UsageError("--precisions: bf16 and fp16 compute in different dtypes and cannot be arms of one comparison")
+    if ours := [name for name in flags if name in _OURS]:
+        raise UsageError(f"--{ours[0]} is set by the benchmark for every arm; give {_OURS[ours[0]]}")
+
+
+def _dtype_words(baseline: str) -> list[str]:
+    """The quantised arms compute in the baseline's dtype."""
+    dtype = precision_named(baseline).dtype
+    return ["--dtype", dtype] if dtype == "float16" else []
+
+
+def _without_dtype(words: Sequence[str], precision: str, baseline: str) -> list[str]:
+    return [word for word in words if precision != baseline or word not in ("--dtype", "float16")]
+
+
+def check_trained(arm: Arm) -> None:
+    """Refuse a finished run that was trained with other settings than are asked for now.
+
+    Raises:
+        RunFolderError: naming what differs.
+    """
+    receipt, settings = arm.folder.receipt(), arm.settings
+    asked = {
+        "recipe": settings.name,
+        "precision": settings.precision.name,
+        "dtype": settings.dtype,
+        "demo": settings.demo,
+        "base": {"model": settings.model},
+        "data": {"source": settings.dataset_name},
+        "settings": {"lora": dict(settings.lora), "training": dict(settings.training)},
+    }
+    for key, was, wanted in _differing("", receipt, json.loads(json.dumps(asked, default=str))):
+        raise RunFolderError(
+            f"{arm.folder.path} was trained with {key} {was!r}, and {wanted!r} is asked for. Give --output another "
+            "folder"
+        )
+
+
+def _differing(path: str, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key, value in wanted.items():
+        if isinstance(value, Mapping):
+            yield from _differing(f"{path}{key}.", was.get(key, {}), value)
+        elif key in was and was[key] != value:
+            yield f"{path}{key}", was[key], value
+
+
+def record_margin(plan: Plan) -> list[float]:
+    """Write the margin down before anything is measured, and return those that were stated earlier.
+
+    Raises:
+        RunFolderError: when the folder is another benchmark's.
+    """
+    file = plan.output / RECORD
+    earlier = _read(file)
+    mine = {"recipe": plan.arms[0].settings.name, "demo": plan.demo, "flags": list(plan.flags)}
+    for key, value in mine.items():
+        if earlier and earlier[key] != value:
+            raise RunFolderError(
+                f"{plan.output} is a benchmark with {key} {earlier[key]!r}, and {value!r} is asked for. Give --output "
+                "another folder"
+            )
+    if earlier and earlier["limit"] is None and plan.limit is not None:
+        raise RunFolderError(f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)")
+    margins = list(earlier["margins"]) if earlier else []
+    if not margins or margins[-1] != plan.margin:
+        margins.append(plan.margin)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        **mine,
+        "precisions": list(plan.precisions),
+        "baseline": plan.baseline,
+        "seeds": list(plan.seeds),
+        "tasks": plan.tasks and list(plan.tasks),
+        "limit": plan.limit,
+        "margins": margins,
+    }
+    with disk_faults(plan.output, "Give --output another folder"):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+    return margins[:-1]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if file.parent.is_dir() and any(file.parent.iterdir()):
+            raise RunFolderError(f"{file.parent} holds other files. Give --output another folder") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} cannot be read: {error}. Give --output another folder") from error
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise RunFolderError(f"{file} is no benchmark of schema {SCHEMA_VERSION}. Give --output another folder")
+    return content

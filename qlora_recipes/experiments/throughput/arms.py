@@ -1,0 +1,243 @@
+"""Train one arm for a few steps, in a process of its own, and write down how fast it was.
+
+python -m qlora_recipes.experiments.throughput.arms ARM SPECIFICATION.json RESULT.json
+
+The arms see the same rows, token for token and label for label, in the same batches, with an adapter of the same shape,
+the same schedule and seed. `plain` is what TRL's documentation shows, with its defaults; `plain_bf16` says bfloat16
+where a user who knows would; `recipe` is this package.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora_recipes import DatasetSpec, Recipe, environment, formatters
+from qlora_recipes.base import loading
+from qlora_recipes.experiments.throughput.models import SPECS
+from qlora_recipes.kernels.dequantize import EXPANDED
+from qlora_recipes.memory import estimate
+from qlora_recipes.memory.fitting import fit_to_memory
+from qlora_recipes.precision import precision_named
+from qlora_recipes.preflight import ReadRun
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.settings import Settings, resolve
+from qlora_recipes.training import build
+from qlora_recipes.training.accounting import non_weight_bytes
+from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.train import machine
+from qlora_recipes.training.trainer import TokenCount
+
+ARMS = ("plain", "plain_bf16", "recipe")
+WITHOUT = tuple(f"without_{piece}" for piece in ("attention", "output_layer", "lora_linear", "storage", "packing",
+                "fitting", "threads"))  # fmt: skip
+"""The recipe's arm with one piece left out, to see what the piece is worth."""
+BATCH = 8
+"""Rows of a step: TRL's default."""
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What every arm of one comparison shares."""
+
+    family: str
+    model: str
+    rows: str
+    format_row: str | None
+    precision: str
+    dtype: str
+    max_length: int
+    steps: int
+    rank: int
+    seed: int
+    storage: str
+
+
+def settings_of(spec: Specification) -> Settings:
+    """Return the settings of the recipe's arm, with everything left open that a recipe may leave open."""
+    given = getattr(formatters, spec.format_row) if spec.format_row else None
+    declared = {
+        "model": SPECS[spec.family],
+        "dataset": DatasetSpec(spec.rows, format_row=given, held_out=0.0),
+        "lora": dict(r=spec.rank, lora_alpha=spec.rank),
+        "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
+        "__module__": __name__,
+    }
+    recipe = type("Throughput", (Recipe,), declared)
+    dtype = None if precision_named(spec.precision).dtype else spec.dtype
+    settings = resolve(recipe, precision=spec.precision, dtype=dtype, model=spec.model, storage=spec.storage)
+    batch = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
+    return replace(settings, training={**settings.training, **batch}, auto_fields=frozenset(("batch", "checkpointing")))
+
+
+def leave_out(arm: str, read: ReadRun) -> None:
+    """Fit a run to the machine, and undo one piece of the fast path in this process."""
+    if arm == "without_fitting":
+        read.settings = replace(read.settings, storage="packed", auto_fields=frozenset())
+    read.settings = fit_to_memory(read.settings, machine())
+    if arm == "without_storage":
+        read.settings = replace(read.settings, storage="packed")
+    if arm == "without_packing":
+        read.settings.training["padding_free"] = False
+    if arm == "without_attention":
+        read.settings.training["padding_free"] = True
+        loading.attention = SimpleNamespace(NAME="sdpa")
+    if arm == "without_output_layer":
+        build.score_supervised_tokens = lambda: None
+    if arm == "without_lora_linear":
+        build.fuse_lora_layers = lambda model: 0
+    if arm == "without_threads":
+        torch.set_num_threads(1)  # as `accelerate launch` leaves a CPU run
+
+
+def _shared(spec: Specification) -> dict[str, Any]:
+    """SFTConfig fields that decide the loss; the same in every arm."""
+    return dict(
+        max_steps=spec.steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        seed=spec.seed,
+        logging_steps=1,
+        report_to="none",
+    )
+
+
+def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
+    """Return the trainer of an arm."""
+    read = prepare_rows(settings_of(spec))
+    if arm == "recipe" or arm in WITHOUT:
+        leave_out(arm, read)
+        run = load_model(read)
+        return build_trainer(run, RunFolder(Path(folder)))
+    rows = [row.encoded for row in read.data.train]
+    dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
+    stored, cpu = precision_named(spec.precision), not torch.cuda.is_available()
+    sixteen = arm == "plain_bf16"
+    quantization = None
+    if stored.quant_type:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=stored.quant_type,
+            bnb_4bit_use_double_quant=stored.double_quant,
+            **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
+        )
+    mixed = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
+    trainer = SFTTrainer(
+        spec.model,
+        args=SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            max_length=spec.max_length,
+            save_strategy="no",
+            use_cpu=cpu,
+            disable_tqdm=True,
+            **({"model_init_kwargs": {"dtype": spec.dtype}} if sixteen else {}),
+            **mixed,
+            **_shared(spec),
+        ),
+        train_dataset=dataset,
+        processing_class=read.tokenizer,
+        quantization_config=quantization,
+        peft_config=LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.rank,
+            target_modules=list(SPECS[spec.family].linear_layers),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if mixed:  # TRL has cast the adapter to bfloat16, which a float16 run's gradient scaler cannot take
+        for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
+            weight.data = weight.data.float()
+    return trainer
+
+
+class _Clock(TrainerCallback):
+    """Takes the time of every step, and counts the tokens in it."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.count, self.steps, self.device = TokenCount(), [], trainer.args.device
+        step = trainer.training_step
+
+        def counted(model: torch.nn.Module, inputs: Mapping[str, Any], *arguments: Any) -> torch.Tensor:
+            self.count.add(inputs)
+            return step(model, inputs, *arguments)
+
+        trainer.training_step = counted
+        trainer.add_callback(self)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.count, self._start = TokenCount(), self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps.append({"seconds": self._now() - self._start, **vars(self.count)})
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def run(arm: str, spec: Specification) -> dict[str, Any]:
+    """Train an arm and return what it did; the first step, which warms up, is not in the speed."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(arm, spec, folder)
+        clock, beside = _Clock(trainer), non_weight_bytes(trainer.model)
+        environment.reset_peak(trainer.args.device.type)
+        trainer.train()
+    counted = clock.steps[1:]
+    total = {name: sum(step[name] for step in counted) for name in counted[0]}
+    return {
+        "tokens_per_second": total["real"] / total["seconds"],
+        "supervised_tokens_per_second": total["supervised"] / total["seconds"],
+        "peak_bytes": environment.peak_bytes(trainer.args.device.type),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "supervised_tokens": [step["supervised"] for step in clock.steps],
+        "tokens": sum(step["real"] for step in clock.steps),
+        "tokens_per_micro_batch": total["real"] / total["micro_batches"],
+        "padding_share": 1 - total["real"] / total["positions"],
+        "quantized_linears": sum(
+            getattr(weight, "quant_state", None) is not None for weight in trainer.model.parameters()
+        ),
+        "storage": _storage(trainer),
+        "micro_batch": trainer.args.per_device_train_batch_size,
+        "checkpointing": bool(trainer.args.gradient_checkpointing),
+        **_memory(arm, beside, spec, trainer.args.device.type),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _memory(arm: str, beside: int, spec: Specification, device: str) -> dict[str, int]:
+    """Return the peak of the training alone, and what the plan said of it, for the arm that has one."""
+    if arm != "recipe":
+        return {}
+    planned = estimate.plan(fit_to_memory(settings_of(spec), machine()), device=device).training
+    return {"training_bytes": environment.peak_since_reset(device) - beside, "planned_bytes": planned.allocated}
+
+
+def _storage(trainer: SFTTrainer) -> str:
+    return "expanded" if any(hasattr(module, EXPANDED) for module in trainer.model.modules()) else "packed"
+
+
+def main() -> None:
+    arm, specification, result = sys.argv[1:]
+    spec = Specification(**json.loads(Path(specification).read_text(encoding="utf-8")))
+    Path(result).write_text(json.dumps(run(arm, spec)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A linear layer with its LoRA update in one function, without copies of its input.
+
+PEFT casts the input of each adapter to float32 and autocast casts it back, scales and adds in passes of their own, and
+each adapter keeps its own copy for the backward pass. Here the update is added by the product itself, the input is
+kept once, and a quantised weight is dequantised once in each direction for both. The adapter's weights stay float32;
+products are in 16 bits, as under autocast.
+
+y = x W^T + s (x A^T) B^T (arXiv 2106.09685, section 4.1), its gradient for a frozen W.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qlora_recipes.kernels.dequantize import is_4bit, weight_of
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: nn.Linear, a: torch.Tensor, b: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """x [tokens, inputs], a [rank, inputs], b [outputs, rank] -> [tokens, outputs]."""
+        down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
+        reduced = x @ down.T
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        y = nn.functional.linear(x, weight_of(layer, x.dtype), bias)
+        y.addmm_(reduced, up.T)
+        ctx.save_for_backward(x, reduced, a, b)
+        ctx.layer, ctx.scaling = layer, scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, reduced, a, b = ctx.saved_tensors
+        down, up = a.to(x.dtype), (b * ctx.scaling).to(x.dtype)
+        d_reduced = d_y @ up
+        d_a, d_b = (d_reduced.T @ x).to(a.dtype), (d_y.T @ reduced).to(b.dtype).mul_(ctx.scaling)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_y @ weight_of(ctx.layer, x.dtype)
+            d_x.addmm_(d_reduced, down)
+        return d_x, None, d_a, d_b, None
+
+
+def _forward(self: LoraLayer, x: torch.Tensor, *arguments: Any, **others: Any) -> torch.Tensor:
+    name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+    half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if (
+        not _is_plain(self, name)
+        or self.disable_adapters
+        or self.merged
+        or arguments
+        or others
+        or half == torch.float32
+    ):
+        return type(self).forward(self, x, *arguments, **others)
+    layer, scaling = self.get_base_layer(), self.scaling[name]
+    with torch.autocast(x.device.type, enabled=False):
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if is_4bit(layer) and not torch.is_grad_enabled():  # bitsandbytes has kernels that never write the weight out
+            x = x.to(half)
+            return layer(x) + (x @ a.to(half).T) @ (b * scaling).to(half).T
+        y = _LoraLinear.apply(x.to(half).flatten(0, -2), layer, a, b, scaling)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def fuse_lora_layers(model: nn.Module) -> int:
+    """Give every plain LoRA layer on a 16-bit or 4-bit linear the function above; return how many.
+
+    Left to PEFT are dropout, DoRA and other variants, biases, and int8, whose product is its library's own; and at
+    each call several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
+    gathers a weight when the module that owns it is called, and here it is not.
+    """
+    plain = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and _is_plain(layer, layer.active_adapters[0])
+    ]
+    for layer in plain:
+        layer.forward = MethodType(_forward, layer)
+    return len(plain)
+
+
+def _is_plain(layer: LoraLayer, name: str | None) -> bool:
+    base = layer.get_base_layer()
+    return (
+        isinstance(base, nn.Linear)
+        and name in layer.lora_A
+        and base.weight.dtype != torch.int8
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and name not in layer.lora_variant
+        and layer.lora_A[name].bias is None
+        and layer.lora_B[name].bias is None
+    )

@@ -1,0 +1,1 @@
+"""How much memory a run needs, from dimensions alone, and what fits a machine. Arithmetic; imports no torch."""

@@ -1,0 +1,163 @@
+"""Checkpoints that are whole or do not count: written aside, hashed, synced and renamed; proven before they are loaded.
+
+Files and folders only; knows nothing of trainers or tensors. The hashes find damage, not malice: whoever can write a
+checkpoint can write its manifest. What a checkpoint may hold is held in check where it is loaded (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.run.folder import write_json
+
+MANIFEST = "manifest.json"
+WRITING = ".writing"
+"""Folder beside the checkpoints in which the next one is made."""
+_DELETING = ".deleting-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "training_args.bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One resumable state, or what is left of it."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        return int(_NAME.fullmatch(self.path.name)[1])
+
+    def fault(self, *, hashes: bool = True) -> str | None:
+        """Return what is wrong with it, or None; without `hashes` only names and sizes are looked at."""
+        try:
+            listed = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            found = {str(file.relative_to(self.path)): file for file in _files(self.path)}
+            return _missing(listed, found) or next(_damage(listed, found, hashes), None)
+        except FileNotFoundError:
+            return f"it has no {MANIFEST}, which is written last"
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a checkpoint but its manifest; hidden ones are a file system's, not ours."""
+    return (
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST and not file.name.startswith(".")
+    )
+
+
+def _missing(listed: dict[str, dict], found: dict[str, Path]) -> str | None:
+    if not listed:
+        return f"its {MANIFEST} lists no files"
+    if missing := sorted(listed.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    if added := sorted(found.keys() - listed.keys()):
+        return f"{added[0]} was added to it"
+    pickled = [name for name in found if Path(name).name in _PICKLED_WEIGHTS]
+    return f"{pickled[0]} is a pickle, which can run code when it is opened" if pickled else None
+
+
+def _damage(listed: dict[str, dict], found: dict[str, Path], hashes: bool) -> Iterator[str]:
+    for name, entry in listed.items():
+        size = found[name].stat().st_size
+        if size != entry["bytes"]:
+            yield f"{name} has {size:,} bytes, wanted {entry['bytes']:,}"
+        elif hashes and _sha256(found[name]) != entry["sha256"]:
+            yield f"{name} has other contents than were written"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """Return the checkpoints in a folder, the newest first, whole or not."""
+    found = [Checkpoint(path) for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def newest_intact(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Return the newest checkpoint that is whole, and the name and fault of each newer one that was passed over."""
+    passed_over: dict[str, str] = {}
+    for checkpoint in checkpoints(folder):
+        fault = checkpoint.fault()
+        if fault is None:
+            return checkpoint, passed_over
+        passed_over[checkpoint.path.name] = fault
+    return None, passed_over
+
+
+def prepare(folder: Path) -> Path:
+    """Return an empty folder to write the next checkpoint in; what an interrupted save left there is removed."""
+    aside = folder / WRITING
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def publish(written: Path, folder: Path) -> Checkpoint:
+    """Give a written checkpoint its manifest, bring all of it onto the disk, and rename it into `folder`.
+
+    A damaged checkpoint of the same name is kept under another one.
+
+    Raises:
+        RunFolderError: when an intact one of that name is there.
+    """
+    files = {str(file.relative_to(written)): file for file in _files(written)}
+    for file in files.values():
+        _sync(file)
+    listed = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
+    write_json(written / MANIFEST, {"files": listed})
+    for inside in [path for path in written.rglob("*") if path.is_dir()]:
+        _sync(inside)
+    _sync(written)
+    final = Checkpoint(folder / written.name)
+    if final.path.exists():
+        _set_aside(final)
+    written.rename(final.path)
+    written.parent.rmdir()
+    _sync(folder)
+    return final
+
+
+def _set_aside(damaged: Checkpoint) -> None:
+    if damaged.fault() is None:
+        raise RunFolderError(f"{damaged.path} is there already and intact; a run writes each of its steps once")
+    names = (damaged.path.with_name(f"damaged-{damaged.path.name}-{i}") for i in range(1, 10_000))
+    damaged.path.rename(next(name for name in names if not name.exists()))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that no power cut can leave its name without its contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rotate(folder: Path, limit: int | None, best: Path | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never the newest, the best or a damaged one."""
+    for remains in folder.glob(f"{_DELETING}*"):
+        shutil.rmtree(remains, ignore_errors=True)
+    whole = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.fault(hashes=False) is None]
+    if not whole or not limit or limit < 1:
+        return
+    kept = {whole[0], *(checkpoint for checkpoint in whole if best and checkpoint.path.name == best.name)}
+    others = [checkpoint for checkpoint in whole if checkpoint not in kept]
+    for checkpoint in others[max(0, limit - len(kept)) :]:
+        gone = checkpoint.path.with_name(_DELETING + checkpoint.path.name)
+        checkpoint.path.rename(gone)  # at once, so that a kill leaves no half of a checkpoint
+        shutil.rmtree(gone)

@@ -1,0 +1,206 @@
+"""The receipt `run.json`: everything a run can prove about itself. Dataclasses only; knows nothing of files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class DataReceipt:
+    """What was read, what was used, and what the loss covers."""
+
+    source: str
+    """Hub id or file name."""
+    fingerprint: str
+    """SHA-256 over every conversation used, in order."""
+    rows_in: int
+    """Rows read."""
+    rows_used: int
+    """Rows trained on."""
+    rows_held_out: int
+    """Rows kept for evaluation."""
+    rows_dropped: dict[str, int]
+    """Reason to number of rows."""
+    tokens: int
+    """Tokens of the rows trained on, after cutting to max_length."""
+    supervised_tokens: int
+    """Those of them that are in the loss."""
+    rows_truncated: int
+    """Rows longer than max_length."""
+    answers_truncated: int
+    """Rows that lost supervised tokens by it."""
+    supervised_tokens_lost: int
+    """Supervised tokens cut away."""
+    max_length: int
+    """Longest row allowed, in tokens."""
+
+
+@dataclass
+class TemplateReceipt:
+    """The chat template that training rendered, and what evaluation and chat must render."""
+
+    name: str
+    sha256: str
+    role_markers: str
+    """Regular expression for the strings of the template that a message's text may not hold."""
+    bos_per_row: list[int]
+    """Smallest and largest number of BOS tokens in a row: one a turn pair with Llama-2, none where BOS is EOS."""
+    end_token: str
+    """The token that ends an answer."""
+    end_token_trained: bool
+    """Whether it is in the loss in every answer that was not cut."""
+
+
+@dataclass
+class QuantizedReceipt:
+    """Linear layers that should be stored in fewer bits, and those that are."""
+
+    expected: int
+    found: int
+
+
+@dataclass
+class BaseReceipt:
+    """The frozen base as it lies in memory."""
+
+    model: str
+    revision: str | None
+    """Commit that was loaded; None for a local folder."""
+    dtype: str
+    """16-bit dtype of loading and computing."""
+    linears: dict[str, int]
+    """Class name to number of linear layers, the output layer left out."""
+    quantized: QuantizedReceipt
+    parameters: int
+    """Number of weights, counted before quantisation."""
+    bytes: int
+    """Memory of weights, buffers and quantisation constants."""
+    bytes_by_storage: dict[str, int]
+    """Storage dtype to bytes."""
+    sha256: str
+    """Hash over the stored bytes of the base."""
+    storage: str = "packed"
+    """Whether 4-bit weights were dequantised for every product (`packed`), or once and kept beside (`expanded`)."""
+
+
+@dataclass
+class AdapterReceipt:
+    """The trained adapter, before and after."""
+
+    targets: list[str]
+    """Suffixes of the modules that carry it."""
+    modules: int
+    """Number of such modules."""
+    parameters: int
+    """Trainable weights."""
+    dtype: str
+    initial_sha256: str
+    """Hash of the weights before the first step; equal for all precisions of one seed."""
+    final_sha256: str
+    all_finite: bool
+    unchanged: list[str]
+    """Tensors that are what they were before the first step."""
+    bytes: int
+    """Size of the saved file."""
+
+
+@dataclass
+class TrainingReceipt:
+    """How far the training went and how fast."""
+
+    steps: int
+    micro_batches: int
+    """Forward and backward passes of one process."""
+    epochs: float
+    first_loss: float
+    final_loss: float
+    """Mean of the last tenth of the logged losses, since single steps are noisy."""
+    tokens: int
+    """Real tokens processed, padding left out, over all processes."""
+    supervised_tokens: int
+    padding_share: float
+    """Share of the processed positions that were padding."""
+    tokens_per_second: float
+    seconds: float
+    """Wall time of the training loop."""
+    packed: bool
+    processes: int
+    device: str
+    attention: str
+
+
+@dataclass
+class MemoryReceipt:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+
+    peak_bytes: int
+    base_bytes: int
+    """Peak before the first step, with the base loaded."""
+    training_bytes: int
+    """The peak without what was held beside the weights right before the first step: Python, libraries, rows."""
+    planned_bytes: int | None
+    """What the plan said of that; None where the run has no plan."""
+
+
+@dataclass
+class Check:
+    """One thing that was verified."""
+
+    name: str
+    verdict: str
+    """pass, warn, fail or off."""
+    figure: str
+    advice: str = ""
+    """What to do when it is not a pass."""
+
+
+@dataclass
+class Resume:
+    """One time that the run was gone on with after it had been interrupted."""
+
+    at: str
+    """UTC, ISO 8601."""
+    from_step: int
+    """The step of the checkpoint; 0 where there was none yet."""
+    reason: str = ""
+    """Why, where this package went on by itself."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Newer checkpoints that were damaged, and how."""
+    versions_changed: dict[str, str] = field(default_factory=dict)
+    """Packages of another version than the run was started with; the same bits cannot be promised then."""
+
+
+@dataclass
+class Receipt:
+    """Everything a run can prove about itself."""
+
+    recipe: str
+    """Name of the recipe."""
+    precision: str
+    dtype: str
+    seed: int
+    demo: bool
+    settings: dict[str, Any]
+    """LoraConfig and SFTConfig fields as resolved, under `lora` and `training`, and the recipe's `eval_tasks`."""
+    command: list[str]
+    versions: dict[str, str]
+    """Package to version."""
+    git: dict[str, Any] | None
+    """Commit and whether the work tree was clean; None outside a repository."""
+    started: str
+    """UTC, ISO 8601."""
+    data: DataReceipt
+    template: TemplateReceipt
+    base: BaseReceipt
+    adapter: AdapterReceipt
+    training: TrainingReceipt
+    memory: MemoryReceipt
+    repairs: list[str]
+    """Upstream defects found and mended in this run."""
+    checks: list[Check] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
+    """Every time that the run was gone on with."""
+    schema_version: int = SCHEMA_VERSION

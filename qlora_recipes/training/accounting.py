@@ -1,0 +1,109 @@
+"""What a training was, counted after the fact: the sections of the receipt that only its end can fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+from accelerate import PartialState
+from jinja2 import Environment, PackageLoader
+
+from qlora_recipes import environment
+from qlora_recipes.base.adapters import ADAPTER, WEIGHTS, adapted_modules, adapter_sha256, adapter_tensors
+from qlora_recipes.base.loading import stored_tensors
+from qlora_recipes.errors import ModelError
+from qlora_recipes.kernels.dequantize import EXPANDED
+from qlora_recipes.memory import estimate
+from qlora_recipes.preflight import ReadyRun
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, Receipt, TrainingReceipt
+from qlora_recipes.training.trainer import RunTrainer, TokenCount
+
+
+def describe_adapter(run: ReadyRun, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
+    """Return the adapter as it is now, beside what it was before the first step."""
+    after = dict(adapter_tensors(run.model))
+    modules = adapted_modules(run.model)
+    return AdapterReceipt(
+        targets=sorted({name.rsplit(".")[-1] for name in modules}),
+        modules=len(modules),
+        parameters=sum(tensor.numel() for tensor in after.values()),
+        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in after.values()})),
+        initial_sha256=initial,
+        final_sha256=adapter_sha256(run.model),
+        all_finite=all(bool(torch.isfinite(tensor).all()) for tensor in after.values()),
+        unchanged=sorted(name for name, tensor in after.items() if torch.equal(tensor, before[name])),
+        bytes=0,
+    )
+
+
+def describe_training(trainer: RunTrainer, seconds: float) -> TrainingReceipt:
+    """Return how far the training went and how fast, over every session of it."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tail = losses[-max(1, len(losses) // 10) :]
+    count, total = trainer.count, _over_processes(trainer)
+    return TrainingReceipt(
+        steps=trainer.state.global_step,
+        micro_batches=count.micro_batches,
+        epochs=float(trainer.state.epoch or 0),
+        first_loss=losses[0],
+        final_loss=sum(tail) / len(tail),
+        tokens=total.real,
+        supervised_tokens=total.supervised,
+        padding_share=1 - total.real / total.positions,
+        tokens_per_second=total.real / seconds,
+        seconds=seconds,
+        packed=bool(trainer.args.packing),
+        processes=trainer.accelerator.num_processes,
+        device=_device_name(trainer.args.device),
+        attention=trainer.model.config._attn_implementation,
+    )
+
+
+def describe_memory(run: ReadyRun) -> MemoryReceipt:
+    """Return the peak memory of this session."""
+    device = run.trainer.args.device.type
+    return MemoryReceipt(
+        peak_bytes=max(environment.peak_bytes(device), run.base_bytes),
+        base_bytes=run.base_bytes,
+        training_bytes=environment.peak_since_reset(device) - run.non_weight_bytes,
+        planned_bytes=_planned(run, device),
+    )
+
+
+def non_weight_bytes(model: torch.nn.Module) -> int:
+    """Return the memory that this process holds now beside the weights of a model."""
+    kept = (getattr(module, EXPANDED, None) for module in model.modules())
+    tensors = [tensor for _, tensor in stored_tensors(model)] + [tensor for tensor in kept if tensor is not None]
+    tensors += [weight for weight in model.parameters() if weight.requires_grad]
+    device = tensors[0].device.type
+    return environment.resident_bytes(device) - sum(tensor.nbytes for tensor in tensors)
+
+
+def _planned(run: ReadyRun, device: str) -> int | None:
+    try:
+        return estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
+    except ModelError:
+        return None
+
+
+def write_model_card(folder: RunFolder, receipt: Receipt) -> None:
+    """Write the card of the adapter, with the figures of its receipt."""
+    templates = Environment(loader=PackageLoader("qlora_recipes.training", "."), keep_trailing_newline=True)
+    card = templates.get_template("model_card.md.jinja").render(run=receipt, adapter_name=ADAPTER)
+    (folder.adapter / "README.md").write_text(card, encoding="utf-8")
+
+
+def saved_bytes(folder: RunFolder) -> int:
+    """Return the size of the saved adapter's weights."""
+    return (folder.adapter / WEIGHTS).stat().st_size
+
+
+def _over_processes(trainer: RunTrainer) -> TokenCount:
+    counts = torch.tensor(list(asdict(trainer.count).values()), device=trainer.args.device)
+    return TokenCount(*trainer.accelerator.reduce(counts, "sum").tolist())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

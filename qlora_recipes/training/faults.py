@@ -1,0 +1,97 @@
+"""What the machine does to a run (no disk, no permission, no memory) as errors that say what stands and what to do."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qlora_recipes.errors import ModelError, RecipesError, SetupError
+from qlora_recipes.memory import estimate
+from qlora_recipes.settings import Settings
+
+_BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+_OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE,
+}  # fmt: skip
+# What writers of tensors say instead of raising an OSError: torch.save, and safetensors with the system's number.
+_WRITE_FAILED = re.compile(r"PytorchStreamWriter|file write failed|\(os error \d+\)|unexpected pos \d+ vs \d+")
+_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+
+
+class MemoryExhaustedError(SetupError):
+    """The device, or the machine, has no memory left for a step."""
+
+
+@contextmanager
+def machine_faults(settings: Settings) -> Iterator[None]:
+    """Turn what libraries raise for a full disk, a folder that takes no files or a lack of memory into our errors.
+
+    Raises:
+        SetupError: saying what was got, what stands and the fix.
+    """
+    try:
+        yield
+    except RecipesError:
+        raise
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        raise SetupError(_cannot_write(settings, f"{error.strerror}: {error.filename or 'a file'}")) from error
+    except Exception as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text):
+            raise MemoryExhaustedError(_no_memory(settings, text)) from error
+        if _WRITE_FAILED.search(text):
+            raise SetupError(_cannot_write(settings, text)) from error
+        raise
+
+
+def _cannot_write(settings: Settings, reason: str) -> str:
+    folder = settings.output_dir.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    return (
+        f"{reason}; {free:,.2f} GiB are free at {existing}. The run stops here and keeps the checkpoints that were "
+        "finished. Make room or make the folder writable, and give the same command with --resume"
+    )
+
+
+def _no_memory(settings: Settings, reason: str) -> str:
+    batch, rows = settings.training.get(_BATCH, 8), settings.training.get("max_length")
+    advice = "lower --max_length, or choose a --precision of fewer bits"
+    if batch > 1:
+        advice = f"give --auto_find_batch_size, which halves it and doubles --{_ACCUMULATION}; {advice}"
+    return (
+        f"out of memory with {batch} rows of up to {rows} tokens at a time ({reason}). {_planned(settings)}"
+        f"The checkpoints that were finished are kept. To mend it, {advice}"
+    )
+
+
+def _planned(settings: Settings) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        total = estimate.plan(settings, device=device).training.total
+    except ModelError:
+        return ""
+    return f"The plan was {total / 2**30:,.1f} GiB (--plan shows its parts). "
+
+
+def halve_batch(settings: Settings) -> Settings | None:
+    """Return settings of as many rows a step in twice the passes, or None where not asked for or not possible."""
+    batch = settings.training.get(_BATCH, 8)
+    if not settings.training.get("auto_find_batch_size") or batch < 2 or batch % 2:
+        return None
+    accumulation = settings.training.get(_ACCUMULATION, 1)
+    training = {**settings.training, _BATCH: batch // 2, _ACCUMULATION: accumulation * 2}
+    return Settings(**{**vars(settings), "training": training})
+
+
+def batch_of(settings: Settings) -> str:
+    """Return the batch as receipts tell it."""
+    return f"{settings.training.get(_BATCH, 8)} rows x {settings.training.get(_ACCUMULATION, 1)} passes"

@@ -1,0 +1,172 @@
+"""What a run was started as, and every time it was gone on with: `--resume` goes on with that run and with no other."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from accelerate import PartialState
+
+from qlora_recipes import environment
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.preflight import LoadedRun
+from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
+from qlora_recipes.run.folder import RunFolder, write_json
+from qlora_recipes.run.receipt import Resume
+from qlora_recipes.settings import AUTO_FIELDS, Settings, public
+
+# Settings that decide what is kept and shown of a run, and nothing of its weights.
+_FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
+
+
+def settings_identity(settings: Settings) -> dict[str, Any]:
+    """Return what must be equal for a run to be gone on with, as far as it is known before anything is loaded."""
+    training = {name: value for name, value in public(settings.training).items() if not name.startswith(_FREE)}
+    return _plain(
+        {
+            "recipe": settings.name,
+            "model": settings.model,
+            "revision": settings.revision,
+            "dataset": settings.dataset_name,
+            "precision": settings.precision.name,
+            "dtype": settings.dtype,
+            "lora": dict(settings.lora),
+            "training": training,
+        }
+    )
+
+
+def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[str, Any]:
+    """Return all that must be equal: the settings, and what they made of the data, the base and the adapter."""
+    return {
+        **settings_identity(asked),
+        "rows": run.data.receipt.fingerprint,
+        "template": run.data.template.sha256,
+        "base weights": run.base.sha256,
+        "first adapter": initial_sha256,
+        "processes": PartialState().num_processes,
+    }
+
+
+def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
+    """Return settings with what they leave open as it was when the run in a folder started, on whatever machine."""
+    was = Journal(folder).identity
+    names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was["training"].keys()
+    return replace(
+        settings,
+        training={**settings.training, **{name: was["training"][name] for name in names}},
+        auto_fields=frozenset(),
+    )
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content as JSON gives it back."""
+    return json.loads(json.dumps(content, default=str))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Journal:
+    """The file `started.json` of a run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Write down what a new run is."""
+        self._write({"started": _now(), "run": identity, "versions": environment.versions(), "resumes": []})
+
+    def refuse_another(self, identity: Mapping[str, Any]) -> None:
+        """Raise when the folder holds a run that differs in what `identity` names.
+
+        Raises:
+            RunFolderError: naming every difference.
+        """
+        found = list(_differences(self.identity, identity))
+        if found:
+            lines = "\n".join(f"  {name}: was {_short(was)}, now {_short(now)}" for name, was, now in found)
+            raise RunFolderError(
+                f"{self.folder.path} holds another run, and --resume goes on with the same one only. They differ in\n"
+                f"{lines}\nGive the flags that it was started with, or another --output_dir"
+            )
+
+    def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
+        """Write down that the run is gone on with from a step, and return what was written."""
+        content, now = self._read(), environment.versions()
+        changed = {
+            name: f"{was} -> {now.get(name)}" for name, was in content["versions"].items() if was != now.get(name)
+        }
+        resume = Resume(_now(), step, reason, dict(passed_over), changed)
+        self._write({**content, "resumes": [*content["resumes"], asdict(resume)]})
+        return resume
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is."""
+        return self._read()["run"]
+
+    @property
+    def started(self) -> str:
+        """When the run took its folder, UTC in ISO 8601."""
+        return self._read()["started"]
+
+    @property
+    def resumes(self) -> list[Resume]:
+        """Every time that the run was gone on with."""
+        return [Resume(**entry) for entry in self._read()["resumes"]]
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.folder.started.read_text(encoding="utf-8"))
+            if not {"started", "run", "versions", "resumes"} <= content.keys():
+                raise ValueError("a key is missing")
+        except (OSError, ValueError, AttributeError) as error:
+            raise RunFolderError(
+                f"{self.folder.started} cannot be read ({type(error).__name__}), so nobody can tell whether this is "
+                "the run to go on with. Give --output_dir another folder, or --overwrite to start again in this one"
+            ) from error
+        return content
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        write_json(self.folder.started, content)
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield each dotted name in `now` whose value is another one than in `was`."""
+    if isinstance(was, dict) and isinstance(now, dict) and name in ("", "lora", "training"):
+        for key in now if not name else sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield name, was, now
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Return the newest intact checkpoint of a run and the faults of those passed over; None to start at step 0.
+
+    Raises:
+        RunFolderError: for a folder that holds a finished run, another run, or no checkpoint but damaged ones.
+    """
+    if folder.finished:
+        raise RunFolderError(f"{folder.path} holds a finished run; nothing is left to go on with. Leave --resume out")
+    if not folder.started.exists():
+        folder.check_free()  # of a run that ended before its first step nothing is there
+        return None, {}
+    Journal(folder).refuse_another(settings_identity(settings))
+    found, passed_over = newest_intact(folder.checkpoints)
+    if found is None and passed_over:
+        faults = "\n".join(f"  {name}: {fault}" for name, fault in passed_over.items())
+        raise RunFolderError(
+            f"no checkpoint in {folder.checkpoints} is intact:\n{faults}\n"
+            "Give --overwrite to start again in this folder, or --output_dir another one"
+        )
+    return found, passed_over

@@ -1,0 +1,129 @@
+"""What a person sees while a model trains, and the metrics file that programs read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_recipes.run.folder import write_text
+from qlora_recipes.run.receipt import Resume
+
+
+class ProgressDisplay(TrainerCallback):
+    """A bar with step, loss, tokens/s and time left; nothing where nobody looks."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.started = time.monotonic()
+        self.tokens_before = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
+        )
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kw: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            speed = (logs.get("num_tokens", 0) - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
+            self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}", speed=f"{speed:,.0f}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.progress.stop()
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every logged step as one JSON line; a resumed run first forgets what came after its checkpoint."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        write_text(self.file, "".join(_line(entry["step"], entry) for entry in state.log_history))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kw: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(_line(state.global_step, logs))
+
+
+def _line(step: int, logs: Mapping[str, Any]) -> str:
+    return json.dumps({"step": step, **logs}) + "\n"
+
+
+def print_resume(resume: Resume, console: Console) -> None:
+    """Say where a run is gone on with, and what was passed over."""
+    for name, fault in resume.passed_over.items():
+        console.print(Text(f"passed over {name}: {fault}"))
+    for name, change in resume.versions_changed.items():
+        console.print(Text(f"{name} {change} since the run was started: the same bits cannot be promised"))
+    because = f" ({resume.reason})" if resume.reason else ""
+    console.print(Text(f"going on after step {resume.from_step}{because}"))
+
+
+def plot_loss(metrics: Path, picture: Path, title: str) -> None:
+    """Draw the logged losses of a run, with their running mean, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=1, label="each logged step")
+    axes.plot(*zip(*_running_mean(train), strict=True), color="tab:blue", label="running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out rows")
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+
+
+def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Average each point with those before it, over a tenth of the run."""
+    window = max(1, len(points) // 10)
+    losses = [loss for _, loss in points]
+    return [
+        (step, sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window)) for i, (step, _) in enumerate(points)
+    ]
