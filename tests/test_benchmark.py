@@ -311,7 +311,7 @@ TRAINING = """
 if __name__ == "__main__":
     import sys, time
     from pathlib import Path
-    from qlora_recipes.stopping import Stopped, StopSignals
+    from qlora_recipes.run.signals import Stopped, StopSignals
 
     folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     folder.mkdir(parents=True)

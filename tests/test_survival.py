@@ -299,7 +299,7 @@ def test_an_evaluation_at_the_end_of_an_epoch_is_made_up_for(runs: Runs, at_step
 
 SIGNALLED = """
 import os, signal, time
-from qlora_recipes.stopping import StopSignals
+from qlora_recipes.run.signals import StopSignals
 with StopSignals() as signals:
     signals.loop_runs = {runs}
     os.kill(os.getpid(), signal.{first})
