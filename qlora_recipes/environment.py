@@ -40,9 +40,9 @@ def check_versions() -> None:
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             faults.append((requirement, version))
     if faults:
-        found = "; ".join(f"{need.name} {got or 'is missing'}, wanted {need.specifier}" for need, got in faults)
-        wanted = " ".join(f"'{need.name}{need.specifier}'" for need, _ in faults)
-        raise SetupError(f"outside the tested versions: {found}. Run: pip install -c constraints.txt {wanted}")
+        found = "; ".join(f"{need.name} {got or 'is missing'}, expected {need.specifier}" for need, got in faults)
+        expected = " ".join(f"'{need.name}{need.specifier}'" for need, _ in faults)
+        raise SetupError(f"outside the tested versions: {found}. Run: pip install -c constraints.txt {expected}")
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@
     └── ComparisonError      (ValueError)     two runs that cannot be held against each other
 
 Each also is the builtin that it refines, so that `except ValueError` still works for who knows nothing
-of this package. A message says what was got, what was wanted and the likely fix.
+of this package. A message says what was got, what was expected and the likely fix.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Field:
                 return list(value)
             if kind is dict and isinstance(value, Mapping):
                 return dict(value)
-        raise UsageError(f"{self.name}: got {value!r}, wanted {self.annotation}")
+        raise UsageError(f"{self.name}: got {value!r}, expected {self.annotation}")
 
     @property
     def _kinds(self) -> list[type]:

@@ -59,7 +59,7 @@ _EMPTY = {"system": Reason.EMPTY_SYSTEM, "user": Reason.EMPTY_QUESTION, "assista
 
 
 class RowError(DataError):
-    """A row that cannot be used: `reason` is what it is counted under, `detail` what was got and wanted.
+    """A row that cannot be used: `reason` is what it is counted under, `detail` what was got and expected.
 
     A `format_row` of your own may raise it too, with a reason in words of its own.
     """
@@ -80,7 +80,7 @@ def check_messages(messages: object, source: str = "format_row") -> list[Message
     them empty. `source` names who made the messages. Raises RowError for anything else.
     """
     if not isinstance(messages, list | tuple):
-        raise RowError(Reason.NOT_MESSAGES, f"{source} gave {_SHORT.repr(messages)}, wanted a list of messages")
+        raise RowError(Reason.NOT_MESSAGES, f"{source} gave {_SHORT.repr(messages)}, expected a list of messages")
     checked = [_check_message(message, f"{source}, message {i}") for i, message in enumerate(messages)]
     _check_order([message["role"] for message in checked], source)
     return checked
@@ -89,11 +89,11 @@ def check_messages(messages: object, source: str = "format_row") -> list[Message
 def _check_message(message: object, where: str) -> Message:
     """Return one message with its content stripped; `where` starts the error that is raised otherwise."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        wanted = "wanted an object with role and content"
-        raise RowError(Reason.NOT_MESSAGES, f"{where} is {_SHORT.repr(message)}, {wanted}")
+        expected = "expected an object with role and content"
+        raise RowError(Reason.NOT_MESSAGES, f"{where} is {_SHORT.repr(message)}, {expected}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in _EMPTY:
-        known = f"wanted one of {', '.join(_EMPTY)}"
+        known = f"expected one of {', '.join(_EMPTY)}"
         raise RowError(Reason.UNKNOWN_ROLE, f"{where} has the role {_SHORT.repr(role)}, {known}")
     content = _check_text(content, f"{where} ({role})").strip()
     if not content:
@@ -104,7 +104,7 @@ def _check_message(message: object, where: str) -> Message:
 def _check_text(value: object, where: str) -> str:
     """Return `value` when it is text that a tokenizer can take."""
     if not isinstance(value, str):
-        raise RowError(Reason.NOT_TEXT, f"{where} is {_SHORT.repr(value)}, wanted text")
+        raise RowError(Reason.NOT_TEXT, f"{where} is {_SHORT.repr(value)}, expected text")
     if found := re.search("[\0\ud800-\udfff]", value):
         raise RowError(Reason.UNENCODABLE, f"{where} holds the character {found.group()!r} at {found.start()}")
     return value
@@ -116,9 +116,9 @@ def _check_order(roles: list[str], source: str) -> None:
         raise RowError(Reason.NO_ASSISTANT_TURN, f"{source} gave the roles {_SHORT.repr(roles)}")
     start = 1 if roles[0] == "system" else 0
     for i, role in enumerate(roles[start:]):
-        wanted = ("user", "assistant")[i % 2]
-        if role != wanted:
-            raise RowError(Reason.ROLES_OUT_OF_ORDER, f"{source}, message {i + start} is {role}, wanted {wanted}")
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise RowError(Reason.ROLES_OUT_OF_ORDER, f"{source}, message {i + start} is {role}, expected {expected}")
     if roles[-1] != "assistant":
         raise RowError(Reason.NO_LAST_ANSWER, f"{source}, message {len(roles) - 1} is the last, and a question")
 
@@ -132,15 +132,15 @@ def guanaco_llama2(row: Row) -> list[Message]:
     text = _text(row, "text")
     *turns, rest = text.split("</s>")
     if rest.rstrip().endswith("[/INST]"):
-        raise RowError(Reason.NO_LAST_ANSWER, f"text ends with {rest[-60:]!r}, wanted an answer and </s>")
+        raise RowError(Reason.NO_LAST_ANSWER, f"text ends with {rest[-60:]!r}, expected an answer and </s>")
     if rest or not turns:
-        raise RowError(Reason.DOES_NOT_PARSE, f"text ends with {rest[-60:]!r}, wanted </s>")
+        raise RowError(Reason.DOES_NOT_PARSE, f"text ends with {rest[-60:]!r}, expected </s>")
     first, *others = [message for turn in turns for message in _llama2_turn(turn)]
     messages = check_messages([*_llama2_system(first), *others], source="text")
     _refuse_control_strings(messages)
     if _llama2_text(messages) != text:
-        wanted = "`<s>[INST] question [/INST] answer </s>`"
-        raise RowError(Reason.DOES_NOT_PARSE, f"text has other spaces between its parts than {wanted}")
+        expected = "`<s>[INST] question [/INST] answer </s>`"
+        raise RowError(Reason.DOES_NOT_PARSE, f"text has other spaces between its parts than {expected}")
     return messages
 
 
@@ -148,7 +148,7 @@ def _llama2_turn(turn: str) -> list[Message]:
     """Split `<s>[INST] question [/INST] answer`, without its `</s>`; the spaces stay."""
     question, closed, answer = turn.removeprefix("<s>[INST]").partition("[/INST]")
     if not turn.startswith("<s>[INST]") or not closed:
-        raise RowError(Reason.DOES_NOT_PARSE, f"a turn is {_SHORT.repr(turn)}, wanted <s>[INST] ... [/INST] ...")
+        raise RowError(Reason.DOES_NOT_PARSE, f"a turn is {_SHORT.repr(turn)}, expected <s>[INST] ... [/INST] ...")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -187,7 +187,7 @@ def guanaco_text(row: Row) -> list[Message]:
     """
     before, *turns = re.split("### (Human|Assistant):", _text(row, "text"))
     if before.strip() or not turns:
-        raise RowError(Reason.DOES_NOT_PARSE, f"text starts with {_SHORT.repr(before)}, wanted ### Human:")
+        raise RowError(Reason.DOES_NOT_PARSE, f"text starts with {_SHORT.repr(before)}, expected ### Human:")
     roles = ["user" if name == "Human" else "assistant" for name in turns[::2]]
     messages = [{"role": role, "content": words} for role, words in zip(roles, turns[1::2], strict=True)]
     return check_messages(messages[:-1] if roles[-1] == "user" else messages, source="text")
@@ -211,14 +211,14 @@ def sharegpt(row: Row) -> list[Message]:
     """Read `conversations`: a list of objects with `from` (a name in SPEAKERS) and `value`."""
     turns = _required(row, "conversations")
     if not isinstance(turns, list | tuple):
-        raise RowError(Reason.NOT_MESSAGES, f"conversations is {_SHORT.repr(turns)}, wanted a list")
+        raise RowError(Reason.NOT_MESSAGES, f"conversations is {_SHORT.repr(turns)}, expected a list")
     return check_messages([_sharegpt_message(turn) for turn in turns], source="conversations")
 
 
 def _sharegpt_message(turn: object) -> dict[str, Any]:
     """Return a turn under our own keys; a speaker without a role here keeps the name and is refused later."""
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-        raise RowError(Reason.NOT_MESSAGES, f"a turn is {_SHORT.repr(turn)}, wanted an object with from and value")
+        raise RowError(Reason.NOT_MESSAGES, f"a turn is {_SHORT.repr(turn)}, expected an object with from and value")
     speaker = turn["from"]
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     return {"role": role, "content": turn["value"]}
@@ -237,7 +237,7 @@ def _single_turn(question: str, answer: str, source: str) -> list[Message]:
 def _column(row: Row, name: str) -> Any:
     """Return the value of the column `name`, or None where there is none."""
     if not isinstance(row, Mapping):
-        raise RowError(Reason.NOT_AN_OBJECT, f"the row is {_SHORT.repr(row)}, wanted names with values")
+        raise RowError(Reason.NOT_AN_OBJECT, f"the row is {_SHORT.repr(row)}, expected names with values")
     if row.get(name) is not None:
         return row[name]
     alike = [value for key, value in row.items() if str(key).strip().lower() == name and value is not None]
@@ -248,7 +248,7 @@ def _required(row: Row, name: str) -> Any:
     """Return the value of the column `name`, which must be there."""
     value = _column(row, name)
     if value is None:
-        raise RowError(Reason.MISSING_COLUMN, f"wanted '{name}', the row has {_filled_columns(row)}")
+        raise RowError(Reason.MISSING_COLUMN, f"expected '{name}', the row has {_filled_columns(row)}")
     return value
 
 

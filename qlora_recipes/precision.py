@@ -22,11 +22,11 @@ class Precision:
 
     name: str
     bits_per_weight: float
-    """Bits of storage per weight of a linear layer, quantisation constants included."""
+    """Bits of storage per weight of a linear layer, quantization constants included."""
     quant_type: str | None = None
     """`nf4` or `fp4` in bitsandbytes' 4-bit layers; None elsewhere."""
     double_quant: bool = False
-    """Whether the quantisation constants are quantised in turn."""
+    """Whether the quantization constants are quantized in turn."""
     dtype: str | None = None
     """The dtype that a 16-bit precision is; None where the storage is narrower and `--dtype` decides."""
 
@@ -36,7 +36,7 @@ class Precision:
         return self.dtype is None
 
 
-# 4 bits, and one float32 absmax for each block of 64 weights (0.5 bit), or, double-quantised, one int8 for each
+# 4 bits, and one float32 absmax for each block of 64 weights (0.5 bit), or, double-quantized, one int8 for each
 # block and one float32 for each 256 of those (0.127 bit): QLoRA, arXiv 2305.14314, section 3.
 # int8 keeps a float32 scale per row, below 0.01 bit for rows of 4,096.
 PRECISIONS = {
@@ -60,7 +60,7 @@ def precision_named(name: str) -> Precision:
     """
     if name not in PRECISIONS:
         raise UsageError(
-            f"unknown precision {name!r}, wanted one of {', '.join(PRECISIONS)}.{nearest(name, PRECISIONS)}"
+            f"unknown precision {name!r}, expected one of {', '.join(PRECISIONS)}.{nearest(name, PRECISIONS)}"
         )
     return PRECISIONS[name]
 
@@ -72,7 +72,7 @@ def resolve_dtype(precision: Precision, dtype: str | None) -> str:
         UsageError: for an unknown dtype, or one that contradicts a 16-bit precision.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"unknown --dtype {dtype!r}, wanted bfloat16 or float16.{nearest(dtype, DTYPES)}")
+        raise UsageError(f"unknown --dtype {dtype!r}, expected bfloat16 or float16.{nearest(dtype, DTYPES)}")
     if precision.dtype and dtype and dtype != precision.dtype:
         raise UsageError(
             f"--precision {precision.name} stores the base in {precision.dtype}, which contradicts --dtype {dtype}; "
@@ -84,7 +84,7 @@ def resolve_dtype(precision: Precision, dtype: str | None) -> str:
 def quantization_config(precision: Precision, dtype: str) -> BitsAndBytesConfig | None:
     """Return bitsandbytes' configuration for a precision, or None for a 16-bit base.
 
-    The 4-bit layers dequantise to `dtype` and multiply in it: with the library's default they would compute in
+    The 4-bit layers dequantize to `dtype` and multiply in it: with the library's default they would compute in
     float32, another arithmetic than the 16-bit baseline's.
     """
     if not precision.quantized:

@@ -83,7 +83,7 @@ class Recipe:
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
-        lora_dropout=0.0,  # dropout holds back memorising; 0 is faster
+        lora_dropout=0.0,  # dropout holds back memorizing; 0 is faster
     )
     training: ClassVar[Mapping[str, Any]] = dict(
         learning_rate=2e-4,  # QLoRA's for 7B and 13B; halve it when the loss is unsteady
@@ -156,17 +156,17 @@ def _faults(cls: type[Recipe]) -> Iterable[str]:
     if isinstance(dataset, DatasetSpec):
         if dataset.format_row is not None and not callable(dataset.format_row):
             yield (
-                f"dataset.format_row: got {dataset.format_row!r}, wanted a function from row to messages, such as "
+                f"dataset.format_row: got {dataset.format_row!r}, expected a function from row to messages, such as "
                 f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
             )
         if not 0 <= dataset.held_out < 1:
-            yield f"dataset.held_out: got {dataset.held_out!r}, wanted a share from 0 up to 1"
+            yield f"dataset.held_out: got {dataset.held_out!r}, expected a share from 0 up to 1"
     if cls.format_row is not None and not callable(cls.format_row):
-        yield f"format_row: got {cls.format_row!r}, wanted a function from row to messages"
+        yield f"format_row: got {cls.format_row!r}, expected a function from row to messages"
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
-        yield f"eval_tasks: got {cls.eval_tasks!r}, wanted a list of lm-eval task names"
+        yield f"eval_tasks: got {cls.eval_tasks!r}, expected a list of lm-eval task names"
     if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):
-        yield f"checks: got {cls.checks!r}, wanted a list of functions from a run to a Check"
+        yield f"checks: got {cls.checks!r}, expected a list of functions from a run to a Check"
 
 
 def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
@@ -178,17 +178,17 @@ def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
         yield f"{name}: a recipe has no such attribute.{nearest(name, valid)}"
 
 
-def _typed(cls: type[Recipe], name: str, kind: type, wanted: str) -> Iterable[str]:
+def _typed(cls: type[Recipe], name: str, kind: type, expected: str) -> Iterable[str]:
     if not hasattr(cls, name):
-        yield f"{name}: missing, wanted {wanted}"
+        yield f"{name}: missing, expected {expected}"
     elif not isinstance(getattr(cls, name), kind):
-        yield f"{name}: got {getattr(cls, name)!r}, wanted {wanted}"
+        yield f"{name}: got {getattr(cls, name)!r}, expected {expected}"
 
 
 def _settings_faults(cls: type[Recipe], name: str, config: str) -> Iterable[str]:
     settings = getattr(cls, name)
     if not isinstance(settings, Mapping):
-        yield f"{name}: got {settings!r}, wanted a dict of {config} fields"
+        yield f"{name}: got {settings!r}, expected a dict of {config} fields"
         return
     for key, value in settings.items():
         try:
@@ -212,7 +212,7 @@ def check_field(config: str, name: str, value: object) -> object:
     return fields[name].check(value)
 
 
-# Field, test, what is wanted: the values that the libraries take and then fail on, or silently learn nothing from.
+# Field, test, what is expected: the values that the libraries take and then fail on, or silently learn nothing from.
 _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
@@ -233,9 +233,9 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 def bound_faults(lora: Mapping[str, Any], training: Mapping[str, Any]) -> Iterable[str]:
     """Yield one sentence for each setting outside the values that can train."""
     sections = {"lora": lora, "training": training}
-    for section, name, holds, wanted in _BOUNDS:
+    for section, name, holds, expected in _BOUNDS:
         if name in sections[section] and not holds(sections[section][name]):
-            yield f"{section}: {name}: got {sections[section][name]!r}, wanted {wanted}"
+            yield f"{section}: {name}: got {sections[section][name]!r}, expected {expected}"
 
 
 def _value_faults(cls: type[Recipe]) -> Iterable[str]:
@@ -267,11 +267,13 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no recipe at {path}; wanted a Python file that declares a subclass of qlora_recipes.Recipe")
+        raise UsageError(
+            f"no recipe at {path}; expected a Python file that declares a subclass of qlora_recipes.Recipe"
+        )
     name = f"qlora_recipes_loaded_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file; wanted one that declares a subclass of qlora_recipes.Recipe")
+        raise UsageError(f"{path} is not a Python file; expected one that declares a subclass of qlora_recipes.Recipe")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     _execute(spec.loader, module, path)
@@ -283,5 +285,5 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     leaves = [cls for cls in declared if not any(other is not cls and issubclass(other, cls) for other in declared)]
     if len(leaves) != 1:
         names = ", ".join(cls.__name__ for cls in leaves) or "none"
-        raise UsageError(f"{path} declares {names} as recipes; wanted exactly one subclass of qlora_recipes.Recipe")
+        raise UsageError(f"{path} declares {names} as recipes; expected exactly one subclass of qlora_recipes.Recipe")
     return leaves[0]

@@ -49,7 +49,7 @@ class Settings:
     """The run folder."""
     demo: bool = False
     storage: str = "auto"
-    """Whether 4-bit weights are dequantised for every product (`packed`) or once (`expanded`); `auto`: as they fit."""
+    """Whether 4-bit weights are dequantized for every product (`packed`) or once (`expanded`); `auto`: as they fit."""
     auto_fields: frozenset[str] = frozenset()
     """What nobody stated and the machine may decide: `batch` (how a step is cut up), `checkpointing`."""
 
@@ -154,7 +154,9 @@ def check_storage(storage: str, precision: Precision) -> None:
         UsageError: saying which there are.
     """
     if storage not in ("auto", *STORAGES):
-        raise UsageError(f"unknown --storage {storage!r}, wanted auto, packed or expanded.{nearest(storage, STORAGES)}")
+        raise UsageError(
+            f"unknown --storage {storage!r}, expected auto, packed or expanded.{nearest(storage, STORAGES)}"
+        )
     if storage == "expanded" and precision.quant_type is None:
         raise UsageError(f"--storage expanded is for 4-bit weights; {precision.name} has none to expand. Leave it out")
 

@@ -99,7 +99,7 @@ def receipt(precision: str, seed: int, **changes: Any) -> dict[str, Any]:
         },
         "memory": {"peak_bytes": 2**30, "base_bytes": 2**29},
         "repairs": [],
-        "checks": [{"name": "quantised linears", "verdict": "pass", "figure": "28 of 28", "advice": ""}],
+        "checks": [{"name": "quantized linears", "verdict": "pass", "figure": "28 of 28", "advice": ""}],
     }
     for key, value in changes.items():
         *path, last = key.split("__")

@@ -81,17 +81,17 @@ def with_gradients(
     return [output.detach().double(), *(leaf.grad.double() for leaf in leaves)]
 
 
-def errors(found: Tensors, wanted: Tensors) -> list[float]:
+def errors(found: Tensors, expected: Tensors) -> list[float]:
     """Return how far each tensor is off, as a share of its norm."""
-    return [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in zip(found, wanted, strict=True)]
+    return [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in zip(found, expected, strict=True)]
 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_output_and_gradients_are_those_of_the_formula(lengths: list[int], heads: tuple[int, int]) -> None:
     parts, bounds = inputs(lengths, heads), bounds_of(lengths)
-    wanted = with_gradients(scored, [part.double() for part in parts], dense_mask(bounds))
-    assert max(errors(with_gradients(by_conversation, parts, bounds), wanted)) < 2e-6
+    expected = with_gradients(scored, [part.double() for part in parts], dense_mask(bounds))
+    assert max(errors(with_gradients(by_conversation, parts, bounds), expected)) < 2e-6
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -108,8 +108,8 @@ def test_a_row_of_one_conversation_needs_no_bounds(heads: tuple[int, int]) -> No
 def test_another_scale_than_the_heads_is_taken() -> None:
     query, key, value, _ = inputs([20], (2, 2))
     found = attention.attention(torch.nn.Identity(), query, key, value, bounds_of([20]), scaling=0.5)[0]
-    wanted = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5).transpose(1, 2)
-    assert torch.allclose(found, wanted, atol=1e-6)
+    expected = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5).transpose(1, 2)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -117,9 +117,9 @@ def test_another_scale_than_the_heads_is_taken() -> None:
 def test_16_bits_are_as_near_as_pytorch_is(lengths: list[int], heads: tuple[int, int]) -> None:
     parts, bounds = inputs(lengths, heads, torch.bfloat16), bounds_of(lengths)
     mask = dense_mask(bounds)
-    wanted = with_gradients(scored, [part.double() for part in parts], mask)
-    ours = errors(with_gradients(by_conversation, parts, bounds), wanted)
-    theirs = errors(with_gradients(fused, parts, mask), wanted)
+    expected = with_gradients(scored, [part.double() for part in parts], mask)
+    ours = errors(with_gradients(by_conversation, parts, bounds), expected)
+    theirs = errors(with_gradients(fused, parts, mask), expected)
     assert all(one < 1.5 * other for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
@@ -130,8 +130,8 @@ def test_autocast_leaves_the_scores_in_float32(dtype: torch.dtype) -> None:
     parts[0] *= 4
     plain, cast = (with_gradients(by_conversation, parts, bounds, autocast=each) for each in (False, True))
     assert all(torch.equal(one, other) for one, other in zip(plain, cast, strict=True))
-    wanted = with_gradients(scored, [part.double() for part in parts], dense_mask(bounds))
-    assert max(errors(cast, wanted)) < (2e-6 if dtype == torch.float32 else 0.02)
+    expected = with_gradients(scored, [part.double() for part in parts], dense_mask(bounds))
+    assert max(errors(cast, expected)) < (2e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_no_conversation_moves_when_another_changes() -> None:
@@ -155,11 +155,11 @@ def test_no_conversation_moves_when_another_changes() -> None:
 
 def test_a_gradient_in_any_layout_is_taken() -> None:
     parts = inputs([40], (4, 2))
-    wanted = with_gradients(by_conversation, parts, None)
+    expected = with_gradients(by_conversation, parts, None)
     turned = parts[3].transpose(1, 3).contiguous().transpose(1, 3)
     assert not turned.is_contiguous()
     found = with_gradients(by_conversation, [*parts[:3], turned], None)
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +205,8 @@ def test_packed_rows_give_the_logits_of_a_dense_mask(
     models: Callable[..., PreTrainedModel], masks: list[torch.Tensor | None], family: str, lengths: list[int]
 ) -> None:
     row = packed(lengths)
-    found, wanted = (models(family, kind)(**row, use_cache=False).logits for kind in (NAME, "sdpa"))
-    assert torch.allclose(found, wanted, atol=2e-5)
+    found, expected = (models(family, kind)(**row, use_cache=False).logits for kind in (NAME, "sdpa"))
+    assert torch.allclose(found, expected, atol=2e-5)
     assert len(masks) == 1
     if sum(lengths) > SHORT and len(lengths) > 1:
         assert masks[0].dtype == torch.int32
@@ -226,13 +226,13 @@ def test_padding_and_batches_have_the_mask_of_sdpa(
     padded = torch.ones_like(ids)
     padded[1, -40:] = 0
     for row in ({"input_ids": ids, "attention_mask": padded}, {"input_ids": ids[1:], "attention_mask": padded[1:]}):
-        found, wanted = (models(family, kind)(**row, use_cache=False).logits for kind in (NAME, "sdpa"))
+        found, expected = (models(family, kind)(**row, use_cache=False).logits for kind in (NAME, "sdpa"))
         real = row["attention_mask"].bool()
-        assert torch.allclose(found[real], wanted[real], atol=2e-5)
+        assert torch.allclose(found[real], expected[real], atol=2e-5)
         assert masks[-1].ndim == 4
     row = {"input_ids": ids, "position_ids": packed([500, SHORT - 492])["position_ids"].repeat(2, 1)}
-    found, wanted = (models(family, kind)(**row, use_cache=False).logits for kind in (NAME, "sdpa"))
-    assert torch.allclose(found, wanted, atol=2e-5)
+    found, expected = (models(family, kind)(**row, use_cache=False).logits for kind in (NAME, "sdpa"))
+    assert torch.allclose(found, expected, atol=2e-5)
     assert masks[-1].ndim == 4
 
 
@@ -269,10 +269,10 @@ def test_a_sliding_window_has_the_mask_of_sdpa() -> None:
     shared = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=1000, intermediate_size=32)
     config = MistralConfig(**shared, num_key_value_heads=1, sliding_window=100)
     torch.manual_seed(0)
-    found, wanted = (AutoModelForCausalLM.from_config(config, attn_implementation=kind) for kind in (NAME, "sdpa"))
-    wanted.load_state_dict(found.state_dict())
+    found, expected = (AutoModelForCausalLM.from_config(config, attn_implementation=kind) for kind in (NAME, "sdpa"))
+    expected.load_state_dict(found.state_dict())
     with torch.no_grad():
-        assert torch.allclose(*(model(**row, use_cache=False).logits for model in (found, wanted)), atol=2e-5)
+        assert torch.allclose(*(model(**row, use_cache=False).logits for model in (found, expected)), atol=2e-5)
     given = dict(
         inputs_embeds=torch.zeros(1, 700, 32),
         attention_mask=None,
@@ -280,7 +280,7 @@ def test_a_sliding_window_has_the_mask_of_sdpa() -> None:
         position_ids=row["position_ids"],
     )
     mask = create_sliding_window_causal_mask(config=found.config, **given)
-    assert torch.equal(mask, create_sliding_window_causal_mask(config=wanted.config, **given))
+    assert torch.equal(mask, create_sliding_window_causal_mask(config=expected.config, **given))
     plain = LlamaConfig(**shared)
     plain._attn_implementation = NAME
     assert create_causal_mask(config=plain, **given).tolist() == [0, 400, 700]
@@ -361,11 +361,11 @@ def test_the_routed_falcon_gives_the_logits_of_its_own_way(models: Callable[...,
     routed, own, eager = (models("falcon", kind) for kind in (NAME, "sdpa", "eager"))
     assert type(routed.transformer.h[0].self_attention) is not type(own.transformer.h[0].self_attention)
     assert routed.transformer.h[0].self_attention.num_kv_heads == 1
-    wanted = own(**row, use_cache=False).logits
+    expected = own(**row, use_cache=False).logits
     for model in (routed, eager):
-        assert torch.allclose(model(**row, use_cache=False).logits, wanted, atol=2e-5)
+        assert torch.allclose(model(**row, use_cache=False).logits, expected, atol=2e-5)
     own, routed = (models("falcon", kind, torch.bfloat16) for kind in ("sdpa", NAME))
-    share = (own(**row).logits.float() - wanted).norm(), (routed(**row).logits.float() - wanted).norm()
+    share = (own(**row).logits.float() - expected).norm(), (routed(**row).logits.float() - expected).norm()
     assert share[1] < 1.5 * share[0]
 
 
@@ -379,9 +379,11 @@ def test_the_routed_falcon_in_the_shapes_of_other_falcons() -> None:
             hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=1000, **shape
         )
         torch.manual_seed(0)
-        found, wanted = (AutoModelForCausalLM.from_config(config, attn_implementation=kind) for kind in (NAME, "sdpa"))
-        wanted.load_state_dict(found.state_dict())
-        assert torch.allclose(*(model.eval()(**row, use_cache=False).logits for model in (found, wanted)), atol=2e-5)
+        found, expected = (
+            AutoModelForCausalLM.from_config(config, attn_implementation=kind) for kind in (NAME, "sdpa")
+        )
+        expected.load_state_dict(found.state_dict())
+        assert torch.allclose(*(model.eval()(**row, use_cache=False).logits for model in (found, expected)), atol=2e-5)
 
 
 def test_upstreams_falcon_knows_no_registered_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,9 @@ DATA: dict[str, tuple[str, bytes, Sequence[str]]] = {
     "cut in the middle": ("a.json", b'[{"question": "Wh', ["a.json, line 1", "Unterminated string"]),
     "Latin-1": ("a.jsonl", '{"question": "é"}'.encode("latin-1"), ["is not UTF-8: byte 14 is 0xe9; save it as"]),
     "UTF-16": ("a.jsonl", json.dumps(QA).encode("utf-16"), ["is not UTF-8: byte 0 is 0xff"]),
-    "a number": ("a.json", b"3", ["holds int; wanted a list of rows"]),
-    "a word": ("a.json", b'"rows"', ["holds str; wanted a list of rows"]),
-    "one object without rows": ("a.json", b'{"a": 1}', ["one object with the keys a; wanted a list of rows"]),
+    "a number": ("a.json", b"3", ["holds int; expected a list of rows"]),
+    "a word": ("a.json", b'"rows"', ["holds str; expected a list of rows"]),
+    "one object without rows": ("a.json", b'{"a": 1}', ["one object with the keys a; expected a list of rows"]),
     "two lists of rows": ("a.json", b'{"a": [], "b": []}', ["lists under a, b"]),
     "nested without end": ("a.jsonl", lines(QA) + b"\n" + b"[" * 200_000, ["a.jsonl, line 2", "nested too deep"]),
     "nested without end, JSON": ("a.json", b"[" * 200_000, ["nested too deep"]),
@@ -75,22 +75,22 @@ DATA: dict[str, tuple[str, bytes, Sequence[str]]] = {
     "broken CSV": ("a.csv", b'question,answer\n"x,1\n', ["a.csv, line 2: broken CSV"]),
     "CSV of a header": ("a.csv", b"question,answer\n", ["a.csv has no rows"]),
     "no Parquet": ("a.parquet", b"PAR1", ["a.parquet is no Parquet file"]),
-    "another kind of file": ("a.txt", b"hello", ["a.txt is no data file; wanted one that ends in .json"]),
+    "another kind of file": ("a.txt", b"hello", ["a.txt is no data file; expected one that ends in .json"]),
     "rows that are words": ("a.jsonl", lines("a", "b"), ["2 not an object", "the first (line 1)"]),
     "rows that are lists": ("a.jsonl", lines(["a"], [1]), ["2 not an object"]),
     "unknown columns": ("a.jsonl", lines({"prompt": "x"}), ["line 1", "no formatter fits", "question, answer"]),
     "column missing": ("a.jsonl", lines({"question": "x"}), ["line 1", "no formatter fits"]),
     "empty rows": ("a.jsonl", lines({}, {}), ["no formatter fits"]),
-    "a number for an answer": ("a.jsonl", lines({**QA, "answer": 3}), ["1 not text", "answer is 3, wanted text"]),
+    "a number for an answer": ("a.jsonl", lines({**QA, "answer": 3}), ["1 not text", "answer is 3, expected text"]),
     "all answers empty": ("a.jsonl", lines({**QA, "answer": " "}), ["1 empty answer", "has no words"]),
     "empty question": ("a.jsonl", lines({**QA, "question": ""}), ["1 empty question"]),
     "only a system turn": ("a.jsonl", lines(turns("system", "x")), ["1 no assistant turn"]),
     "two users in a row": (
         "a.jsonl",
         lines(turns("user", "x", "user", "y", "assistant", "z")),
-        ["message 1 is user, wanted assistant"],
+        ["message 1 is user, expected assistant"],
     ),
-    "assistant first": ("a.jsonl", lines(turns("assistant", "x")), ["message 0 is assistant, wanted user"]),
+    "assistant first": ("a.jsonl", lines(turns("assistant", "x")), ["message 0 is assistant, expected user"]),
     "unknown role": ("a.jsonl", lines(turns("user", "x", "tool", "y")), ["role 'tool'", "system, user, assistant"]),
     "ends with a question": (
         "a.jsonl",
@@ -100,9 +100,9 @@ DATA: dict[str, tuple[str, bytes, Sequence[str]]] = {
     "content of parts": (
         "a.jsonl",
         lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-        ["1 not text", "wanted text"],
+        ["1 not text", "expected text"],
     ),
-    "messages of text": ("a.jsonl", lines({"messages": "hi"}), ["1 not messages", "wanted a list of messages"]),
+    "messages of text": ("a.jsonl", lines({"messages": "hi"}), ["1 not messages", "expected a list of messages"]),
     "message without a role": ("a.jsonl", lines({"messages": [{"content": "x"}]}), ["an object with role and content"]),
     "no messages": ("a.jsonl", lines({"messages": []}), ["1 no assistant turn"]),
     "unknown speaker": (
@@ -177,24 +177,24 @@ class Mine(Recipe):
 WHOLE = "model = LLAMA_2_7B_CHAT\n    dataset = DatasetSpec('rows.jsonl')\n    "
 
 RECIPES: dict[str, tuple[str, Sequence[str]]] = {
-    "no model": ("dataset = DatasetSpec('rows.jsonl')", ["Mine cannot work", "model: missing, wanted a ModelSpec"]),
-    "no dataset": ("model = LLAMA_2_7B_CHAT", ["dataset: missing, wanted a DatasetSpec"]),
+    "no model": ("dataset = DatasetSpec('rows.jsonl')", ["Mine cannot work", "model: missing, expected a ModelSpec"]),
+    "no dataset": ("model = LLAMA_2_7B_CHAT", ["dataset: missing, expected a DatasetSpec"]),
     "neither": ("pass", ["model: missing", "dataset: missing"]),
-    "a name for a model": (WHOLE + "model = 'meta-llama/x'", ["model: got 'meta-llama/x', wanted a ModelSpec"]),
+    "a name for a model": (WHOLE + "model = 'meta-llama/x'", ["model: got 'meta-llama/x', expected a ModelSpec"]),
     "unknown LoRA field": (WHOLE + "lora = dict(rank=8)", ["LoraConfig has no field 'rank'"]),
     "unknown training field": (WHOLE + "training = dict(learning_rat=1)", ["Did you mean 'learning_rate'?"]),
     "unknown attribute": (WHOLE + "trainig = dict()", ["no such attribute. Did you mean 'training'?"]),
-    "rank 0": (WHOLE + "lora = dict(r=0)", ["r: got 0, wanted a rank of at least 1"]),
-    "rank in words": (WHOLE + "lora = dict(r='big')", ["r: got 'big', wanted int"]),
-    "dropout of 1": (WHOLE + "lora = dict(lora_dropout=1.0)", ["got 1.0, wanted a probability below 1"]),
-    "negative rate": (WHOLE + "training = dict(learning_rate=-1e-4)", ["got -0.0001, wanted a positive number"]),
-    "no steps": (WHOLE + "training = dict(max_steps=0)", ["max_steps: got 0, wanted at least 1"]),
-    "batch of none": (WHOLE + "training = dict(per_device_train_batch_size=0)", ["got 0, wanted at least 1"]),
-    "no patience": (WHOLE + "training = dict(early_stopping_patience=0)", ["got 0, wanted at least 1 evaluation"]),
-    "a list for settings": (WHOLE + "training = [1]", ["training: got [1], wanted a dict of SFTConfig fields"]),
-    "all held out": (WHOLE + "dataset = DatasetSpec('x.json', held_out=1.5)", ["got 1.5, wanted a share"]),
-    "formatter in words": (WHOLE + "format_row = 'alpaca'", ["format_row: got 'alpaca', wanted a function"]),
-    "tasks in one word": (WHOLE + "eval_tasks = 'mmlu'", ["eval_tasks: got 'mmlu', wanted a list"]),
+    "rank 0": (WHOLE + "lora = dict(r=0)", ["r: got 0, expected a rank of at least 1"]),
+    "rank in words": (WHOLE + "lora = dict(r='big')", ["r: got 'big', expected int"]),
+    "dropout of 1": (WHOLE + "lora = dict(lora_dropout=1.0)", ["got 1.0, expected a probability below 1"]),
+    "negative rate": (WHOLE + "training = dict(learning_rate=-1e-4)", ["got -0.0001, expected a positive number"]),
+    "no steps": (WHOLE + "training = dict(max_steps=0)", ["max_steps: got 0, expected at least 1"]),
+    "batch of none": (WHOLE + "training = dict(per_device_train_batch_size=0)", ["got 0, expected at least 1"]),
+    "no patience": (WHOLE + "training = dict(early_stopping_patience=0)", ["got 0, expected at least 1 evaluation"]),
+    "a list for settings": (WHOLE + "training = [1]", ["training: got [1], expected a dict of SFTConfig fields"]),
+    "all held out": (WHOLE + "dataset = DatasetSpec('x.json', held_out=1.5)", ["got 1.5, expected a share"]),
+    "formatter in words": (WHOLE + "format_row = 'alpaca'", ["format_row: got 'alpaca', expected a function"]),
+    "tasks in one word": (WHOLE + "eval_tasks = 'mmlu'", ["eval_tasks: got 'mmlu', expected a list"]),
     "a derived field": (WHOLE + "training = dict(fp16=True)", ["fp16 is not set by hand", "--dtype float16"]),
     "checkpoints without optimizer": (WHOLE + "training = dict(save_only_model=True)", ["--resume"]),
     "a name that is not there": (WHOLE + "lora = dict(r=RANK)", ["line 7", "NameError", "RANK"]),
@@ -216,7 +216,7 @@ def test_recipe(refused: Refused, tmp_path: Path, case: str) -> None:
     ("name", "text", "part"),
     [
         ("missing.py", None, "no recipe at"),
-        ("none.py", "x = 1\n", "declares none as recipes; wanted exactly one"),
+        ("none.py", "x = 1\n", "declares none as recipes; expected exactly one"),
         ("two.py", RECIPE.format(WHOLE) + "class Other(Mine): pass\nclass Third(Mine): pass\n", "Other, Third"),
         ("away.py", "import a_package_that_is_not_there\n", "line 1: the recipe's file fails with ModuleNotFoundError"),
     ],
@@ -231,23 +231,23 @@ WORDS: dict[str, tuple[Sequence[str], str]] = {
     "unknown flag": (["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean 'learning_rate'?"),
     "dashes for underscores": (["--learning-rate", "1"], "Did you mean 'learning_rate'?"),
     "doubled": (["--r", "8", "--r", "8"], "--r is given twice"),
-    "unknown precision": (["--precision", "nf5"], "unknown precision 'nf5', wanted one of nf4"),
-    "unknown dtype": (["--dtype", "float32"], "wanted bfloat16 or float16"),
+    "unknown precision": (["--precision", "nf5"], "unknown precision 'nf5', expected one of nf4"),
+    "unknown dtype": (["--dtype", "float32"], "expected bfloat16 or float16"),
     "contradiction of dtypes": (["--precision", "bf16", "--dtype", "float16"], "leave --dtype out"),
     "resume and overwrite": (["--resume", "--overwrite"], "give one of them"),
     "a word": (["train"], "unexpected word 'train'"),
     "no value": (["--learning_rate"], "expected one argument"),
-    "a word for a number": (["--max_steps", "many"], "max_steps: got 'many', wanted int"),
-    "a fraction for a number": (["--r", "1.5"], "r: got 1.5, wanted int"),
-    "not a number": (["--learning_rate", "nan"], "wanted a positive number"),
-    "a word for a switch": (["--demo", "perhaps"], "wanted true or false"),
+    "a word for a number": (["--max_steps", "many"], "max_steps: got 'many', expected int"),
+    "a fraction for a number": (["--r", "1.5"], "r: got 1.5, expected int"),
+    "not a number": (["--learning_rate", "nan"], "expected a positive number"),
+    "a word for a switch": (["--demo", "perhaps"], "expected true or false"),
     "a derived flag": (["--bf16", "true"], "it follows from --dtype"),
     "no config": (["--config", "missing.yaml"], "--config missing.yaml cannot be read"),
     "unknown check": (["--demo", "--skip_checks", "gradent"], "Did you mean 'gradient'?"),
     "unknown schedule": (["--demo", "--lr_scheduler_type", "cosin"], "cosin is not a valid"),
-    "unknown optimiser": (["--demo", "--optim", "adam"], "adam is not a valid"),
+    "unknown optimizer": (["--demo", "--optim", "adam"], "adam is not a valid"),
     "unknown strategy": (["--demo", "--eval_strategy", "sometimes"], "sometimes is not a valid"),
-    "too short rows": (["--demo", "--max_length", "2"], "wanted at least 8 tokens"),
+    "too short rows": (["--demo", "--max_length", "2"], "expected at least 8 tokens"),
     "remote code that can change": (["--model", "a/b", "--trust_remote_code", "true"], "pin the commit"),
     "half unknown targets": (["--demo", "--target_modules", "q_proj", "v_prj"], "Did you mean 'v_proj'?"),
     "best without evaluating": (["--demo", "--load_best_model_at_end", "true"], "--eval_strategy steps"),
@@ -265,9 +265,9 @@ def test_command_line(refused: Refused, case: str) -> None:
     ("text", "part"),
     [
         ("learning_rat: 1\n", "flags.yaml: unknown flag 'learning_rat'. Did you mean 'learning_rate'?"),
-        ("- a\n", "flags.yaml holds list, wanted `flag: value` lines"),
+        ("- a\n", "flags.yaml holds list, expected `flag: value` lines"),
         ("a: [\n", "flags.yaml is no YAML"),
-        ("max_steps: x\n", "max_steps: got 'x', wanted int"),
+        ("max_steps: x\n", "max_steps: got 'x', expected int"),
         ("fp16: true\n", "--dtype float16"),
         ("!!python/object/apply:os.system ['touch it-ran']\n", "flags.yaml is no YAML"),
         ("r: \xff", "flags.yaml is not UTF-8"),
@@ -283,7 +283,7 @@ def test_config_file(refused: Refused, tmp_path: Path, text: str, part: str) -> 
     [
         (["evalute"], "unknown command 'evalute'. Did you mean 'evaluate'?"),
         (["evaluate", "nowhere"], "nowhere holds no finished run"),
-        (["evaluate", "nowhere", "--limit", "0.5"], "wanted a whole number"),
+        (["evaluate", "nowhere", "--limit", "0.5"], "expected a whole number"),
         (["merge", "nowhere"], "nowhere"),
         (["chat", "nowhere"], "nowhere"),
     ],
@@ -350,7 +350,7 @@ def test_a_model_that_is_nowhere(refused: Refused, tmp_path: Path) -> None:
     assert "cannot load" in refused("--model", str(tmp_path))
 
 
-def test_an_architecture_that_cannot_be_quantised(
+def test_an_architecture_that_cannot_be_quantized(
     refused: Refused, tiny: Callable[[str], Path], tmp_path: Path, recipe_for: Callable[..., type[Recipe]]
 ) -> None:
     """GPT-2's layers are no `nn.Linear`s, and bitsandbytes passes over them without a word."""
@@ -385,7 +385,7 @@ def test_an_adapter_of_another_base(tiny: Callable[[str], Path], tmp_path: Path)
 def test_versions(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment.importlib.metadata, "requires", lambda name: ["torch>=99"])
     message = refused("--demo")
-    assert "wanted >=99" in message
+    assert "expected >=99" in message
     assert "pip install -c constraints.txt 'torch>=99'" in message
 
 

@@ -53,7 +53,7 @@ def test_of_more_than_two_the_first_is_the_baseline(tmp_path: Path) -> None:
     assert plan_of(tmp_path, ("nf4", "fp4", "int8")).baseline == "nf4"
 
 
-def test_the_quantised_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> None:
+def test_the_quantized_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> None:
     assert {arm.settings.dtype for arm in plan_of(tmp_path, ("nf4", "fp16")).arms} == {"float16"}
     assert {arm.settings.dtype for arm in plan_of(tmp_path).arms} == {"bfloat16"}
 
@@ -61,7 +61,7 @@ def test_the_quantised_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"precisions": ["nf4"]}, "wanted two or more"),
+        ({"precisions": ["nf4"]}, "expected two or more"),
         ({"precisions": ["nf4", "nf4"]}, "nf4 is given twice"),
         ({"precisions": ["nf4", "bf61"]}, "Did you mean 'bf16'"),
         ({"precisions": ["bf16", "fp16"]}, "different dtypes"),
@@ -397,4 +397,4 @@ def test_the_script_answers_at_once() -> None:
     words = [sys.executable, str(ROOT / "eval" / "benchmark.py"), str(RECIPE), "--precisions", "nf4"]
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --precisions: got nf4, wanted two or more")
+    assert result.stderr.startswith("error: --precisions: got nf4, expected two or more")

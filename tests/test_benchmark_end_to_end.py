@@ -61,7 +61,7 @@ def test_divergence_is_small_and_not_zero(benchmark: tuple[Path, Report]) -> Non
     assert 50 < found.same_top_1 <= 100
 
 
-def test_quantisation_error_of_every_layer(benchmark: tuple[Path, Report]) -> None:
+def test_quantization_error_of_every_layer(benchmark: tuple[Path, Report]) -> None:
     errors = benchmark[1].contrasts[0].quantization_error
     assert len(errors) == 2 * 7
     assert all(0.07 < layer.relative_error < 0.12 for layer in errors)  # NF4 of normal weights: about 0.09

@@ -39,7 +39,7 @@ def pair(root: Path, lost: int = 4, won: int = 4, **options: Any) -> list[Path]:
 
 
 def ladder(root: Path, seeds: int = 2) -> list[Path]:
-    """Three precisions, with controls, divergence and quantisation error beside the first seeds."""
+    """Three precisions, with controls, divergence and quantization error beside the first seeds."""
     folders = []
     for precision, lost in (("bf16", 0), ("nf4", 6), ("fp4", 60)):
         for seed in range(seeds):
@@ -160,7 +160,7 @@ def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:
 
 def test_too_few_documents_are_refused(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, p, scores=SCORES[:12]) for p in ("nf4", "bf16")]
-    with pytest.raises(ComparisonError, match="12 documents, too few to say anything; wanted at least 20"):
+    with pytest.raises(ComparisonError, match="12 documents, too few to say anything; expected at least 20"):
         compare_folders(runs, 1.0)
 
 
@@ -326,7 +326,7 @@ def test_a_control_of_other_weights_is_refused(tmp_path: Path) -> None:
 
 def test_validity_tells_what_was_counted(report: Report) -> None:
     facts = {fact.name: fact for fact in report.validity}
-    assert "nf4: 28 Linear4bit, 28 of 28 quantised" in facts["base as stored"].figure
+    assert "nf4: 28 Linear4bit, 28 of 28 quantized" in facts["base as stored"].figure
     assert "6 of 6 runs" in facts["weights evaluated"].figure
     assert "800" in facts["documents"].figure
     assert {fact.verdict for fact in report.validity} == {"pass"}
@@ -383,7 +383,7 @@ def test_another_margin_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--margin", "none"], "wanted points above 0"),
+        (["--margin", "none"], "expected points above 0"),
         (["--margn", "1"], "unrecognized arguments: --margn"),
         (["--baseline", "int8"], "no run has the precision int8"),
     ],

@@ -158,7 +158,7 @@ def test_the_bundled_rows_are_what_they_were_before_they_lay_on_disk(encoder: Co
 
 
 def test_rows_are_taken_from_the_file_a_few_at_a_time(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a batch is tokenised, nothing beyond it has been read, and next to nothing of earlier ones is held."""
+    """When a batch is tokenized, nothing beyond it has been read, and next to nothing of earlier ones is held."""
     read, tokenized, alive = 0, 0, []
     plain = ConversationEncoder.tokenize
 

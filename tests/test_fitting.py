@@ -226,7 +226,7 @@ def test_expanded_weights_of_no_4_bits_are_refused(
 
 
 def test_an_unknown_storage_names_the_nearest(recipe_for: Callable[..., type[Recipe]]) -> None:
-    with pytest.raises(UsageError, match=r"unknown --storage 'expandd', wanted auto.*Did you mean 'expanded'"):
+    with pytest.raises(UsageError, match=r"unknown --storage 'expandd', expected auto.*Did you mean 'expanded'"):
         resolve(recipe_for(), storage="expandd")
 
 

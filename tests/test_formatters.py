@@ -66,10 +66,10 @@ def test_the_reasons_are_pinned() -> None:
 
 
 def test_row_error_is_a_data_error_that_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(RowError(Reason.NOT_TEXT, "answer is 3, wanted text")))
+    error = pickle.loads(pickle.dumps(RowError(Reason.NOT_TEXT, "answer is 3, expected text")))
     assert isinstance(error, DataError)
-    assert (error.reason, error.detail) == ("not text", "answer is 3, wanted text")
-    assert str(error) == "not text: answer is 3, wanted text"
+    assert (error.reason, error.detail) == ("not text", "answer is 3, expected text")
+    assert str(error) == "not text: answer is 3, expected text"
 
 
 LLAMA2 = "<s>[INST] Hi [/INST] Hello. </s>"
@@ -244,7 +244,7 @@ def test_every_reason_has_a_row() -> None:
 
 
 def test_check_messages_names_its_source() -> None:
-    with pytest.raises(RowError, match=r"^not messages: format_row gave None, wanted a list of messages$"):
+    with pytest.raises(RowError, match=r"^not messages: format_row gave None, expected a list of messages$"):
         check_messages(None)
 
 

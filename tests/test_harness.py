@@ -227,7 +227,7 @@ def test_code_of_a_base_is_run_at_a_commit_only(trained: Callable[..., RunFolder
     check_remote_code(receipt, allowed=False)
     receipt["settings"]["training"]["trust_remote_code"] = True
     receipt["base"] |= dict(model="some/model", revision="main")
-    with pytest.raises(UsageError, match="revision as 'main'; wanted a commit"):
+    with pytest.raises(UsageError, match="revision as 'main'; expected a commit"):
         check_remote_code(receipt, allowed=True)
     receipt["base"]["revision"] = "0a" * 20
     check_remote_code(receipt, allowed=True)
@@ -332,8 +332,8 @@ def test_held_out_loss_is_that_of_one_row_at_a_time(run: RunFolder) -> None:
             row = it.encoder.encode(messages)
             labels = torch.tensor(row.labels[1:])
             logits = it.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
-            wanted = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            assert doc.bits * torch.log(torch.tensor(2.0)) == pytest.approx(float(wanted), rel=1e-2)  # bf16 batches
+            expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            assert doc.bits * torch.log(torch.tensor(2.0)) == pytest.approx(float(expected), rel=1e-2)  # bf16 batches
             assert doc.bytes == sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
 
 
@@ -482,9 +482,9 @@ def test_a_limit_that_is_no_count_is_refused(limit: object) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--limit", "1.0"], "got '1.0', wanted a whole number"),
+        (["--limit", "1.0"], "got '1.0', expected a whole number"),
         (["--limits", "4"], "Did you mean 'limit'"),
-        (["--batch_size", "auto"], "wanted a whole number"),
+        (["--batch_size", "auto"], "expected a whole number"),
         (["--precision", "nf5"], "invalid choice: 'nf5'"),
     ],
 )

@@ -46,15 +46,15 @@ def test_a_character_of_several_tokens_is_one(run: ReadRun) -> None:
     assert not any("\ufffd" in token.text for token in tokens)
 
 
-def test_the_terminal_shows_80_columns_with_and_without_colours(run: ReadRun) -> None:
+def test_the_terminal_shows_80_columns_with_and_without_colors(run: ReadRun) -> None:
     page = describe(run, run_checks(BEFORE_LOADING, run))
-    for colours in (None, "truecolor"):
-        console = Console(file=io.StringIO(), width=80, color_system=colours, force_terminal=bool(colours))
+    for colors in (None, "truecolor"):
+        console = Console(file=io.StringIO(), width=80, color_system=colors, force_terminal=bool(colors))
         print_page(page, console)
         shown = console.file.getvalue()
         plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
         assert max(map(len, plain.splitlines())) <= 80
-        assert ("[[" in plain) == (colours is None)
+        assert ("[[" in plain) == (colors is None)
         assert "The shortest row" in plain and "The longest row" in plain and "in the loss" in plain
 
 

@@ -121,10 +121,10 @@ def test_output_and_gradients_are_those_of_peft_and_as_near_to_the_formula(
 ) -> None:
     x = drawn(*shape, dtype=dtype)
     ours, theirs = (run(adapted(kind, bias=bias, joined=joined), x) for joined in (1, None))
-    wanted = exact(adapted(kind, bias=bias), x)
-    assert ours.keys() == theirs.keys() == wanted.keys()
+    expected = exact(adapted(kind, bias=bias), x)
+    assert ours.keys() == theirs.keys() == expected.keys()
     assert ours["y"].dtype == torch.bfloat16
-    for name, part in wanted.items():
+    for name, part in expected.items():
         assert ours[name].shape == theirs[name].shape == part.shape
         if name != "y":  # which bitsandbytes gives in the dtype of its input
             assert ours[name].dtype == theirs[name].dtype
@@ -135,10 +135,10 @@ def test_output_and_gradients_are_those_of_peft_and_as_near_to_the_formula(
 def test_without_autocast_16_bits_stay_16_bits_and_float32_is_left_to_peft() -> None:
     model, untouched = adapted(bias=True), adapted(bias=True, joined=None)
     found = run(model, drawn(5, INPUTS), autocast=False)
-    wanted = exact(model, drawn(5, INPUTS))
+    expected = exact(model, drawn(5, INPUTS))
     assert found["y"].dtype == torch.bfloat16
     assert found["lora_A"].dtype == torch.float32
-    assert all(share(found[name], part) < 0.01 for name, part in wanted.items())
+    assert all(share(found[name], part) < 0.01 for name, part in expected.items())
     for each in (model, untouched):
         layer_of(each).get_base_layer().float()
     one, other = (run(each, drawn(5, INPUTS, dtype=torch.float32), autocast=False) for each in (model, untouched))
@@ -149,17 +149,17 @@ def test_without_autocast_16_bits_stay_16_bits_and_float32_is_left_to_peft() -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_input_without_a_gradient_gets_none(kind: str) -> None:
     model, x = adapted(kind), drawn(3, 4, INPUTS)
-    wanted = run(model, x)
+    expected = run(model, x)
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(x)
     y.backward(drawn(*y.shape))
     assert x.grad is None
     layer = layer_of(model)
-    assert torch.equal(layer.lora_A["default"].weight.grad, wanted["lora_A"])
-    assert torch.equal(layer.lora_B["default"].weight.grad, wanted["lora_B"])
+    assert torch.equal(layer.lora_A["default"].weight.grad, expected["lora_A"])
+    assert torch.equal(layer.lora_B["default"].weight.grad, expected["lora_B"])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert share(model(x), wanted["y"]) < 0.01  # by kernels that keep no weight for a backward pass
+        assert share(model(x), expected["y"]) < 0.01  # by kernels that keep no weight for a backward pass
 
 
 def both(model: PeftModel, other: PeftModel, x: torch.Tensor) -> None:
@@ -280,28 +280,28 @@ def test_nothing_is_joined_where_weights_are_sharded(
 def test_others_may_add_to_the_output_in_place(kind: str) -> None:
     """As Falcon does with the outputs of its attention and its MLP."""
     model, x = adapted(kind), drawn(2, 5, INPUTS)
-    wanted = run(model, x)
+    expected = run(model, x)
     model.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(x)
         y += torch.ones_like(y)
     y.backward(drawn(*y.shape))
-    assert torch.equal(y.detach(), wanted["y"] + 1)
-    assert torch.equal(x.grad, wanted["x"])
-    assert torch.equal(layer_of(model).lora_A["default"].weight.grad, wanted["lora_A"])
-    assert torch.equal(layer_of(model).lora_B["default"].weight.grad, wanted["lora_B"])
+    assert torch.equal(y.detach(), expected["y"] + 1)
+    assert torch.equal(x.grad, expected["x"])
+    assert torch.equal(layer_of(model).lora_A["default"].weight.grad, expected["lora_A"])
+    assert torch.equal(layer_of(model).lora_B["default"].weight.grad, expected["lora_B"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointed_gradients_are_the_same_bits(kind: str) -> None:
     model, x = adapted(kind), drawn(2, 5, INPUTS)
-    wanted = run(model, x)
+    expected = run(model, x)
     layer = layer_of(model)
     plain: Callable[..., torch.Tensor] = layer.forward
     layer.forward = lambda part: checkpoint(plain, part, use_reentrant=False)
     found = run(model, x)
-    assert all(torch.equal(part, found[name]) for name, part in wanted.items())
+    assert all(torch.equal(part, found[name]) for name, part in expected.items())
 
 
 def test_gradients_of_several_batches_add_up() -> None:

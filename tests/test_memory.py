@@ -208,7 +208,7 @@ def test_a_folder_without_a_usable_configuration_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=r"config\.json"):
         sizes_of(tmp_path)
-    with pytest.raises(ModelError, match="Wanted a folder"):
+    with pytest.raises(ModelError, match="Expected a folder"):
         sizes_of(tmp_path / "missing")
 
 

@@ -57,11 +57,11 @@ def scored(function: type[torch.autograd.Function], given: dict[str, Any]) -> di
 @pytest.mark.parametrize("count", COUNTS)
 def test_float32_gives_what_trl_gives(count: int, biased: bool) -> None:
     given = drawn(count, torch.float32, biased=biased)
-    found, wanted = (scored(function, given) for function in FUNCTIONS.values())
+    found, expected = (scored(function, given) for function in FUNCTIONS.values())
     for name in ("log_probs", "entropy", "gradient"):
-        assert found[name].dtype == wanted[name].dtype == torch.float32
-        assert torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5), name
-    assert torch.equal(found["top1"], wanted["top1"])
+        assert found[name].dtype == expected[name].dtype == torch.float32
+        assert torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5), name
+    assert torch.equal(found["top1"], expected["top1"])
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -77,13 +77,13 @@ def test_16_bits_are_as_near_to_the_formula_as_trl_is(count: int, biased: bool) 
     log_probs = (hidden @ exact["weight"].T + exact.get("bias", 0)).log_softmax(-1)
     of_labels = log_probs.gather(1, given["labels"][:, None]).squeeze(1)
     of_labels.backward(exact["upstream"])
-    wanted = {
+    expected = {
         "log_probs": of_labels,
         "entropy": -(log_probs * log_probs.exp()).sum(-1),
         "gradient": hidden.grad,
     }
     found, upstream = (scored(function, given) for function in FUNCTIONS.values())
-    for name, part in wanted.items():
+    for name, part in expected.items():
         ours, theirs = ((one[name] - part).norm() / part.norm() for one in (found, upstream))
         assert found[name].dtype == upstream[name].dtype
         assert ours < max(1.5 * theirs, 0.004), (name, float(ours), float(theirs))
@@ -93,11 +93,11 @@ def test_float32_hidden_states_are_multiplied_in_the_weights_dtype() -> None:
     given = {**drawn(40, torch.bfloat16), "hidden": drawn(40, torch.float32)["hidden"]}
     found = scored(LogProbs, given)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as TRL computes them while training
-        wanted = scored(ChunkedLogProbFunction, given)
-    assert found["gradient"].dtype == wanted["gradient"].dtype == torch.float32
+        expected = scored(ChunkedLogProbFunction, given)
+    assert found["gradient"].dtype == expected["gradient"].dtype == torch.float32
     for name in ("log_probs", "entropy"):
-        assert torch.allclose(found[name], wanted[name], atol=1e-4), name
-    assert float((found["gradient"] - wanted["gradient"]).norm() / wanted["gradient"].norm()) < 0.01
+        assert torch.allclose(found[name], expected[name], atol=1e-4), name
+    assert float((found["gradient"] - expected["gradient"]).norm() / expected["gradient"].norm()) < 0.01
 
 
 def test_of_equal_logits_the_first_is_the_likeliest() -> None:
@@ -109,8 +109,8 @@ def test_of_equal_logits_the_first_is_the_likeliest() -> None:
         "labels": torch.arange(5),
         "upstream": torch.ones(5),
     }
-    found, wanted = (scored(function, given)["top1"] for function in FUNCTIONS.values())
-    assert found.tolist() == wanted.tolist() == [False, True, False, False, False]
+    found, expected = (scored(function, given)["top1"] for function in FUNCTIONS.values())
+    assert found.tolist() == expected.tolist() == [False, True, False, False, False]
 
 
 def test_logits_that_round_to_equal_ones_are_ties_as_trls() -> None:
@@ -119,8 +119,8 @@ def test_logits_that_round_to_equal_ones_are_ties_as_trls() -> None:
     given["weight"][:2000] = given["weight"][2000:]
     given["labels"] = (given["hidden"] @ given["weight"].T).argmax(-1)
     given["labels"][::2] = (given["labels"][::2] + 2000) % 4000  # its twin, which is as likely and not the first
-    found, wanted = (scored(function, given)["top1"] for function in FUNCTIONS.values())
-    assert torch.equal(found, wanted)
+    found, expected = (scored(function, given)["top1"] for function in FUNCTIONS.values())
+    assert torch.equal(found, expected)
     assert found.any()
     assert not found.all()
 
@@ -156,8 +156,8 @@ def test_other_logits_than_plain_ones_are_left_to_trl(temperature: float, softca
     arguments = (given["weight"], None, given["labels"], temperature, 64, softcap, scale, OUTPUTS)
     output_layer.score_supervised_tokens()
     found = utils._ChunkedLogProbFunction.apply(given["hidden"], *arguments)
-    wanted = ChunkedLogProbFunction.apply(given["hidden"], *arguments)
-    assert torch.equal(found[0], wanted[0])
+    expected = ChunkedLogProbFunction.apply(given["hidden"], *arguments)
+    assert torch.equal(found[0], expected[0])
     assert not torch.allclose(found[0], LogProbs.apply(given["hidden"], *arguments)[0])
 
 

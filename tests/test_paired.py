@@ -139,8 +139,8 @@ def test_with_unequal_clusters_it_is_cr2_and_its_degrees_of_freedom(
     error = np.linalg.norm(matrix @ (a - b))
     values = np.linalg.eigvalsh(matrix @ matrix.T)
     freedom = values.sum() ** 2 / (values**2).sum()
-    wanted = np.mean(a - b) + np.array([-1, 1]) * stats.t.isf(0.05, freedom) * error
-    np.testing.assert_allclose(compare(a, b, margin=0.02, clusters=subjects).interval, wanted)
+    expected = np.mean(a - b) + np.array([-1, 1]) * stats.t.isf(0.05, freedom) * error
+    np.testing.assert_allclose(compare(a, b, margin=0.02, clusters=subjects).interval, expected)
 
 
 def test_overall_of_two_tasks_is_welchs_test() -> None:
@@ -329,7 +329,7 @@ def test_holm_on_four_tasks() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"margin": 0}, "margin of 0, wanted one above zero"),
+        ({"margin": 0}, "margin of 0, expected one above zero"),
         ({"margin": -0.01}, "margin of -0.01"),
         ({"margin": float("nan")}, "margin of nan"),
         ({"margin": 1.5}, "1.5 points of accuracy are 0.015"),

@@ -189,7 +189,7 @@ def test_an_adapter_in_16_bits_is_refused(run: ReadyRun) -> None:
     assert check.figure == "bfloat16, float32"
 
 
-def test_the_optimisers_state_is_of_its_name(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizers_state_is_of_its_name(run: ReadyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32" in verdict_of(dtypes.optimizer_state_dtype, run).figure
     small = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
 
@@ -207,7 +207,7 @@ def test_labels_that_the_trainer_loses_are_refused(run: ReadyRun) -> None:
     run.trainer.train_dataset = PreparedData.dataset(run.data.train[1:])
     check = verdict_of(loss.trainer_keeps_the_loss, run)
     assert check.verdict == "fail"
-    assert "wanted" in check.figure
+    assert "expected" in check.figure
 
 
 def test_ids_beyond_the_embedding_are_refused(run: ReadyRun) -> None:

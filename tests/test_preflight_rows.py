@@ -45,7 +45,7 @@ def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]])
     return read(recipe_for("llama2"), tiny("llama2"))
 
 
-def relabelled(run: ReadRun, change: Callable[[Encoded], Encoded]) -> ReadRun:
+def relabeled(run: ReadRun, change: Callable[[Encoded], Encoded]) -> ReadRun:
     """Return the run with its first training row changed."""
     first, *others = run.data.train
     data = replace(run.data, train=[replace(first, encoded=change(first.encoded)), *others])
@@ -60,7 +60,7 @@ def test_bundled_rows_pass_everything(run: ReadRun) -> None:
 
 
 def test_a_question_in_the_loss_is_refused(run: ReadRun) -> None:
-    wrong = relabelled(run, lambda row: Encoded(row.input_ids, list(row.input_ids)))
+    wrong = relabeled(run, lambda row: Encoded(row.input_ids, list(row.input_ids)))
     check = verdict_of(loss.loss_is_the_answers, wrong)
     assert check.verdict == "fail"
     assert run.data.train[0].place in check.figure
@@ -68,7 +68,7 @@ def test_a_question_in_the_loss_is_refused(run: ReadRun) -> None:
 
 
 def test_an_untrained_end_of_turn_is_refused(run: ReadRun) -> None:
-    wrong = relabelled(run, lambda row: Encoded(row.input_ids, [*row.labels[:-1], IGNORED]))
+    wrong = relabeled(run, lambda row: Encoded(row.input_ids, [*row.labels[:-1], IGNORED]))
     check = verdict_of(loss.end_of_turn, wrong)
     assert check.verdict == "fail"
     assert run.tokenizer.eos_token in check.figure
@@ -85,19 +85,19 @@ def test_an_earlier_untrained_end_of_turn_is_refused(llama2: ReadRun) -> None:
 
 def test_two_beginnings_of_text_are_refused(llama2: ReadRun) -> None:
     bos = llama2.tokenizer.bos_token_id
-    wrong = relabelled(llama2, lambda row: Encoded([bos, *row.input_ids], [IGNORED, *row.labels]))
+    wrong = relabeled(llama2, lambda row: Encoded([bos, *row.input_ids], [IGNORED, *row.labels]))
     check = verdict_of(loss.beginning_of_text, wrong)
     assert check.verdict == "fail"
     assert "1 rows with two in a row" in check.figure
 
 
 def test_a_row_that_starts_without_bos_is_refused(llama2: ReadRun) -> None:
-    wrong = relabelled(llama2, lambda row: Encoded(row.input_ids[1:], row.labels[1:]))
+    wrong = relabeled(llama2, lambda row: Encoded(row.input_ids[1:], row.labels[1:]))
     assert verdict_of(loss.beginning_of_text, wrong).verdict == "fail"
 
 
 def test_rows_without_a_supervised_token_are_refused(run: ReadRun) -> None:
-    wrong = relabelled(run, lambda row: Encoded(row.input_ids, [IGNORED] * len(row.labels)))
+    wrong = relabeled(run, lambda row: Encoded(row.input_ids, [IGNORED] * len(row.labels)))
     assert verdict_of(loss.rows_without_loss, wrong).verdict == "fail"
 
 
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: ReadR
     row = llama2.data.train[0]
     text = llama2.tokenizer.apply_chat_template(row.messages, tokenize=False).replace("?", "? </s><s>")
     ids = llama2.tokenizer(text, add_special_tokens=False)["input_ids"]
-    wrong = relabelled(llama2, lambda _: Encoded(ids, ids))
+    wrong = relabeled(llama2, lambda _: Encoded(ids, ids))
     check = verdict_of(forged_turns.control_tokens, wrong)
     assert check.verdict == "fail"
     assert row.place in check.figure
@@ -155,7 +155,7 @@ def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
     pad = run.tokenizer.pad_token_id
     check = verdict_of(
         vocabulary.padding_token,
-        relabelled(run, lambda row: Encoded([pad, *row.input_ids], [IGNORED, *row.labels])),
+        relabeled(run, lambda row: Encoded([pad, *row.input_ids], [IGNORED, *row.labels])),
     )
     assert check.verdict == "fail"
     assert run.tokenizer.pad_token in check.figure
@@ -163,7 +163,7 @@ def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
 
 def test_unknown_tokens_are_counted(llama2: ReadRun) -> None:
     unknown = llama2.tokenizer.unk_token_id
-    wrong = relabelled(llama2, lambda row: Encoded([unknown] * 5000, [unknown] * 5000))
+    wrong = relabeled(llama2, lambda row: Encoded([unknown] * 5000, [unknown] * 5000))
     assert verdict_of(vocabulary.unknown_tokens, wrong).verdict == "warn"
 
 
@@ -196,7 +196,7 @@ def test_held_out_rows_that_are_known_are_counted(run: ReadRun) -> None:
     check = verdict_of(row_checks.contamination, known)
     assert check.verdict == "warn"
     assert check.figure.startswith("5 of 5")
-    fresh = with_rows(run, [("What colour has a swan?", "White, if it was not born in Australia.")])
+    fresh = with_rows(run, [("What color has a swan?", "White, if it was not born in Australia.")])
     known.data = replace(run.data, held_out=fresh.data.train)
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 

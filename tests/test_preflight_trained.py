@@ -66,7 +66,7 @@ def test_a_sound_adapter_passes_and_says_something(run: TrainedRun) -> None:
     checks += run_checks([trained.tokenizer_reloads, answers.answers_end], run)
     assert {check.name: check.figure for check in checks if check.verdict == "fail"} == {}
     said = json.loads(run.folder.answers.read_text())
-    assert [set(answer) for answer in said] == [{"place", "question", "answer", "wanted", "ended"}] * len(said)
+    assert [set(answer) for answer in said] == [{"place", "question", "answer", "expected", "ended"}] * len(said)
 
 
 def test_a_weight_that_is_not_finite_is_refused(run: TrainedRun) -> None:
@@ -106,7 +106,7 @@ def test_a_base_that_changed_is_refused(run: TrainedRun) -> None:
     assert "became" in check.figure
 
 
-def test_an_optimiser_state_that_is_not_finite_is_refused(run: TrainedRun) -> None:
+def test_an_optimizer_state_that_is_not_finite_is_refused(run: TrainedRun) -> None:
     state = next(iter(run.trainer.optimizer.optimizer.state.values()))
     state["exp_avg"].fill_(float("nan"))
     assert verdict_of(trained.optimizer_state_kept, run).verdict == "fail"
@@ -200,12 +200,12 @@ def test_checks_to_skip_are_named_on_the_command_line(recipe_for: RecipeFor, tmp
     (tmp_path / "flags.yaml").write_text("skip_checks: [steps]\n")
     assert parse(recipe, ["--config", str(tmp_path / "flags.yaml")])["skip_checks"] == ["steps"]
     (tmp_path / "flags.yaml").write_text("skip_checks: steps\n")
-    with pytest.raises(UsageError, match="wanted a list"):
+    with pytest.raises(UsageError, match="expected a list"):
         parse(recipe, ["--config", str(tmp_path / "flags.yaml")])
 
 
 def test_checks_that_are_none_are_refused_with_the_recipe(recipe_for: RecipeFor) -> None:
-    with pytest.raises(RecipeError, match="wanted a list of functions"):
+    with pytest.raises(RecipeError, match="expected a list of functions"):
         recipe_for("llama2", checks=("packing",))
 
 

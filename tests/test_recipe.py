@@ -30,7 +30,7 @@ def test_every_fault_is_in_one_message() -> None:
         "dataset: missing",
         "LoraConfig has no field 'rank'",
         "Did you mean 'learning_rate'?",
-        "max_steps: got 'many', wanted int",
+        "max_steps: got 'many', expected int",
     ):
         assert part in message, message
 
@@ -38,18 +38,18 @@ def test_every_fault_is_in_one_message() -> None:
 @pytest.mark.parametrize(
     ("attributes", "part"),
     [
-        ({"lora": {"r": 0}}, "r: got 0, wanted a rank of at least 1"),
-        ({"lora": {"lora_dropout": 1.0}}, "lora_dropout: got 1.0, wanted a probability below 1"),
-        ({"training": {"learning_rate": -1e-4}}, "learning_rate: got -0.0001, wanted a positive number"),
+        ({"lora": {"r": 0}}, "r: got 0, expected a rank of at least 1"),
+        ({"lora": {"lora_dropout": 1.0}}, "lora_dropout: got 1.0, expected a probability below 1"),
+        ({"training": {"learning_rate": -1e-4}}, "learning_rate: got -0.0001, expected a positive number"),
         ({"training": {"bf16": True}}, "bf16 is not set by hand; it follows from --dtype bfloat16"),
-        ({"training": [1]}, "training: got [1], wanted a dict of SFTConfig fields"),
-        ({"model": "meta-llama/Llama-2-7b"}, "model: got 'meta-llama/Llama-2-7b', wanted a ModelSpec"),
-        ({"dataset": "rows.jsonl"}, "dataset: got 'rows.jsonl', wanted a DatasetSpec"),
-        ({"dataset": DatasetSpec("a", format_row="guanaco")}, "wanted a function from row to messages"),
+        ({"training": [1]}, "training: got [1], expected a dict of SFTConfig fields"),
+        ({"model": "meta-llama/Llama-2-7b"}, "model: got 'meta-llama/Llama-2-7b', expected a ModelSpec"),
+        ({"dataset": "rows.jsonl"}, "dataset: got 'rows.jsonl', expected a DatasetSpec"),
+        ({"dataset": DatasetSpec("a", format_row="guanaco")}, "expected a function from row to messages"),
         ({"dataset": DatasetSpec("a", held_out=1.0)}, "dataset.held_out: got 1.0"),
         ({"trainning": {}}, "trainning: a recipe has no such attribute. Did you mean 'training'?"),
-        ({"format_row": "question"}, "format_row: got 'question', wanted a function"),
-        ({"eval_tasks": "mmlu"}, "eval_tasks: got 'mmlu', wanted a list"),
+        ({"format_row": "question"}, "format_row: got 'question', expected a function"),
+        ({"eval_tasks": "mmlu"}, "eval_tasks: got 'mmlu', expected a list"),
     ],
 )
 def test_a_fault_says_what_was_got_and_wanted(attributes: dict[str, object], part: str) -> None:

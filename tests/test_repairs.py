@@ -57,7 +57,7 @@ def test_falcon_linears_are_passed_over_without_the_repair(fresh_falcon: ModuleT
     assert found == 0, mended("quantize_falcon_linears")
 
 
-def test_falcon_linears_are_quantised_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
+def test_falcon_linears_are_quantized_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
     assert repairs.quantize_falcon_linears()
     assert not repairs.quantize_falcon_linears()  # nothing is left to mend
     assert linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))) == 8

@@ -92,7 +92,7 @@ def page(report: Report) -> Page:
 
 def test_hostile_samples_are_shown_as_text(page: Page) -> None:
     for text in HOSTILE:
-        assert page.pre.count(plain(text)) == 4, text[:40]  # prompt, wanted, both answers
+        assert page.pre.count(plain(text)) == 4, text[:40]  # prompt, expected, both answers
 
 
 def test_nothing_of_a_sample_becomes_markup(page: Page) -> None:
@@ -129,7 +129,7 @@ def test_the_sections_stand_in_order(page: Page) -> None:
     assert sections == ["verdict", "differences", "flips", "bits", "cost", "losses", "controls", "validity"]
 
 
-def test_plots_follow_the_colours_of_the_page(report: Report) -> None:
+def test_plots_follow_the_colors_of_the_page(report: Report) -> None:
     html = render_html(report)
     assert html.count("<svg") == 3
     assert "var(--ink, #1b1f24)" in html and "prefers-color-scheme: dark" in html and "@media print" in html

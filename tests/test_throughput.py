@@ -54,7 +54,7 @@ def test_a_base_of_a_shape_is_loaded_as_that_shape(family: str, hidden: int, tmp
 
 @pytest.mark.parametrize(("family", "hidden"), [("llama2", 1000), ("llama2", 64), ("falcon", 4545), ("falcon", 0)])
 def test_a_width_that_no_heads_make_up_is_refused(family: str, hidden: int) -> None:
-    with pytest.raises(UsageError, match=f"--hidden {hidden}: wanted a multiple of"):
+    with pytest.raises(UsageError, match=f"--hidden {hidden}: expected a multiple of"):
         models.Shape(family, hidden, 2, 1000).config()
 
 
@@ -78,8 +78,8 @@ def test_the_bound_by_hand() -> None:
     half = bound.tokens_per_second(machine, SMALL, 0.5, None)
     assert half == pytest.approx(1000 / (4 * (WEIGHTS + 100 * 8 * 0.5)))
     packed = bound.tokens_per_second(machine, SMALL, 0.5, 64.0)
-    dequantised = 2 * (0.5 + 2) * WEIGHTS / 500 / 64
-    assert 1 / packed == pytest.approx(1 / half + dequantised)
+    dequantized = 2 * (0.5 + 2) * WEIGHTS / 500 / 64
+    assert 1 / packed == pytest.approx(1 / half + dequantized)
 
 
 def test_the_bound_of_llama_2_7b() -> None:
@@ -119,15 +119,15 @@ def test_the_machine_is_measured_and_the_median_is_taken(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--steps", "1"], "--steps: wanted at least 2"),
+        (["--steps", "1"], "--steps: expected at least 2"),
         (["--repeats", "0"], "--repeats: at least 1"),
-        (["--words", "100"], "--words 100: wanted at least the tokenizer's 1,536"),
-        (["--layers", "0"], "--layers 0: wanted at least 1"),
+        (["--words", "100"], "--words 100: expected at least the tokenizer's 1,536"),
+        (["--layers", "0"], "--layers 0: expected at least 1"),
         (["--precision", "nf"], "unknown precision 'nf'"),
         (["--storage", "expandd"], "unknown --storage 'expandd'"),
         (["--rows", "missing.jsonl"], "--rows missing.jsonl: there is no such file"),
         (["--json", "missing/figures.json"], "there is no folder missing"),
-        (["--hidden", "1000"], "--hidden 1000: wanted a multiple of 128"),
+        (["--hidden", "1000"], "--hidden 1000: expected a multiple of 128"),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(
@@ -218,7 +218,7 @@ def test_a_comparison_holds_every_arm(comparison: tuple[dict[str, Any], str]) ->
     assert f"bound {found['bound']['tokens_per_second']:,.0f} tokens/s" in printed
 
 
-def test_falcon_is_quantised_by_the_recipe_alone(comparison: tuple[dict[str, Any], str]) -> None:
+def test_falcon_is_quantized_by_the_recipe_alone(comparison: tuple[dict[str, Any], str]) -> None:
     found = comparison[0]["arms"]
     assert [found[arm]["quantized_linears"] for arm in arms.ARMS] == [0, 0, linears_of("falcon")]
     plain, sixteen, recipe = (found[arm]["losses"][0] for arm in arms.ARMS)
@@ -238,7 +238,7 @@ def test_a_comparison_is_printed_and_drawn(comparison: tuple[dict[str, Any], str
 def test_the_arms_train_on_the_same_and_learn_the_same(
     few_rows: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the plain script quantises too: in one process, with what this package replaces put back before each."""
+    """Where the plain script quantizes too: in one process, with what this package replaces put back before each."""
     found = {}
     for arm in arms.ARMS:
         monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)

@@ -176,7 +176,7 @@ def test_only_the_named_targets_are_adapted(
     assert adapter["modules"] == 4
 
 
-def test_a_falcon_that_stays_unquantised_is_refused(
+def test_a_falcon_that_stays_unquantized_is_refused(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What upstream does without a word: every layer in 16 bits under the name of NF4."""

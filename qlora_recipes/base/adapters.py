@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
-# Initialisations that touch the adapter alone and can be repeated in float32. Others (PiSSA, OLoRA, LoftQ, ...)
+# Initializations that touch the adapter alone and can be repeated in float32. Others (PiSSA, OLoRA, LoftQ, ...)
 # rewrite the base, and with it make another baseline of every precision.
 _REPEATABLE = (True, "gaussian")
 
@@ -38,11 +38,11 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     _check_targets(base, lora)
     set_seed(seed)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
-    initialisation = lora.get("init_lora_weights", True)
+    initialization = lora.get("init_lora_weights", True)
     set_seed(seed)
     for module in model.modules():
-        if isinstance(module, LoraLayer) and initialisation in _REPEATABLE:
-            module.reset_lora_parameters(ADAPTER, initialisation)
+        if isinstance(module, LoraLayer) and initialization in _REPEATABLE:
+            module.reset_lora_parameters(ADAPTER, initialization)
     return model
 
 
@@ -83,7 +83,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         ModelError: when the folder holds no adapter in safetensors, or one for another base.
     """
     if not (folder / WEIGHTS).is_file():
-        raise ModelError(f"no adapter at {folder}: {WEIGHTS} is missing. Wanted the adapter/ folder of a finished run")
+        raise ModelError(
+            f"no adapter at {folder}: {WEIGHTS} is missing. Expected the adapter/ folder of a finished run"
+        )
     try:
         # Trainable, so that `adapter_tensors` sees the weights and their hash can be held against the receipt.
         model = PeftModel.from_pretrained(

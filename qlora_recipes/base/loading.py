@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
         return "it is gated. Accept its terms on the hub, then run: hf auth login"
     first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return (
-        f"{first}. Wanted a hub id that can be reached, or a folder with config.json and safetensors (--model); "
+        f"{first}. Expected a hub id that can be reached, or a folder with config.json and safetensors (--model); "
         "weights in pickle (.bin, .pt) are never opened, since that can run code"
     )
 
@@ -152,7 +152,7 @@ def describe_base(
 ) -> BaseReceipt:
     """Count what lies in memory: linear layers by class, bytes by storage, and a hash of all of it.
 
-    What should be quantised is counted on an empty model of the same configuration, so that a layer that quantisation
+    What should be quantized is counted on an empty model of the same configuration, so that a layer that quantization
     overlooked is missed here and not there.
     """
     with torch.device("meta"):
@@ -176,7 +176,7 @@ def describe_base(
 
 
 def _linears(model: PreTrainedModel, kind: type[nn.Module]) -> Iterator[nn.Module]:
-    """Yield every linear layer but the output layer, which no precision quantises."""
+    """Yield every linear layer but the output layer, which no precision quantizes."""
     output = model.get_output_embeddings()
     return (module for module in model.modules() if isinstance(module, kind) and module is not output)
 
@@ -201,7 +201,7 @@ def _check_quantized(receipt: BaseReceipt, precision: Precision) -> None:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the model as stored, quantisation constants included; adapters are left out."""
+    """Yield every tensor of the model as stored, quantization constants included; adapters are left out."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "lora_" in name:
             continue

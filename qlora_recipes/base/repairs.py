@@ -154,7 +154,7 @@ def keep_4bit_gradients(model: PreTrainedModel) -> bool:
 def float32_adapter(model: PreTrainedModel) -> Iterator[list[str]]:
     """Keep the adapter's weights as they are while an SFTTrainer is built around them.
 
-    TRL 1.16, `trainer/sft_trainer.py`, `SFTTrainer.__init__`: where the base is quantised the adapter is cast to
+    TRL 1.16, `trainer/sft_trainer.py`, `SFTTrainer.__init__`: where the base is quantized the adapter is cast to
     bfloat16, elsewhere it stays float32, so that two arms of a comparison differ in more than the base, and a resumed
     run (whose adapter loads as float32) in more than a pause. Yields the names of the weights that were cast, filled
     in on leaving.

@@ -57,7 +57,7 @@ def compare_folders(
     runs = [read_scores(folder, tasks) for folder in folders]
     arms = group(runs)
     if baseline is not None and baseline not in arms:
-        raise ComparisonError(f"no run has the precision {baseline}, wanted as baseline; got {', '.join(arms)}")
+        raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
     baseline = baseline or choose_baseline(list(arms))
     if earlier_margins is None:
         earlier_margins = _earlier_margins(output, margin) if output else []
@@ -117,5 +117,5 @@ def points(word: str) -> float:
     except ValueError:
         margin = 0.0
     if not 0 < margin < 100:
-        raise argparse.ArgumentTypeError(f"got {word!r}, wanted points above 0, such as 1.0")
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected points above 0, such as 1.0")
     return margin

@@ -87,13 +87,13 @@ def _parser() -> _Parser:
 
 def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"got {word!r}, wanted a whole number from 1 up")
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number from 1 up")
     return int(word)
 
 
 def _truth(word: str) -> bool:
     if word not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"got {word!r}, wanted true or false")
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected true or false")
     return word == "true"
 
 

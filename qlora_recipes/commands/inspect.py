@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: qlora-recipes inspect RECIPE [--html FILE] [any flag of the recipe]
 
-Shows the shortest, the longest and a random row, with the tokens that are in the loss in another colour."""
+Shows the shortest, the longest and a random row, with the tokens that are in the loss in another color."""
 
 _SHOWN_TOKENS = 240  # of a long row on the terminal, from its two ends; the page has all
 # Both are readable on a dark and on a light terminal; the shades take turns, so that tokens can be told apart.
@@ -178,7 +178,7 @@ def print_page(page: Page, console: Console) -> None:
     console.print(_legend(console))
     for row in page.rows:
         console.print(Text(f"\n{row.title}", style="bold"), Text(f"  {row.figures}"), sep="\n")
-        console.print(_coloured(row.tokens, console))
+        console.print(_colored(row.tokens, console))
     console.print()
     print_checks(page.checks, "Checks on the rows", console)
 
@@ -189,7 +189,7 @@ def _legend(console: Console) -> Text:
     return Text.assemble(("in the loss", _IN_LOSS[0]), " ", ("not in the loss", _NOT_IN_LOSS[0]))
 
 
-def _coloured(tokens: list[Token], console: Console) -> Text:
+def _colored(tokens: list[Token], console: Console) -> Text:
     shown = Text()
     left_out = max(0, len(tokens) - _SHOWN_TOKENS)
     head = _SHOWN_TOKENS - _SHOWN_TOKENS // 3
@@ -218,13 +218,13 @@ def draw_lengths(lengths: Sequence[int]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    grey = "#808089"
-    with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), grey)):
+    gray = "#808089"
+    with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), gray)):
         figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
         axes.hist(lengths, bins=min(40, max(5, len(set(lengths)))), color="#4f9a61")
         axes.set(xlabel="tokens", ylabel="rows")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(grey)
+        axes.spines[["left", "bottom"]].set_color(gray)
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)

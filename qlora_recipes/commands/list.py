@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(parser.parse_args(arguments).folder)
     files = sorted(folder.glob("*.py"))
     if not files:
-        raise UsageError(f"no recipe in {folder}/; wanted a folder of Python files that each declare one")
+        raise UsageError(f"no recipe in {folder}/; expected a folder of Python files that each declare one")
     table = Table("recipe", "model", "template", "dataset", box=None, padding=(0, 2, 0, 0))
     for recipe in map(load_recipe, files):
         row = (recipe_name(recipe), recipe.model.hub_id, recipe.model.chat_template.path.stem, recipe.dataset.source)

@@ -26,7 +26,7 @@ _LABELS = {
     "expanded": "base, expanded",
     "adapter": "adapter",
     "gradients": "gradients",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "activations": "activations",
     "cache": "keys, values",
     "logits": "logits, loss",

@@ -27,7 +27,7 @@ from qlora_recipes.settings import Settings, recipe_name, resolve
 _OWN_FLAGS: dict[str, dict[str, Any]] = {
     "precision": dict(metavar="|".join(PRECISIONS), help="how the frozen base is stored (default: nf4)"),
     "dtype": dict(metavar="|".join(DTYPES), help="16-bit dtype to load and compute in (default: bfloat16)"),
-    "storage": dict(metavar="auto|packed|expanded", help="dequantise 4-bit weights each time, or once (default: auto)"),
+    "storage": dict(metavar="auto|packed|expanded", help="dequantize 4-bit weights each time, or once (default: auto)"),
     "demo": dict(flag=True, help="stand-in model and bundled rows, through the same code"),
     "model": dict(metavar="ID_OR_FOLDER", help="another source of the base"),
     "dataset": dict(metavar="ID_OR_FILE", help="another source of the rows"),
@@ -190,11 +190,11 @@ def _value(name: str, words: Any) -> Any:
 def _own_value(name: str, value: Any) -> Any:
     if _OWN_FLAGS[name].get("flag"):
         if not isinstance(value, bool):
-            raise UsageError(f"--{name}: got {value!r}, wanted true or false")
+            raise UsageError(f"--{name}: got {value!r}, expected true or false")
         return value
     if _OWN_FLAGS[name].get("names"):
         if not isinstance(value, list):
-            raise UsageError(f"--{name}: got {value!r}, wanted a list of names")
+            raise UsageError(f"--{name}: got {value!r}, expected a list of names")
         return [str(item) for item in value]
     return str(value)
 
@@ -226,14 +226,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--config {file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"--config {file} holds {type(content).__name__}, wanted `flag: value` lines")
+        raise UsageError(f"--config {file} holds {type(content).__name__}, expected `flag: value` lines")
     return {str(name): _config_value(file, str(name), value) for name, value in content.items()}
 
 
 def _config_value(file: Path, name: str, value: Any) -> Any:
     if name not in _flags() or name == "config":
-        wanted = DERIVED.get(name)
-        hint = f" It follows from {wanted}." if wanted else nearest(name, _flags())
+        expected = DERIVED.get(name)
+        hint = f" It follows from {expected}." if expected else nearest(name, _flags())
         raise UsageError(f"{file}: unknown flag {name!r}.{hint}")
     if name in _OWN_FLAGS:
         return _own_value(name, value)

@@ -51,7 +51,7 @@ def _keyed(docs: Sequence[Any], run: str) -> dict[tuple, Any]:
             name = _field(docs[position], "doc_id", identity[1])
             raise ComparisonError(
                 f"got the score {_field(docs[position], 'score')} for document {name} of task {identity[0]} "
-                f"in run {run}, wanted a finite number; look for NaN in the adapter and evaluate again"
+                f"in run {run}, expected a finite number; look for NaN in the adapter and evaluate again"
             )
         keys[position] = (*identity, seen[identity])
         seen[identity] += 1
@@ -61,18 +61,18 @@ def _keyed(docs: Sequence[Any], run: str) -> dict[tuple, Any]:
 def _field(record: Any, name: str, default: Any = None) -> Any:
     value = record.get(name, default) if isinstance(record, Mapping) else getattr(record, name, default)
     if value is None:
-        raise ComparisonError(f"got a record without {name}, wanted {IDENTITY} and a score: {record!r:.200}")
+        raise ComparisonError(f"got a record without {name}, expected {IDENTITY} and a score: {record!r:.200}")
     return value
 
 
 def _mismatch(only_a: set[tuple], only_b: set[tuple]) -> str:
     if not only_a | only_b:
-        return "got no documents, wanted the same ones in both runs; evaluate both first"
+        return "got no documents, expected the same ones in both runs; evaluate both first"
     tasks = [dict(Counter(key[0] for key in keys)) for keys in (only_a, only_b)]
     parts = [f"got {len(only_a)} documents only in run a {tasks[0]}, {len(only_b)} only in run b {tasks[1]}"]
     for i, name in enumerate(IDENTITY):
         without_a, without_b = ({key[:i] + key[i + 1 :] for key in keys} for keys in (only_a, only_b))
         if alike := len(without_a & without_b):
             parts.append(f"{alike} of them differ in {name} alone")
-    fix = "wanted the same in both; evaluate both with the same tasks, shots, chat template and limit"
+    fix = "expected the same in both; evaluate both with the same tasks, shots, chat template and limit"
     return "; ".join([*parts, fix])

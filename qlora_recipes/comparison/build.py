@@ -54,7 +54,7 @@ class _Aligned:
 def choose_baseline(precisions: Sequence[str]) -> str:
     """Return what others are held against: the only 16-bit one of two precisions, the first of more.
 
-    Of two quantised ones, as `compare A B` names them, it is the second.
+    Of two quantized ones, as `compare A B` names them, it is the second.
     """
     if len(precisions) > 2:
         return precisions[0]
@@ -144,7 +144,7 @@ def _check_enough(measured: AlignedScores) -> None:
     for task, documents in measured.results[0].documents.items():
         if len(documents) < fewest and measured.task(task).kind != "bits_per_byte":
             raise ComparisonError(
-                f"{task} has {len(documents)} documents, too few to say anything; wanted at least {fewest}. Leave it "
+                f"{task} has {len(documents)} documents, too few to say anything; expected at least {fewest}. Leave it "
                 "out with --tasks, or evaluate more of it"
             )
 

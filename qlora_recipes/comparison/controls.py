@@ -1,4 +1,4 @@
-"""What was measured beside the arms and lies in their run folders: controls, divergence, quantisation error.
+"""What was measured beside the arms and lies in their run folders: controls, divergence, quantization error.
 
 Reads files; what is missing is left out, and what was measured on other weights is refused.
 """
@@ -74,14 +74,14 @@ def _read(folder: Path, run: Run, name: str) -> Results | None:
 
 def _check(results: Results, adapter: str | None, base: str) -> None:
     for task, result in results.tasks.items():
-        for what, scored, wanted in (
+        for what, scored, expected in (
             ("adapter", result.adapter_sha256, adapter),
             ("base", result.base_sha256, base),
         ):
-            if scored != wanted:
+            if scored != expected:
                 raise ComparisonError(
-                    f"{results.name}: {task} was scored with the {what} {str(scored)[:12]}, wanted "
-                    f"{str(wanted)[:12]}. Evaluate this control again with --overwrite"
+                    f"{results.name}: {task} was scored with the {what} {str(scored)[:12]}, expected "
+                    f"{str(expected)[:12]}. Evaluate this control again with --overwrite"
                 )
 
 

@@ -110,7 +110,9 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
     folder = RunFolder(path)
     receipt = folder.receipt()
     if not (folder.adapter / "adapter_model.safetensors").is_file():
-        raise ComparisonError(f"{path} has a receipt and no adapter; wanted a run as training left it. Train it again")
+        raise ComparisonError(
+            f"{path} has a receipt and no adapter; expected a run as training left it. Train it again"
+        )
     run = Run(folder, receipt, read_results(folder.evaluation, tasks, name=str(path)))
     for task, result in run.results.tasks.items():
         _check_weights(run, task, "adapter", result.adapter_sha256, receipt["adapter"]["final_sha256"])
@@ -137,11 +139,11 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
         twin = arms.setdefault(run.precision, {}).setdefault(run.seed, run)
         if twin is not run:
             raise ComparisonError(
-                f"{twin.folder.path} and {run.folder.path} are both {run.precision} with seed {run.seed}; wanted two "
+                f"{twin.folder.path} and {run.folder.path} are both {run.precision} with seed {run.seed}; expected two "
                 "precisions of each seed"
             )
     if len(arms) < 2:
-        raise ComparisonError(f"got runs of {', '.join(arms) or 'nothing'} alone, wanted two precisions or more")
+        raise ComparisonError(f"got runs of {', '.join(arms) or 'nothing'} alone, expected two precisions or more")
     first = runs[0]
     for run in runs[1:]:
         names = str(first.folder.path), str(run.folder.path)
@@ -156,7 +158,7 @@ def _check_pairs(arms: Mapping[str, Mapping[int, Run]]) -> None:
     for precision, by_seed in others:
         if by_seed.keys() != first.keys():
             raise ComparisonError(
-                f"got seeds {sorted(first)} of {one} and {sorted(by_seed)} of {precision}, wanted the same of both: "
+                f"got seeds {sorted(first)} of {one} and {sorted(by_seed)} of {precision}, expected the same of both: "
                 "runs are compared seed by seed. Train what is missing"
             )
         for seed, run in by_seed.items():
@@ -193,8 +195,8 @@ def _lined_up(results: Results, reference: Results) -> Results:
 
 def _check_measurement(results: Results, reference: Results, one: TaskResult, other: TaskResult) -> None:
     for key in _SAME_MEASUREMENT:
-        if (got := getattr(one, key)) != (wanted := getattr(other, key)):
+        if (got := getattr(one, key)) != (expected := getattr(other, key)):
             raise ComparisonError(
-                f"{one.task} was measured with {key} {got!r} in {results.name} and {wanted!r} in {reference.name}; "
+                f"{one.task} was measured with {key} {got!r} in {results.name} and {expected!r} in {reference.name}; "
                 "evaluate one of them again"
             )

@@ -37,7 +37,7 @@ class Arm:
     scores: dict[str, float]
     """Task to score in points, the mean over seeds."""
     base_bytes: int
-    """The base as stored, quantisation constants included."""
+    """The base as stored, quantization constants included."""
     peak_bytes: int
     """Highest peak of any seed while training."""
     adapter_bytes: int

@@ -110,7 +110,7 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
     samples = [_sample(task, f"task {name}: ") for name, task in tasks.items()]
     seeds = {name: len(sample.differences) for name, sample in zip(tasks, samples, strict=True)}
     if len(set(seeds.values())) != 1:
-        raise ComparisonError(f"got tasks with {seeds} seeds, wanted as many of each; evaluate the rest")
+        raise ComparisonError(f"got tasks with {seeds} seeds, expected as many of each; evaluate the rest")
     return _judge(samples, margin, limited)
 
 
@@ -259,7 +259,7 @@ def needed_documents(
     room = margin - abs(difference)
     if not (room > 0 <= sd < math.inf and 0 < alpha < power < 1):
         raise ComparisonError(
-            f"got sd {sd}, difference {difference}, margin {margin}, alpha {alpha}, power {power}; wanted "
+            f"got sd {sd}, difference {difference}, margin {margin}, alpha {alpha}, power {power}; expected "
             "sd >= 0, 0 < alpha < power < 1 and the difference inside the margin"
         )
     return max(2, math.ceil(normal_sample_size_one_tail(room, (1 + power) / 2, alpha, std_null=sd)))
@@ -292,11 +292,11 @@ def flips(
     answers = [x for x in (answers_a, answers_b) if x is not None]
     if not a.shape == b.shape == (a.size,) or len(answers) == 1 or {a.size, *map(len, answers)} != {a.size}:
         raise ComparisonError(
-            f"got scores of shape {a.shape} and {b.shape} with {list(map(len, answers))} answers, wanted "
+            f"got scores of shape {a.shape} and {b.shape} with {list(map(len, answers))} answers, expected "
             "(documents,) and the answers of both arms or of none; align the runs first"
         )
     if odd := set(a.tolist() + b.tolist()) - {0.0, 1.0}:
-        raise ComparisonError(f"got the score {min(odd)}, wanted 0 for wrong or 1 for right; use accuracy")
+        raise ComparisonError(f"got the score {min(odd)}, expected 0 for wrong or 1 for right; use accuracy")
     table = [[int(np.sum((b == from_b) & (a == to_a))) for to_a in (1, 0)] for from_b in (1, 0)]
     both_wrong = np.flatnonzero((a == 0) & (b == 0))
     other = sum(answers_a[i] != answers_b[i] for i in both_wrong) if answers else None
@@ -328,7 +328,7 @@ def bits_per_byte_difference(
     a, b, sizes = _numbers(bits_a, "bits a"), _numbers(bits_b, "bits b"), _numbers(n_bytes, "bytes")
     if not a.shape == b.shape == sizes.shape == (a.size,) or a.size < FEWEST_TEXTS or sizes.min() <= 0:
         raise ComparisonError(
-            f"got bits of shape {a.shape} and {b.shape} and bytes of shape {sizes.shape}, wanted one of each "
+            f"got bits of shape {a.shape} and {b.shape} and bytes of shape {sizes.shape}, expected one of each "
             f"for at least {FEWEST_TEXTS} texts, none of them empty; cut long texts into pieces"
         )
     drawn = _bootstrap_ratio(a - b, sizes, resamples, seed)
@@ -354,7 +354,7 @@ def _bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, resamples: int, seed: 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Adjust the p-values of several tasks, so that the chance of any false find stays at 5 % (Holm 1979)."""
     if bad := {name: p for name, p in p_values.items() if not 0 <= p <= 1}:
-        raise ComparisonError(f"got {bad}, wanted p-values between 0 and 1")
+        raise ComparisonError(f"got {bad}, expected p-values between 0 and 1")
     if len(p_values) < 2:  # nothing to adjust; statsmodels would collect garbage for half a second
         return dict(p_values)
     return dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1].tolist(), strict=True))
@@ -364,7 +364,7 @@ def _sample(task: TaskScores, where: str = "") -> _Sample:
     a, b = (np.atleast_2d(_numbers(x, f"{where}scores {arm}")) for arm, x in (("a", task.a), ("b", task.b)))
     if a.shape != b.shape or a.ndim != 2 or not a.size or a.shape[1] < 2:
         raise ComparisonError(
-            f"{where}got scores of shape {a.shape} and {b.shape}, wanted the same (seeds, documents) of "
+            f"{where}got scores of shape {a.shape} and {b.shape}, expected the same (seeds, documents) of "
             "both, at least 2 documents; align the runs first"
         )
     span = float(max(a.max(), b.max(), 0.0) - min(a.min(), b.min(), 0.0))
@@ -374,7 +374,7 @@ def _sample(task: TaskScores, where: str = "") -> _Sample:
     if len(task.clusters) != a.shape[1] or len(numbers) < 2:
         raise ComparisonError(
             f"{where}got {len(task.clusters)} cluster labels, {len(numbers)} of them distinct, for "
-            f"{a.shape[1]} documents, wanted one each and 2 distinct; leave clusters out for a single subject"
+            f"{a.shape[1]} documents, expected one each and 2 distinct; leave clusters out for a single subject"
         )
     return _Sample(a - b, np.array([numbers[label] for label in task.clusters]), span)
 
@@ -383,7 +383,7 @@ def _numbers(values: ArrayLike, what: str) -> np.ndarray:
     numbers = np.asarray(values, dtype=float)
     if len(bad := np.argwhere(~np.isfinite(numbers))):
         raise ComparisonError(
-            f"{what}: got {len(bad)} NaN or infinite values, the first at {bad[0].tolist()}, wanted finite "
+            f"{what}: got {len(bad)} NaN or infinite values, the first at {bad[0].tolist()}, expected finite "
             "numbers; look for NaN in the adapter and evaluate again"
         )
     return numbers
@@ -391,9 +391,9 @@ def _numbers(values: ArrayLike, what: str) -> np.ndarray:
 
 def _check_margin(margin: float, span: float = 0.0) -> None:
     if not 0 < margin < math.inf:
-        raise ComparisonError(f"got a margin of {margin}, wanted one above zero in the units of the scores")
+        raise ComparisonError(f"got a margin of {margin}, expected one above zero in the units of the scores")
     if margin >= 1 and 0 < span <= 1:
         raise ComparisonError(
-            f"got a margin of {margin} for scores between 0 and 1, wanted it in their units: {margin} points "
+            f"got a margin of {margin} for scores between 0 and 1, expected it in their units: {margin} points "
             f"of accuracy are {margin / 100:g}"
         )

@@ -1,6 +1,6 @@
-"""The report's plots as inline SVG that follows the page's colours, light or dark. Records in, markup out.
+"""The report's plots as inline SVG that follows the page's colors, light or dark. Records in, markup out.
 
-Matplotlib draws in placeholder colours, which become the page's CSS variables; text stays text.
+Matplotlib draws in placeholder colors, which become the page's CSS variables; text stays text.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def _draw_difference(axes: Axes, height: int, found: Comparison, *, bold: bool) 
 
 
 def loss_plot(losses: Sequence[LossCurve]) -> Markup:
-    """Draw the training losses of all runs, each as a running mean, one colour for each precision."""
+    """Draw the training losses of all runs, each as a running mean, one color for each precision."""
     figure, axes = _figure(2.9)
     colors = _colors([curve.precision for curve in losses])
-    labelled: set[str] = set()
+    labeled: set[str] = set()
     for curve in losses:
-        label = None if curve.precision in labelled else plain(curve.precision)
-        labelled.add(curve.precision)
+        label = None if curve.precision in labeled else plain(curve.precision)
+        labeled.add(curve.precision)
         axes.plot(
             curve.steps, _smooth(curve.losses), color=colors[curve.precision], linewidth=1.4, alpha=0.85, label=label,
             linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
@@ -86,13 +86,13 @@ def loss_plot(losses: Sequence[LossCurve]) -> Markup:
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
-    if labelled:
+    if labeled:
         axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     return _markup(figure, "loss", "Training loss of every run")
 
 
 def error_plot(report: Report) -> Markup | None:
-    """Draw the quantisation error of every layer in the order of the model, one colour for each precision."""
+    """Draw the quantization error of every layer in the order of the model, one color for each precision."""
     contrasts = [contrast for contrast in report.contrasts if contrast.quantization_error]
     if not contrasts:
         return None
@@ -105,7 +105,7 @@ def error_plot(report: Report) -> Markup | None:
     axes.set(xlabel="linear layer, from input to output", ylabel="relative error, %", ylim=(0, 118 * highest))
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
-    return _markup(figure, "error", "Quantisation error by layer")
+    return _markup(figure, "error", "Quantization error by layer")
 
 
 def _colors(names: Sequence[str]) -> Mapping[str, str]:
@@ -132,7 +132,7 @@ def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
 
 
 def _markup(figure: Figure, name: str, title: str) -> Markup:
-    """Return the figure as an `svg` element whose colours are the page's."""
+    """Return the figure as an `svg` element whose colors are the page's."""
     from matplotlib import rc_context
 
     stream = io.StringIO()

@@ -50,7 +50,7 @@ def check_same(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str
         lines = [f"  - {key}: {_short(left)} and {_short(right)}" for key, (left, right) in found.items()]
         raise ComparisonError(
             f"{names[0]} and {names[1]} differ in more than precision:\n" + "\n".join(lines) + "\n"
-            "Wanted equal values in both; train one of them again with the other's settings"
+            "Expected equal values in both; train one of them again with the other's settings"
         )
 
 

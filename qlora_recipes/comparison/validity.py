@@ -53,7 +53,7 @@ def _trained(runs: Sequence[Run]) -> Iterator[Fact]:
 def _storage(receipt: Mapping[str, Any]) -> str:
     quantized = receipt["base"]["quantized"]
     linears = ", ".join(f"{number} {name}" for name, number in receipt["base"]["linears"].items())
-    counted = f", {quantized['found']} of {quantized['expected']} quantised" if quantized["expected"] else ""
+    counted = f", {quantized['found']} of {quantized['expected']} quantized" if quantized["expected"] else ""
     return f"{receipt['precision']}: {linears}{counted}"
 
 

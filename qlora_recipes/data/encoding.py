@@ -69,7 +69,7 @@ class ConversationEncoder:
         literal = [token for token in tokenizer.all_special_tokens if token in source]
         tokens = list(dict.fromkeys([*named.values(), *literal]))
         if len(tokens) > len(_NONCHARACTERS):
-            raise TemplateError(f"{len(tokens)} control tokens, wanted at most {len(_NONCHARACTERS)}")
+            raise TemplateError(f"{len(tokens)} control tokens, expected at most {len(_NONCHARACTERS)}")
         marks = dict(zip(tokens, _NONCHARACTERS, strict=False))
         for token in sorted(literal, key=len, reverse=True):  # written out in the template instead of as a variable
             source = source.replace(token, marks[token])

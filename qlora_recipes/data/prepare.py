@@ -39,7 +39,7 @@ class PreparedData:
 
     @staticmethod
     def dataset(conversations: Rows) -> Dataset:
-        """Return conversations as the tokenised dataset that SFTTrainer takes as it is, read from disk."""
+        """Return conversations as the tokenized dataset that SFTTrainer takes as it is, read from disk."""
         return conversations.dataset()
 
 
@@ -79,7 +79,7 @@ def _formatted(settings: Settings, dropped: Counter[str]) -> Iterator[tuple[str,
 
 def _detect(row: Any, where: str) -> Formatter:
     if not isinstance(row, Mapping):
-        raise RowError(Reason.NOT_AN_OBJECT, f"{where} is {type(row).__name__}, wanted names with values")
+        raise RowError(Reason.NOT_AN_OBJECT, f"{where} is {type(row).__name__}, expected names with values")
     try:
         return detect(row)
     except DataError as error:

@@ -30,7 +30,7 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None and path.exists():
-        raise DataError(f"{source} is no data file; wanted one that ends in {', '.join(_READERS)}")
+        raise DataError(f"{source} is no data file; expected one that ends in {', '.join(_READERS)}")
     if reader is None:
         return _hub_rows(source, split, revision)
     if not path.is_file():
@@ -53,7 +53,7 @@ def _checked(path: Path, reader: Callable[[Path], Rows]) -> Rows:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if empty:
-        raise DataError(f"{path} has no rows; wanted at least one")
+        raise DataError(f"{path} has no rows; expected at least one")
 
 
 def _json_rows(path: Path) -> Rows:
@@ -71,10 +71,10 @@ def _json_rows(path: Path) -> Rows:
         lists = [key for key, value in content.items() if isinstance(value, list)]
         if len(lists) != 1:
             found = f"lists under {', '.join(lists)}" if lists else f"the keys {', '.join(list(content)[:8])}"
-            raise DataError(f"{path} holds one object with {found}; wanted a list of rows, or one key that holds it")
+            raise DataError(f"{path} holds one object with {found}; expected a list of rows, or one key that holds it")
         content = content[lists[0]]
     if not isinstance(content, list):
-        raise DataError(f"{path} holds {type(content).__name__}; wanted a list of rows")
+        raise DataError(f"{path} holds {type(content).__name__}; expected a list of rows")
     for index, row in enumerate(content):
         yield f"row {index}", row
 
@@ -108,8 +108,8 @@ def _jsonl_rows(path: Path) -> Rows:
 def _unreadable(error: Exception) -> str:
     """Say what JSON's grammar allows and Python's reader does not: a number without end, or nesting without end."""
     if isinstance(error, RecursionError):
-        return "lists or objects are nested too deep to be read, wanted rows of names with values"
-    return f"a number is too long to be read, wanted text in quotes ({_first_line(error)})"
+        return "lists or objects are nested too deep to be read, expected rows of names with values"
+    return f"a number is too long to be read, expected text in quotes ({_first_line(error)})"
 
 
 def _csv_rows(path: Path) -> Rows:
@@ -150,7 +150,7 @@ def _hub_rows(source: str, split: str, revision: str | None) -> Rows:
         ) from error
     except (OSError, ValueError, hub.HfHubHTTPError, RuntimeError) as error:
         raise DataError(
-            f"no dataset {source!r} (split {split!r}) to be had: {_first_line(error)}. Wanted a hub id that can be "
+            f"no dataset {source!r} (split {split!r}) to be had: {_first_line(error)}. Expected a hub id that can be "
             f"reached, or a local file that ends in {', '.join(_READERS)}"
         ) from error
     for index, row in enumerate(rows):

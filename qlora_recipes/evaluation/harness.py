@@ -53,7 +53,7 @@ class Options:
     def __post_init__(self) -> None:
         checked_limit(self.limit)
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise UsageError(f"batch_size: got {self.batch_size!r}, wanted a fixed number of rows, such as 8")
+            raise UsageError(f"batch_size: got {self.batch_size!r}, expected a fixed number of rows, such as 8")
         if self.precision is not None:
             precision_named(self.precision)
 
@@ -114,34 +114,34 @@ def evaluate_many(
     options = options or Options()
     jobs = [_job(folder, tasks, options) for folder in folders]
     loaded = load_tasks(list(dict.fromkeys(name for job in jobs for name in job.tasks)))
-    wanted = [_once(task for name in job.tasks for task in loaded[name]) for job in jobs]
+    expected = [_once(task for name in job.tasks for task in loaded[name]) for job in jobs]
     results: list[dict[str, TaskResult]] = [
-        {} if overwrite else _finished(job, todo, options) for job, todo in zip(jobs, wanted, strict=True)
+        {} if overwrite else _finished(job, todo, options) for job, todo in zip(jobs, expected, strict=True)
     ]
     try:
         with StopSignals("what is being written is whole") as signals:
-            _score_missing(jobs, wanted, results, options, signals, console or Console(stderr=True))
+            _score_missing(jobs, expected, results, options, signals, console or Console(stderr=True))
     except Stopped as stopped:
-        _say_what_is_left(stopped, jobs, wanted, results, overwrite)
+        _say_what_is_left(stopped, jobs, expected, results, overwrite)
         raise
-    return [[results[i][task.name] for task in wanted[i]] for i in range(len(jobs))]
+    return [[results[i][task.name] for task in expected[i]] for i in range(len(jobs))]
 
 
 def _score_missing(
     jobs: Sequence[_Job],
-    wanted: Sequence[Sequence[EvalTask]],
+    expected: Sequence[Sequence[EvalTask]],
     results: Sequence[dict[str, TaskResult]],
     options: Options,
     signals: StopSignals,
     console: Console,
 ) -> None:
-    """Score what of the wanted tasks has no result yet, one base in memory at a time."""
+    """Score what of the expected tasks has no result yet, one base in memory at a time."""
     for key in dict.fromkeys(job.key for job in jobs):
         mine = [i for i, job in enumerate(jobs) if job.key == key]
-        if any(task.name not in results[i] for i in mine for task in wanted[i]):
+        if any(task.name not in results[i] for i in mine for task in expected[i]):
             base = restore_base(key)
             for i in mine:
-                missing = [task for task in wanted[i] if task.name not in results[i]]
+                missing = [task for task in expected[i] if task.name not in results[i]]
                 if missing:
                     with restore_run(
                         jobs[i].folder, base, key, adapter=options.adapter, other_template=options.other_template
@@ -154,12 +154,12 @@ def _score_missing(
 def _say_what_is_left(
     stopped: Stopped,
     jobs: Sequence[_Job],
-    wanted: Sequence[Sequence[EvalTask]],
+    expected: Sequence[Sequence[EvalTask]],
     results: Sequence[Mapping[str, TaskResult]],
     overwrite: bool,
 ) -> None:
     lines = []
-    for job, todo, done in zip(jobs, wanted, results, strict=True):
+    for job, todo, done in zip(jobs, expected, results, strict=True):
         finished = [task.name for task in todo if task.name in done]
         left = [task.name for task in todo if task.name not in done]
         lines.append(f"  {job.output}: finished {', '.join(finished) or 'none'}, left {', '.join(left) or 'none'}")

@@ -42,7 +42,7 @@ _WEIGHTS = "model.safetensors"
 
 
 def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable[[str], None] = lambda _: None) -> None:
-    """Measure how far runs are from the reference, and what quantisation did to their layers; skip what is done.
+    """Measure how far runs are from the reference, and what quantization did to their layers; skip what is done.
 
     The figures go into the run folders, see `divergence_files`.
 
@@ -120,7 +120,7 @@ def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -
 
 @torch.no_grad()
 def quantization_error(model: nn.Module, key: BaseKey) -> Iterator[LayerError]:
-    """Yield the relative error of every quantised layer, held against the weights in the checkpoint's own file."""
+    """Yield the relative error of every quantized layer, held against the weights in the checkpoint's own file."""
     files = _weight_files(key)
     for name, module in model.named_modules():
         if not _quantized(module) or f"{name}.weight" not in files:

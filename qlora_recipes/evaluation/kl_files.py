@@ -1,4 +1,4 @@
-"""Where measured divergences and quantisation errors lie in a run folder. Files only; imports no torch."""
+"""Where measured divergences and quantization errors lie in a run folder. Files only; imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantisation did to one linear layer."""
+    """What quantization did to one linear layer."""
 
     layer: str
     relative_error: float
@@ -66,14 +66,14 @@ def _identity(reference: RunFolder, other: RunFolder) -> dict[str, Any]:
 
 
 def read_quantization_error(folder: RunFolder) -> list[LayerError]:
-    """Return the error of each quantised layer of a run's base, in the model's order; empty where not measured."""
+    """Return the error of each quantized layer of a run's base, in the model's order; empty where not measured."""
     content = _read(_error_file(folder))
     same = content.get("base_sha256") == folder.receipt()["base"]["sha256"]
     return [LayerError(**layer) for layer in content["layers"]] if same else []
 
 
 def write_quantization_error(folder: RunFolder, base_sha256: str, layers: Sequence[LayerError]) -> None:
-    """Write the error of each quantised layer of a run's base."""
+    """Write the error of each quantized layer of a run's base."""
     file = _error_file(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"base_sha256": base_sha256, "layers": [asdict(layer) for layer in layers]})

@@ -66,7 +66,7 @@ def check_remote_code(receipt: Mapping[str, Any], *, allowed: bool) -> None:
         )
     if not re.fullmatch("[0-9a-f]{40}", revision or "") and not Path(model).is_dir():
         raise UsageError(
-            f"--trust_remote_code runs code of {model}, and the receipt has its revision as {revision!r}; wanted a "
+            f"--trust_remote_code runs code of {model}, and the receipt has its revision as {revision!r}; expected a "
             "commit of 40 hexadecimal digits. Train again with --revision and one"
         )
 
@@ -154,7 +154,7 @@ def restore_run(
 
 
 _BASE_ADVICE = (
-    "It has changed since training, or was quantised on another kind of device; evaluate where it was trained"
+    "It has changed since training, or was quantized on another kind of device; evaluate where it was trained"
 )
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 
@@ -174,7 +174,7 @@ def load_run_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise ModelError(f"no tokenizer at {folder.adapter}: {first} Wanted the one that training saved") from error
+        raise ModelError(f"no tokenizer at {folder.adapter}: {first} Expected the one that training saved") from error
     if not other_template:
         _check_same(
             "chat template",

@@ -38,7 +38,7 @@ class DocRecord:
     prompt_hash: str
     """SHA-256 of what the model was given."""
     target_hash: str
-    """SHA-256 of what was wanted of it."""
+    """SHA-256 of what was expected of it."""
     score: float
     """The task's primary metric on this document."""
     answer: str
@@ -194,6 +194,6 @@ def _check_finite(task: str, docs: Sequence[DocRecord]) -> None:
     for doc in docs:
         if not math.isfinite(doc.score):
             raise CheckError(
-                f"document {doc.doc_id} of {task} has the score {doc.score}, wanted a finite number; look for NaN in "
+                f"document {doc.doc_id} of {task} has the score {doc.score}, expected a finite number; look for NaN in "
                 "the adapter (metrics.jsonl shows grad_norm) and train again"
             )

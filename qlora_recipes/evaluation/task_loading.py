@@ -88,10 +88,10 @@ def _is_path(name: str) -> bool:
 
 def _from_folder(path: Path) -> Iterator[EvalTask]:
     if not path.exists():
-        raise UsageError(f"no task folder at {path}; wanted a folder of YAML tasks, one YAML file, or a task's name")
+        raise UsageError(f"no task folder at {path}; expected a folder of YAML tasks, one YAML file, or a task's name")
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     if not files:
-        raise UsageError(f"{path} holds no .yaml file; wanted a folder of lm-eval tasks")
+        raise UsageError(f"{path} holds no .yaml file; expected a folder of lm-eval tasks")
     _say_what_runs(files)
     yield from _from_files(files)
 
@@ -108,7 +108,7 @@ def _from_files(files: Sequence[Path]) -> Iterator[EvalTask]:
     configs = [(file, _read_yaml(file)) for file in files]
     tasks = [(file, config) for file, config in configs if isinstance(config.get("task"), str)]
     if not tasks:
-        raise DataError(f"{files[0]} names no task; wanted `task: NAME` in it")
+        raise DataError(f"{files[0]} names no task; expected `task: NAME` in it")
     for file, config in tasks:
         _check_metrics(config, str(file))
         yield _eval_task(str(config["task"]), [_build(file, config)], chat_template=True)
@@ -270,5 +270,5 @@ def checked_limit(limit: object) -> int | None:
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise UsageError(f"limit: got {limit!r}, wanted a number of documents, such as 100")
+        raise UsageError(f"limit: got {limit!r}, expected a number of documents, such as 100")
     return limit

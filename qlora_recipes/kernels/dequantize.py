@@ -1,4 +1,4 @@
-"""Quantised weights that are dequantised for every product, or once and kept: packed or expanded.
+"""Quantized weights that are dequantized for every product, or once and kept: packed or expanded.
 
 Expanded, NF4 computes with the numbers of NF4 at the speed of 16 bits, and takes the memory of both: the packed weights
 stay, since they are what was loaded, counted and hashed.
@@ -48,7 +48,7 @@ def row_scales(module: nn.Module) -> torch.Tensor | None:
 
 
 def weight_of(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight that a layer multiplies with: kept, or dequantised now."""
+    """Return the weight that a layer multiplies with: kept, or dequantized now."""
     kept = getattr(layer, EXPANDED, None)
     return (dequantized(layer) if kept is None else kept).to(dtype)
 

@@ -2,7 +2,7 @@
 
 PEFT casts the input of each adapter to float32 and autocast casts it back, scales and adds in passes of their own, and
 each adapter keeps its own copy for the backward pass. Here the update is added by the product itself, the input is
-kept once, and a quantised weight is dequantised once in each direction for both. The adapter's weights stay float32;
+kept once, and a quantized weight is dequantized once in each direction for both. The adapter's weights stay float32;
 products are in 16 bits, as under autocast.
 
 y = x W^T + s (x A^T) B^T (arXiv 2106.09685, section 4.1), its gradient for a frozen W.

@@ -56,7 +56,7 @@ OPTIMIZER_BYTES = {
     "ademamix_8bit": 3 + 3 * 4 / 256,
     "sgd": 0,
 }
-"""Optimiser to bytes of state for each trainable weight; any other counts as AdamW with two float32 moments.
+"""Optimizer to bytes of state for each trainable weight; any other counts as AdamW with two float32 moments.
 A `paged_` one takes as much: its state leaves for the host only when the GPU is full (arXiv 2305.14314,
 section 3)."""
 
@@ -68,7 +68,7 @@ class Memory:
     moment: str
     """When that is."""
     base: int = 0
-    """The frozen model as stored, quantisation constants included."""
+    """The frozen model as stored, quantization constants included."""
     expanded: int = 0
     """4-bit weights once more in 16 bits."""
     adapter: int = 0
@@ -83,7 +83,7 @@ class Memory:
     logits: int = 0
     """The output layer and the loss."""
     workspace: int = 0
-    """Dequantised weights and intermediate results of the layer at work."""
+    """Dequantized weights and intermediate results of the layer at work."""
     heap: int = 0
     """On a CPU, what the C library holds beside tensors: holes between them, and memory freed but not given back."""
     context: int = 0
@@ -160,7 +160,7 @@ def expanded_bytes(sizes: Sizes, precision: Precision, work: Workload) -> int:
 
 
 def optimizer_bytes(optim: str, parameters: int) -> int:
-    """Return the bytes of an optimiser's state, by its `optim` name."""
+    """Return the bytes of an optimizer's state, by its `optim` name."""
     return round(OPTIMIZER_BYTES.get(optim.removeprefix("paged_"), ADAMW_BYTES) * parameters)
 
 
@@ -271,7 +271,7 @@ def _shares_inputs(precision: Precision, work: Workload) -> bool:
     """Whether adapters of one input keep it once.
 
     PEFT, where it computes them, casts the input of an adapter to float32, and autocast casts it back to 16 bits: a
-    copy for each adapter. Its quantised layers leave that out if `torch.is_autocast_enabled()`
+    copy for each adapter. Its quantized layers leave that out if `torch.is_autocast_enabled()`
     (`peft/tuners/lora/bnb.py`), which asks for CUDA's alone.
     """
     return _joined(precision, work) or (precision.quantized and work.device == "cuda" and not work.dropout)
@@ -316,8 +316,8 @@ def _attention_kept(sizes: Sizes, work: Workload) -> int:
 def _layer_workspace(sizes: Sizes, precision: Precision, work: Workload) -> int:
     """Bytes of intermediate results while one layer is computed again and differentiated.
 
-    The larger of two moments: the MLP, whose widest tensor is there several times; a dequantised weight, with its
-    constants if they are quantised too. The factors were fitted to real steps on a CPU.
+    The larger of two moments: the MLP, whose widest tensor is there several times; a dequantized weight, with its
+    constants if they are quantized too. The factors were fitted to real steps on a CPU.
     """
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
     factors = (6, 10) if not _joined(precision, work) else (4, 6) if sizes.gated_mlp else (2, 4)
@@ -400,7 +400,7 @@ def largest_micro_batch(sizes: Sizes, precision: Precision, work: Workload, gpu_
         UsageError: for a size that is no GPU's.
     """
     if not 0 < gpu_gib < math.inf:
-        raise UsageError(f"--gpu {gpu_gib:g}: wanted the memory of a GPU in GiB, such as 24")
+        raise UsageError(f"--gpu {gpu_gib:g}: expected the memory of a GPU in GiB, such as 24")
 
     def fits(rows: int) -> bool:
         return training_memory(sizes, precision, replace(work, rows=rows)).total <= gpu_gib * GIB

@@ -21,7 +21,7 @@ ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a micro-batch from which on more of them are not computed faster. Rows that are not packed count a quarter
 of the longest, as conversations do."""
 FIXED_TOKENS = 200
-"""Tokens that take as long as dequantising the base forward and backward, as every micro-batch does: 0.41 ns a
+"""Tokens that take as long as dequantizing the base forward and backward, as every micro-batch does: 0.41 ns a
 weight beside 845 GFLOP/s on a CPU with 16-bit products, 0.52 ps beside 790 TFLOP/s on an H200."""
 USABLE = 0.9
 """Share of the memory that is planned with; fragments and libraries take the rest."""

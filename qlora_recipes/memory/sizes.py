@@ -36,7 +36,7 @@ def _downloaded_config(hub_id: str, revision: str | None) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(
             f"the dimensions of {hub_id} are not known: its config.json cannot be had "
-            f"({str(error).splitlines()[0]}). Wanted a hub id that can be reached, or a folder (--model)"
+            f"({str(error).splitlines()[0]}). Expected a hub id that can be reached, or a folder (--model)"
         ) from error
 
 
@@ -51,7 +51,7 @@ def sizes_of(folder: Path) -> Sizes:
         config = json.loads(file.read_text(encoding="utf-8"))
         return _falcon_sizes(config) if config["model_type"] == "falcon" else _llama_sizes(config)
     except OSError as error:
-        raise ModelError(f"no {file}: {error.strerror}. Wanted a folder with config.json") from error
+        raise ModelError(f"no {file}: {error.strerror}. Expected a folder with config.json") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{file} is no configuration of a Llama or a Falcon: {error!r}") from error
 

@@ -45,7 +45,7 @@ def _said(run: TrainedRun, row: Conversation, new: list[int]) -> dict[str, objec
         "place": row.place,
         "question": row.messages[-2]["content"],
         "answer": run.tokenizer.decode(new, skip_special_tokens=True).strip(),
-        "wanted": row.messages[-1]["content"],
+        "expected": row.messages[-1]["content"],
         "ended": new[-1:] == [run.tokenizer.eos_token_id],
     }
 

@@ -19,7 +19,7 @@ _BELOW_16_BITS = {"uint8", "int8"}
 
 
 def base_dtype(run: ReadyRun) -> Check:
-    """What is not quantised is in the run's 16-bit dtype; 4-bit layers dequantise to it and multiply in it."""
+    """What is not quantized is in the run's 16-bit dtype; 4-bit layers dequantize to it and multiply in it."""
     found = {_name(weight.dtype) for name, weight in run.model.named_parameters() if "lora_" not in name}
     compute = {_name(module.compute_dtype) for module in run.model.modules() if getattr(module, "compute_dtype", None)}
     states = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
@@ -58,12 +58,12 @@ def adapter_dtype(run: ReadyRun) -> Check:
 
 
 def optimizer_state_dtype(run: ReadyRun) -> Check:
-    """What the optimiser keeps for a weight: float32, or fewer bits where its name says so."""
+    """What the optimizer keeps for a weight: float32, or fewer bits where its name says so."""
     name = run.trainer.args.optim.value
     kind, options = run.trainer.get_optimizer_cls_and_kwargs(run.trainer.args, run.model)
     try:
         found = _state_dtypes(kind, options, run.trainer.args.device)
-    except Exception as error:  # some optimisers want a whole model, or a mode of their own
+    except Exception as error:  # some optimizers want a whole model, or a mode of their own
         return passed(f"{name} cannot be tried on one weight ({type(error).__name__})")
     fewer = "8bit" in name or "4bit" in name
     return fail_unless(

@@ -89,11 +89,11 @@ def _holds(tokens: Sequence[str], messages: Sequence[Message]) -> bool:
 def control_tokens(run: ReadRun) -> Check:
     """Every row holds the control tokens that its turns need, and no other."""
     added = set(run.tokenizer.get_added_vocab().values())
-    wanted = cache(lambda roles: structure(run.encoder, roles))
+    expected = cache(lambda roles: structure(run.encoder, roles))
     wrong, first = count_and_first(
         row.place
         for row in chain(run.data.train, run.data.held_out)
-        if not _as_wanted(row, wanted(tuple(message["role"] for message in row.messages)), added)
+        if not _as_wanted(row, expected(tuple(message["role"] for message in row.messages)), added)
     )
     rows = len(run.data.train) + len(run.data.held_out)
     return fail_unless(
@@ -103,9 +103,9 @@ def control_tokens(run: ReadRun) -> Check:
     )
 
 
-def _as_wanted(row: Conversation, wanted: Counter[int], added: Set[int]) -> bool:
+def _as_wanted(row: Conversation, expected: Counter[int], added: Set[int]) -> bool:
     found = Counter(token for token in row.encoded.input_ids if token in added)
-    return found <= wanted if row.truncated else found == wanted
+    return found <= expected if row.truncated else found == expected
 
 
 def structure(encoder: ConversationEncoder, roles: Sequence[str]) -> Counter[int]:

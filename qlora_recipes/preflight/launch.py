@@ -100,9 +100,9 @@ def device(run: ReadyRun) -> Check:
 
 def mixed_precision(run: ReadyRun) -> Check:
     """The autocast of the accelerator is the run's dtype; ACCELERATE_MIXED_PRECISION can say otherwise."""
-    got, wanted = run.trainer.accelerator.mixed_precision, _PRECISION[run.settings.dtype]
+    got, expected = run.trainer.accelerator.mixed_precision, _PRECISION[run.settings.dtype]
     return fail_unless(
-        got == wanted,
-        got if got == wanted else f"{got}, wanted {wanted}",
+        got == expected,
+        got if got == expected else f"{got}, expected {expected}",
         "Leave mixed_precision out of the launcher's flags and config; --dtype decides.",
     )

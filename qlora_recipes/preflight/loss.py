@@ -34,15 +34,15 @@ def loss_is_the_answers(run: ReadRun) -> Check:
 def _supervises_answers(run: ReadRun, row: Conversation) -> bool:
     supervised = [label for label in row.encoded.labels if label not in (IGNORED, run.tokenizer.eos_token_id)]
     said = "".join(message["content"] for message in row.messages if message["role"] == "assistant")
-    wanted = _plain_ids_as_text(run, said)
+    expected = _plain_ids_as_text(run, said)
     got = _squeezed(run.tokenizer.decode(supervised))
     if row.truncated:
-        return wanted.startswith(got.rstrip("\ufffd"))  # the cut may fall inside a character
-    return got == wanted
+        return expected.startswith(got.rstrip("\ufffd"))  # the cut may fall inside a character
+    return got == expected
 
 
 def _plain_ids_as_text(run: ReadRun, text: str) -> str:
-    """Pass a text through the tokenizer once, since some normalise what they encode."""
+    """Pass a text through the tokenizer once, since some normalize what they encode."""
     ids = run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return _squeezed(run.tokenizer.decode(ids))
 
@@ -116,7 +116,7 @@ def answers_cut(run: ReadRun) -> Check:
 
 
 def trainer_keeps_the_loss(run: ReadyRun) -> Check:
-    """What SFTTrainer made of the rows (packed, cut, labelled) still has every token, and every label."""
+    """What SFTTrainer made of the rows (packed, cut, labeled) still has every token, and every label."""
     rows = run.trainer.train_dataset
     got: Counter[str] = Counter()
     for row in rows.with_format("numpy").iter(batch_size=1000):
@@ -127,7 +127,7 @@ def trainer_keeps_the_loss(run: ReadyRun) -> Check:
     into = f"{len(rows):,} packed" if run.trainer.args.packing else f"{len(rows):,}"
     return fail_unless(
         holds,
-        f"{into} rows hold {got['tokens']:,} tokens and {got['supervised']:,} labels, wanted {receipt.tokens:,} "
+        f"{into} rows hold {got['tokens']:,} tokens and {got['supervised']:,} labels, expected {receipt.tokens:,} "
         f"and {receipt.supervised_tokens:,}"
         if not holds
         else f"all of them, in {into} rows",

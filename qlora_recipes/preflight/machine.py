@@ -77,7 +77,7 @@ def hub(run: ReadRun) -> Check:
     reachable = _hub_answers()
     if upload:
         advice = "Mend the network, or leave --push_to_hub out."
-        return fail_unless(reachable, "reachable" if reachable else "out of reach, and wanted at the end", advice)
+        return fail_unless(reachable, "reachable" if reachable else "out of reach, and expected at the end", advice)
     return passed("reachable" if reachable else f"out of reach; {' and '.join(by_id)} came from the cache")
 
 

@@ -87,10 +87,10 @@ def held_out_rows(run: ReadRun) -> Check:
 def contamination(run: ReadRun) -> Check:
     """Held-out answers that stand in the training rows, by eight words in a row or as a whole."""
     held_out = [set(_shingles(row)) for row in spread(run.data.held_out, _HELD_OUT)]
-    wanted = set().union(*held_out)
+    expected = set().union(*held_out)
     seen: set[int] = set()
     for row in run.data.train:
-        seen.update(part for part in _shingles(row) if part in wanted)
+        seen.update(part for part in _shingles(row) if part in expected)
     known = sum(bool(parts) and len(parts & seen) > len(parts) / 2 for parts in held_out)
     return warn_unless(
         known <= 0.05 * len(held_out),

@@ -41,11 +41,11 @@ def quantization_error(run: ReadyRun) -> Check:
         return passed("no layer has its name in the checkpoint")
     mean = sum(errors.values()) / len(errors)
     worst = max(errors, key=lambda name: errors[name])
-    wanted = _EXPECTED_ERROR[run.settings.precision.name]
+    expected = _EXPECTED_ERROR[run.settings.precision.name]
     return fail_unless(
-        mean <= 2 * wanted and errors[worst] <= 5 * wanted,
+        mean <= 2 * expected and errors[worst] <= 5 * expected,
         f"{mean:.2%} of the weights' norm, worst {errors[worst]:.2%} ({_short(worst)})",
-        f"About {wanted:.1%} is normal for {run.settings.precision.name}: these are not the checkpoint's weights.",
+        f"About {expected:.1%} is normal for {run.settings.precision.name}: these are not the checkpoint's weights.",
     )
 
 
@@ -58,9 +58,9 @@ def _layer_errors(run: ReadyRun) -> Iterator[tuple[str, float]]:
         if not isinstance(module, nn.Linear) or module is output or key not in files:
             continue
         with safe_open(files[key], "pt") as stored:
-            wanted = stored.get_slice(key)[: max(1, _SAMPLE // module.in_features)].float()
-        got = dequantized(module)[: len(wanted)].float().cpu()
-        yield name, float((got - wanted).norm() / wanted.norm())
+            expected = stored.get_slice(key)[: max(1, _SAMPLE // module.in_features)].float()
+        got = dequantized(module)[: len(expected)].float().cpu()
+        yield name, float((got - expected).norm() / expected.norm())
 
 
 def checkpoint_names(run: ReadyRun) -> Check:

@@ -75,7 +75,7 @@ def base_unchanged(run: TrainedRun) -> Check:
 
 
 def optimizer_state_kept(run: TrainedRun) -> Check:
-    """Every adapter weight has a finite optimiser state, which a weight that the optimiser never saw has not."""
+    """Every adapter weight has a finite optimizer state, which a weight that the optimizer never saw has not."""
     states = getattr(run.trainer.optimizer, "optimizer", run.trainer.optimizer).state
     parts = [part for state in states.values() for part in state.values() if torch.is_tensor(part)]
     trained = sum(weight.requires_grad for weight in run.model.parameters())
@@ -83,7 +83,7 @@ def optimizer_state_kept(run: TrainedRun) -> Check:
     return fail_unless(
         finite and (not states or len(states) == trained),
         f"of {len(states)} of {trained} tensors, {'all' if finite else 'not all'} finite",
-        "Report this as a bug, with the optimiser's name.",
+        "Report this as a bug, with the optimizer's name.",
     )
 
 

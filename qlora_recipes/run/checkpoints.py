@@ -72,7 +72,7 @@ def _damage(listed: dict[str, dict], found: dict[str, Path], hashes: bool) -> It
     for name, entry in listed.items():
         size = found[name].stat().st_size
         if size != entry["bytes"]:
-            yield f"{name} has {size:,} bytes, wanted {entry['bytes']:,}"
+            yield f"{name} has {size:,} bytes, expected {entry['bytes']:,}"
         elif hashes and _sha256(found[name]) != entry["sha256"]:
             yield f"{name} has other contents than were written"
 

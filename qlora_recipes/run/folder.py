@@ -81,7 +81,7 @@ class RunFolder:
             receipt = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunFolderError(
-                f"{self.path} holds no finished run: {RECEIPT} is missing. Wanted a folder that training wrote, "
+                f"{self.path} holds no finished run: {RECEIPT} is missing. Expected a folder that training wrote, "
                 "such as runs/llama2_guanaco-demo/nf4-seed0"
             ) from None
         except (OSError, ValueError) as error:

@@ -75,15 +75,15 @@ class BaseReceipt:
     """Class name to number of linear layers, the output layer left out."""
     quantized: QuantizedReceipt
     parameters: int
-    """Number of weights, counted before quantisation."""
+    """Number of weights, counted before quantization."""
     bytes: int
-    """Memory of weights, buffers and quantisation constants."""
+    """Memory of weights, buffers and quantization constants."""
     bytes_by_storage: dict[str, int]
     """Storage dtype to bytes."""
     sha256: str
     """Hash over the stored bytes of the base."""
     storage: str = "packed"
-    """Whether 4-bit weights were dequantised for every product (`packed`), or once and kept beside (`expanded`)."""
+    """Whether 4-bit weights were dequantized for every product (`packed`), or once and kept beside (`expanded`)."""
 
 
 @dataclass

@@ -32,12 +32,12 @@ def refuse(
         DivergenceError: always.
     """
     rows = [ids for batch in batches for ids in conversations(batch)]
-    wanted = {tuple(ids) for ids in rows[:_SHOWN]}
-    places = {key: row.place for row in trained if (key := tuple(row.encoded.input_ids)) in wanted}
+    expected = {tuple(ids) for ids in rows[:_SHOWN]}
+    places = {key: row.place for row in trained if (key := tuple(row.encoded.input_ids)) in expected}
     shown = "\n".join(f"  {places.get(tuple(ids), 'a row')}: {_text(ids, tokenizer)}" for ids in rows[:_SHOWN])
     more = f"\n  and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     raise DivergenceError(
-        f"the {what} of step {step} is {value}, wanted a finite number; nothing of this step is kept, and the "
+        f"the {what} of step {step} is {value}, expected a finite number; nothing of this step is kept, and the "
         "checkpoints before it stand. Lower --learning_rate, lengthen --warmup_steps, or look at the rows of its batch "
         f"on this process:\n{shown}{more}"
     )

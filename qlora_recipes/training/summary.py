@@ -22,7 +22,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
     dropped = sum(data["rows_dropped"].values())
     rows = {
         "base": f"{base['model']}, {run['precision']}, {quantized['found']} of {quantized['expected']} linears "
-        f"quantised, {base['bytes'] / 2**20:,.1f} MiB",
+        f"quantized, {base['bytes'] / 2**20:,.1f} MiB",
         "data": f"{data['source']}: {data['rows_used']:,} of {data['rows_in']:,} rows trained on, "
         f"{data['rows_held_out']:,} held out, {dropped:,} dropped",
         "in the loss": f"{data['supervised_tokens']:,} of {data['tokens']:,} tokens",

@@ -115,11 +115,11 @@ def _parser() -> _Parser:
 
 def _whole(word: str) -> int:
     if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {word!r}, wanted a whole number")
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number")
     return int(word)
 
 
 def _count(word: str) -> int:
     if _whole(word) < 2:
-        raise argparse.ArgumentTypeError(f"got {word!r}, wanted 2 documents or more")
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected 2 documents or more")
     return int(word)

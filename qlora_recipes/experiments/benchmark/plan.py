@@ -134,7 +134,7 @@ def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, 
         if twice := [value for value in values if list(values).count(value) > 1]:
             raise UsageError(f"--{what}s: {twice[0]} is given twice")
     if len(precisions) < 2:
-        raise UsageError(f"--precisions: got {', '.join(precisions)}, wanted two or more, such as nf4 bf16")
+        raise UsageError(f"--precisions: got {', '.join(precisions)}, expected two or more, such as nf4 bf16")
     dtypes = {precision_named(name).dtype for name in precisions} - {None}
     if len(dtypes) > 1:
         raise UsageError("--precisions: bf16 and fp16 compute in different dtypes and cannot be arms of one comparison")
@@ -143,7 +143,7 @@ def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, 
 
 
 def _dtype_words(baseline: str) -> list[str]:
-    """The quantised arms compute in the baseline's dtype."""
+    """The quantized arms compute in the baseline's dtype."""
     dtype = precision_named(baseline).dtype
     return ["--dtype", dtype] if dtype == "float16" else []
 
@@ -168,15 +168,15 @@ def check_trained(arm: Arm) -> None:
         "data": {"source": settings.dataset_name},
         "settings": {"lora": dict(settings.lora), "training": dict(settings.training)},
     }
-    for key, was, wanted in _differing("", receipt, json.loads(json.dumps(asked, default=str))):
+    for key, was, expected in _differing("", receipt, json.loads(json.dumps(asked, default=str))):
         raise RunFolderError(
-            f"{arm.folder.path} was trained with {key} {was!r}, and {wanted!r} is asked for. Give --output another "
+            f"{arm.folder.path} was trained with {key} {was!r}, and {expected!r} is asked for. Give --output another "
             "folder"
         )
 
 
-def _differing(path: str, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key, value in wanted.items():
+def _differing(path: str, was: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key, value in expected.items():
         if isinstance(value, Mapping):
             yield from _differing(f"{path}{key}.", was.get(key, {}), value)
         elif key in was and was[key] != value:

@@ -1,7 +1,7 @@
 """The fastest that this machine could train, from a product and a copy measured in the same run.
 
 Every linear layer takes 4 flop a token and weight without checkpointing (2 forward, 2 for the gradient of its input;
-the weight is frozen), the output layer the same for each supervised token. A packed 4-bit base is also dequantised
+the weight is frozen), the output layer the same for each supervised token. A packed 4-bit base is also dequantized
 twice a micro-batch, half a byte read and two written for each weight.
 """
 
@@ -60,7 +60,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def tokens_per_second(machine: Machine, sizes: Sizes, supervised_share: float, packed_tokens: float | None) -> float:
-    """Return the bound; `packed_tokens` are those of a micro-batch where 4-bit weights are dequantised for each."""
+    """Return the bound; `packed_tokens` are those of a micro-batch where 4-bit weights are dequantized for each."""
     linears = sizes.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
     head = sizes.vocab_size * sizes.hidden_size * supervised_share
     seconds = 4 * (linears + head) / machine.flops

@@ -80,10 +80,10 @@ def _run(asked: argparse.Namespace) -> None:
 def _check(asked: argparse.Namespace) -> None:
     """Refuse at once what would fail after minutes."""
     if asked.steps < 2 or asked.repeats < 1:
-        raise UsageError("--steps: wanted at least 2, the first of which is not timed; --repeats: at least 1")
+        raise UsageError("--steps: expected at least 2, the first of which is not timed; --repeats: at least 1")
     check_storage(asked.storage, precision_named(asked.precision))
     if asked.layers < 1:
-        raise UsageError(f"--layers {asked.layers}: wanted at least 1")
+        raise UsageError(f"--layers {asked.layers}: expected at least 1")
     if asked.rows and not Path(asked.rows).is_file():
         raise UsageError(f"--rows {asked.rows}: there is no such file")
     for file in filter(None, (asked.json, asked.plot)):
@@ -129,7 +129,7 @@ def _specification(asked: argparse.Namespace, folder: Path, kind: type) -> Any:
                 asked.tokenizer or standin.folder, **SPECS[asked.family].tokenizer
             )
             if words < len(tokenizer):
-                raise UsageError(f"--words {words}: wanted at least the tokenizer's {len(tokenizer):,}")
+                raise UsageError(f"--words {words}: expected at least the tokenizer's {len(tokenizer):,}")
             make(Shape(asked.family, asked.hidden, asked.layers, words), tokenizer, base)
     return kind(
         family=asked.family,

@@ -34,7 +34,9 @@ class Shape:
         """
         head = _HEAD[self.family]
         if self.hidden % head or self.hidden <= 0:
-            raise UsageError(f"--hidden {self.hidden}: wanted a multiple of {head}, the size of {self.family}'s heads")
+            raise UsageError(
+                f"--hidden {self.hidden}: expected a multiple of {head}, the size of {self.family}'s heads"
+            )
         common: dict[str, Any] = dict(
             vocab_size=self.words,
             hidden_size=self.hidden,

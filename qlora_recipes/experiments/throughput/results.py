@@ -49,7 +49,7 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _how(found: Mapping[str, Any]) -> str:
-    quantized = f"{found['quantized_linears']} quantised linears"
+    quantized = f"{found['quantized_linears']} quantized linears"
     kept = f", {found['storage']}" if found["quantized_linears"] else ""
     return (
         f"{quantized}{kept}; {found['micro_batch']} rows at a time, {found['padding_share']:.0%} padding, "
