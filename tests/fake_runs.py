@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, sha256, write_task
+from qlora_recipes.run.receipt import (
+    AdapterReceipt,
+    BaseReceipt,
+    Check,
+    DataReceipt,
+    MemoryReceipt,
+    QuantizedReceipt,
+    Receipt,
+    SettingsReceipt,
+    TemplateReceipt,
+    TrainingReceipt,
+)
 
 RESULT = TaskResult(
     task="standin_choice",
@@ -38,76 +50,94 @@ RESULT = TaskResult(
 )
 
 
-def receipt(precision: str, seed: int, **changes: Any) -> dict[str, Any]:
-    """A receipt of schema 1; keyword arguments replace dotted keys, with `__` for the dot."""
+def receipt(precision: str, seed: int, **changes: Any) -> Receipt:
+    """A receipt; keyword arguments replace dotted keys, with `__` for the dot."""
     quantized = 0 if precision in ("bf16", "fp16") else 28
-    content: dict[str, Any] = {
-        "schema_version": 1,
-        "recipe": "llama2_guanaco-demo",
-        "precision": precision,
-        "dtype": "bfloat16",
-        "seed": seed,
-        "demo": True,
-        "settings": {"lora": {"r": 8, "lora_alpha": 16}, "training": {"learning_rate": 3e-3, "seed": seed}},
-        "command": ["llama2_guanaco", "--precision", precision],
-        "versions": {"trl": "1.16.0", "torch": "2.13.0"},
-        "git": None,
-        "started": "2026-01-01T00:00:00+00:00",
-        "data": {
-            "source": "guanaco_llama2.jsonl",
-            "fingerprint": "f1",
-            "rows_in": 1200,
-            "rows_used": 1140,
-            "rows_held_out": 60,
-            "rows_dropped": {},
-            "tokens": 54075,
-            "supervised_tokens": 14169,
-            "answers_truncated": 0,
-            "max_length": 256,
-        },
-        "template": {"name": "llama2.jinja", "sha256": "template"},
-        "base": {
-            "model": "standin-llama2",
-            "revision": None,
-            "linears": {"Linear4bit" if quantized else "Linear": 28},
-            "quantized": {"expected": quantized, "found": quantized},
-            "parameters": 1246336,
-            "bytes": 1259072 if quantized else 2492928,
-            "sha256": f"base-{precision}",
-        },
-        "adapter": {
-            "targets": ["q_proj"],
-            "modules": 28,
-            "parameters": 81920,
-            "dtype": "float32",
-            "initial_sha256": f"initial-{seed}",
-            "final_sha256": f"final-{precision}-{seed}",
-            "bytes": 334768,
-        },
-        "training": {
-            "steps": 20,
-            "micro_batches": 20,
-            "final_loss": 1.25,
-            "tokens": 15336 + seed,
-            "supervised_tokens": 4046 + seed,
-            "tokens_per_second": 400.0,
-            "seconds": 38.0,
-            "packed": False,
-            "processes": 1,
-            "device": "cpu",
-            "attention": "sdpa",
-        },
-        "memory": {"peak_bytes": 2**30, "base_bytes": 2**29},
-        "repairs": [],
-        "checks": [{"name": "quantized linears", "verdict": "pass", "figure": "28 of 28", "advice": ""}],
-    }
+    found = Receipt(
+        recipe="llama2_guanaco-demo",
+        precision=precision,
+        dtype="bfloat16",
+        seed=seed,
+        demo=True,
+        settings=SettingsReceipt(
+            lora={"r": 8, "lora_alpha": 16}, training={"learning_rate": 3e-3, "seed": seed}, eval_tasks=[]
+        ),
+        command=["llama2_guanaco", "--precision", precision],
+        versions={"trl": "1.16.0", "torch": "2.13.0"},
+        git=None,
+        started="2026-01-01T00:00:00+00:00",
+        data=DataReceipt(
+            source="guanaco_llama2.jsonl",
+            fingerprint="f1",
+            rows_in=1200,
+            rows_used=1140,
+            rows_held_out=60,
+            rows_dropped={},
+            tokens=54075,
+            supervised_tokens=14169,
+            rows_truncated=0,
+            answers_truncated=0,
+            supervised_tokens_lost=0,
+            max_length=256,
+        ),
+        template=TemplateReceipt(
+            name="llama2.jinja",
+            sha256="template",
+            role_markers="",
+            bos_per_row=[1, 1],
+            end_token="</s>",
+            end_token_trained=True,
+        ),
+        base=BaseReceipt(
+            model="standin-llama2",
+            revision=None,
+            dtype="bfloat16",
+            linears={"Linear4bit" if quantized else "Linear": 28},
+            quantized=QuantizedReceipt(expected=quantized, found=quantized),
+            parameters=1246336,
+            bytes=1259072 if quantized else 2492928,
+            bytes_by_storage={},
+            sha256=f"base-{precision}",
+        ),
+        adapter=AdapterReceipt(
+            targets=["q_proj"],
+            modules=28,
+            parameters=81920,
+            dtype="float32",
+            initial_sha256=f"initial-{seed}",
+            final_sha256=f"final-{precision}-{seed}",
+            all_finite=True,
+            unchanged=[],
+            bytes=334768,
+        ),
+        training=TrainingReceipt(
+            steps=20,
+            micro_batches=20,
+            epochs=1.0,
+            first_loss=6.0,
+            final_loss=1.25,
+            tokens=15336 + seed,
+            supervised_tokens=4046 + seed,
+            padding_share=0.0,
+            tokens_per_second=400.0,
+            seconds=38.0,
+            packed=False,
+            processes=1,
+            device="cpu",
+            attention="sdpa",
+        ),
+        memory=MemoryReceipt(peak_bytes=2**30, base_bytes=2**29, training_bytes=2**28, planned_bytes=None),
+        repairs=[],
+        checks=[Check("quantized_linears", "pass", "28 of 28")],
+    )
     for key, value in changes.items():
         *path, last = key.split("__")
-        section = content
+        section: Any = found
         for part in path:
-            section = section[part]
-        section[last] = value
-    return content
+            section = getattr(section, part)
+        assert hasattr(section, last), key
+        setattr(section, last, value)
+    return found
 
 
 def document(i: int, score: float, task: str = "standin_choice", **changes: Any) -> DocRecord:
@@ -136,7 +166,7 @@ def answers(n: int, *, wrong: float = 0.3, seed: int = 0) -> np.ndarray:
 
 def write_results(
     folder: Path,
-    run: dict[str, Any],
+    run: Receipt,
     scores: Sequence[float],
     *,
     adapter: bool = True,
@@ -146,14 +176,14 @@ def write_results(
 ) -> None:
     """Write scores of `standin_choice`, and of a text in bits per byte, as an evaluation of that run."""
     weights = {
-        "precision": run["precision"],
-        "base_sha256": run["base"]["sha256"],
-        "adapter_sha256": run["adapter"]["final_sha256"] if adapter else None,
+        "precision": run.precision,
+        "base_sha256": run.base.sha256,
+        "adapter_sha256": run.adapter.final_sha256 if adapter else None,
     }
     measured = replace(RESULT, **{**weights, **result})
     write_task(folder, measured, [change(document(i, score, measured.task)) for i, score in enumerate(scores)])
     if text:
-        worse = 0.02 if run["precision"] != "bf16" else 0.0
+        worse = 0.02 if run.precision != "bf16" else 0.0
         docs = [document(i, 1 + worse, "standin_text", bits=(100 + i) * (1 + worse), bytes=100 + i) for i in range(30)]
         kind = {"task": "standin_text", "kind": "bits_per_byte", "metric": "bits_per_byte", "higher_is_better": False}
         write_task(folder, replace(measured, **kind), docs)
@@ -165,7 +195,7 @@ def make_run(root: Path, precision: str, seed: int = 0, scores: Sequence[float] 
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     run = receipt(precision, seed, **options.pop("receipt", {}))
-    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
     losses = [{"step": step, "loss": 6 / (1 + step / 5)} for step in range(1, 21)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, losses)) + "\n", encoding="utf-8")
     if scores is not None:

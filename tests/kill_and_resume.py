@@ -200,9 +200,9 @@ def outcome(output: Path) -> dict[str, Any]:
         if "train_runtime" not in row
     ]
     return {
-        "adapter": receipt["adapter"]["final_sha256"],
+        "adapter": receipt.adapter.final_sha256,
         "file": (folder.adapter / WEIGHTS).read_bytes(),
-        "counts": {name: receipt["training"][name] for name in _COUNTED},
+        "counts": {name: getattr(receipt.training, name) for name in _COUNTED},
         "curve": curve,
     }
 
@@ -221,7 +221,7 @@ def kill_once(folder: Path, variant: str, place: str, reference: Session, chance
         "variant": variant,
         "aimed at": place,
         "killed in": phases,
-        "went on from": [resume["from_step"] for resume in RunFolder(output).receipt()["resumes"]] if end else [],
+        "went on from": [resume.from_step for resume in RunFolder(output).receipt().resumes] if end else [],
         "same": [name for name in whole if end.get(name) == whole[name]],
         "differs in": [name for name in whole if end.get(name) != whole[name]],
     }

@@ -40,7 +40,7 @@ def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: Run
     assert 0 <= report["merging"] < report["storage"]  # NF4 moves the likelihoods more than adding the adapter does
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
-    before = load_file(Path(folder.receipt()["base"]["model"]) / "model.safetensors")
+    before = load_file(Path(folder.receipt().base.model) / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(model.state_dict()[name].float(), before[name].float())
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qlora_recipes.evaluation.records import TaskResult, finished_tasks
 from qlora_recipes.experiments.benchmark import command, scoring, training
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import SettingsReceipt
 from qlora_recipes.run.signals import Stopped
 from qlora_recipes.training.journal import settings_identity
 
@@ -98,8 +100,8 @@ class Laboratory:
         (arm.folder.path / "metrics.jsonl").write_text("")
         self.work(f"train {precision} {seed}")
         shutil.rmtree(arm.folder.path)
-        settings = {"lora": dict(arm.settings.lora), "training": dict(arm.settings.training)}
-        make_run(plan.output, precision, seed, receipt={"settings": json.loads(json.dumps(settings))})
+        settings = SettingsReceipt(dict(arm.settings.lora), dict(arm.settings.training), [])
+        make_run(plan.output, precision, seed, receipt={"settings": settings})
 
     def evaluate(self, folders: list[RunFolder], tasks: Any, *, options: Any, overwrite: bool, **_: Any) -> Any:
         return [[self._evaluate_one(folder, options, overwrite)] for folder in folders]
@@ -108,10 +110,10 @@ class Laboratory:
         content = folder.receipt()
         output = folder.evaluation / options.control(content)
         if "standin_choice" not in finished_tasks(output) or overwrite:
-            precision = options.precision or content["precision"]
+            precision = options.precision or content.precision
             self.work(f"score {folder.path.name} {output.name}")
-            run = {**content, "precision": precision, "base": receipt(precision, content["seed"])["base"]}
-            scores = flipped(answers(120), content["seed"] + (5 if precision == "nf4" else 0))
+            run = replace(content, precision=precision, base=receipt(precision, content.seed).base)
+            scores = flipped(answers(120), content.seed + (5 if precision == "nf4" else 0))
             scores = scores if options.adapter else answers(120, wrong=0.7)
             write_results(
                 output, run, scores[: options.limit], adapter=options.adapter, limit=options.limit, text=False

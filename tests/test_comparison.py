@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def ladder(root: Path, seeds: int = 2) -> list[Path]:
         )
     for precision in ("nf4", "fp4"):
         for seed in range(seeds):
-            cross_base = {**receipt("bf16", seed), "precision": precision, "base": receipt(precision, seed)["base"]}
+            cross_base = replace(receipt("bf16", seed), precision=precision, base=receipt(precision, seed).base)
             folder = root / f"bf16-seed{seed}" / "evaluation" / f"on-{precision}"
             write_results(folder, cross_base, flipped(SCORES, 3, 2))
     return folders
@@ -356,7 +356,7 @@ def test_divergences_of_other_weights_are_not_read(tmp_path: Path) -> None:
     write_quantization_error(runs[0], "base-nf4", [LayerError("q_proj", 0.09)])
     assert read_divergence(runs[1], runs[0]) == Divergence(900, 0.01, 0.001, 0.2, 97.5)
     content = receipt("nf4", 0, adapter__final_sha256="trained again", base__sha256="another")
-    (runs[0].path / "run.json").write_text(json.dumps(content))
+    (runs[0].path / "run.json").write_text(json.dumps(asdict(content)))
     assert read_divergence(runs[1], runs[0]) is None
     assert read_quantization_error(runs[0]) == []
 

@@ -310,7 +310,7 @@ def test_a_resumed_run_is_cut_up_as_it_started(
     large = finalize_settings(asked)
     train(asked)
     started = json.loads(folder.started.read_text())["run"]["training"]
-    whole = folder.receipt()["adapter"]["final_sha256"]
+    whole = folder.receipt().adapter.final_sha256
     folder.path.joinpath("run.json").unlink()
     checkpoints = sorted(path.name for path in folder.checkpoints.glob("checkpoint-*"))
     assert checkpoints
@@ -320,9 +320,9 @@ def test_a_resumed_run_is_cut_up_as_it_started(
     assert cut(finalize_settings(asked, resume=True)) == cut(restore_batch(asked, folder)) == cut(large)
     train(asked, resume=True)
     receipt = folder.receipt()
-    assert receipt["adapter"]["final_sha256"] == whole
-    assert receipt["settings"]["training"][BATCH] == started[BATCH] == cut(large)[0]
-    assert receipt["settings"]["training"]["gradient_checkpointing"] is False
+    assert receipt.adapter.final_sha256 == whole
+    assert receipt.settings.training[BATCH] == started[BATCH] == cut(large)[0]
+    assert receipt.settings.training["gradient_checkpointing"] is False
 
 
 def test_a_resumed_run_with_another_cut_stated_is_refused(open_run: Callable[..., Settings]) -> None:
@@ -353,8 +353,8 @@ def test_a_step_of_one_row_at_a_time_is_a_step_of_eight(
             recipe, model=str(tiny(family)), precision="bf16", output_dir=tmp_path / str(rows), training=shared
         )
         folder = train(settings)
-        counted = folder.receipt()["training"]
-        found[rows] = losses(folder), counted["tokens"], counted["supervised_tokens"], counted["padding_share"]
+        counted = folder.receipt().training
+        found[rows] = losses(folder), counted.tokens, counted.supervised_tokens, counted.padding_share
     assert found[1][0] == pytest.approx(found[8][0], rel=2e-3)
     assert found[1][1:] == found[8][1:]
     assert found[8][3] == 0

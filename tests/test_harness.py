@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_runs import receipt
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -32,6 +33,7 @@ from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_c
 from qlora_recipes.evaluation.records import DocRecord, Scores, TaskResult, finished_tasks, read_task, write_task
 from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, EvalTask, load_tasks
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped
 from qlora_recipes.settings import resolve
 from qlora_recipes.training.train import train
@@ -81,8 +83,8 @@ def test_every_offline_task_is_scored_on_the_runs_own_weights(
     receipt = folder.receipt()
     assert [result.task for result in results] == [*TASKS, "held_out_answers"]
     for result in results:
-        assert result.adapter_sha256 == receipt["adapter"]["final_sha256"]
-        assert result.base_sha256 == receipt["base"]["sha256"]
+        assert result.adapter_sha256 == receipt.adapter.final_sha256
+        assert result.base_sha256 == receipt.base.sha256
         assert result.adapter_on_off_difference > 0
         assert (result.limit, result.truncated, result.prompts_unlike_training) == (4, 0, 0)
         again, docs = read_task(folder.evaluation, result.task)
@@ -150,7 +152,7 @@ def test_another_base_is_refused(run: RunFolder, tiny: Callable[[str], Path], tm
     other = Path(shutil.copytree(tiny("llama2"), tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     save_file({name: weight * 1.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    _edit_receipt(run, lambda receipt: receipt["base"].update(model=str(other)))
+    _edit_receipt(run, lambda receipt: setattr(receipt.base, "model", str(other)))
     with pytest.raises(CheckError, match="the base is not this run's"):
         evaluate(run, ["held_out"], options=SHORT)
 
@@ -161,7 +163,7 @@ def test_an_edited_template_and_a_missing_adapter_are_refused(run: RunFolder) ->
     with pytest.raises(CheckError, match="the chat template is not this run's"):
         evaluate(run, ["held_out"], options=SHORT)
     (edited,) = evaluate(run, ["held_out"], options=replace(SHORT, other_template=True))
-    assert edited.template_sha256 not in (None, run.receipt()["template"]["sha256"])
+    assert edited.template_sha256 not in (None, run.receipt().template.sha256)
     shutil.rmtree(run.evaluation)
     template.write_text(template.read_text()[:-1])
     (run.adapter / WEIGHTS).unlink()
@@ -169,10 +171,10 @@ def test_an_edited_template_and_a_missing_adapter_are_refused(run: RunFolder) ->
         evaluate(run, ["held_out"], options=SHORT)
 
 
-def _edit_receipt(run: RunFolder, edit: Callable[[dict], None]) -> None:
+def _edit_receipt(run: RunFolder, edit: Callable[[Receipt], None]) -> None:
     receipt = run.receipt()
     edit(receipt)
-    (run.path / "run.json").write_text(json.dumps(receipt))
+    (run.path / "run.json").write_text(json.dumps(asdict(receipt)))
 
 
 CODE = """
@@ -225,11 +227,11 @@ def test_code_of_a_base_is_run_at_a_commit_only(trained: Callable[..., RunFolder
     receipt = trained().receipt()
     assert not BaseKey.of(receipt).trust_remote_code
     check_remote_code(receipt, allowed=False)
-    receipt["settings"]["training"]["trust_remote_code"] = True
-    receipt["base"] |= dict(model="some/model", revision="main")
+    receipt.settings.training["trust_remote_code"] = True
+    receipt.base.model, receipt.base.revision = "some/model", "main"
     with pytest.raises(UsageError, match="revision as 'main'; expected a commit"):
         check_remote_code(receipt, allowed=True)
-    receipt["base"]["revision"] = "0a" * 20
+    receipt.base.revision = "0a" * 20
     check_remote_code(receipt, allowed=True)
     assert BaseKey.of(receipt).trust_remote_code
 
@@ -505,12 +507,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_default_tasks() -> None:
-    receipt = {"demo": True, "data": {"rows_held_out": 3}, "settings": {"eval_tasks": ["mmlu"]}}
-    assert default_tasks(receipt) == [*STANDIN_TASKS, "held_out"]
-    assert default_tasks({**receipt, "demo": False}) == ["mmlu"]
-    assert default_tasks({**receipt, "demo": False, "settings": {}}) == ["held_out", "held_out_answers"]
+    demo = receipt("nf4", 0, settings__eval_tasks=["mmlu"])
+    assert default_tasks(demo) == [*STANDIN_TASKS, "held_out"]
+    assert default_tasks(replace(demo, demo=False)) == ["mmlu"]
+    assert default_tasks(receipt("nf4", 0, demo=False)) == ["held_out", "held_out_answers"]
     with pytest.raises(UsageError, match="give --tasks"):
-        default_tasks({"demo": False, "data": {"rows_held_out": 0}, "settings": {}})
+        default_tasks(receipt("nf4", 0, demo=False, data__rows_held_out=0))
 
 
 def _result(**changes: object) -> TaskResult:

@@ -161,10 +161,10 @@ def test_the_preflight_changes_nothing_and_the_receipt_has_it_all(
         settings = resolve(recipe, model=str(tiny("llama2")), output_dir=folder, training=LEARNS)
         runs[len(skip)] = train(settings, skip_checks=skip, console=quiet()).receipt()
     checked, unchecked = runs[0], runs[len(names(recipe))]
-    assert checked["adapter"]["final_sha256"] == unchecked["adapter"]["final_sha256"]
-    assert [check["name"] for check in checked["checks"]] == names(recipe)
-    assert {check["verdict"] for check in checked["checks"]} <= {"pass", "warn"}
-    assert {check["verdict"] for check in unchecked["checks"]} == {"off"}
+    assert checked.adapter.final_sha256 == unchecked.adapter.final_sha256
+    assert [check.name for check in checked.checks] == names(recipe)
+    assert {check.verdict for check in checked.checks} <= {"pass", "warn"}
+    assert {check.verdict for check in unchecked.checks} == {"off"}
 
 
 def test_a_failed_check_stops_the_run_and_nothing_is_written(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_recipes import load_recipe
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import recipe_name
 
 ROOT = Path(__file__).parent.parent
@@ -45,11 +45,11 @@ def test_a_recipe_trains_on_its_stand_in(path: Path, tmp_path: Path) -> None:
     quiet = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     result = run(*launch, *quiet, path, "--demo", "--max_steps", "4", "--output_dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    receipt = json.loads((tmp_path / "run" / "run.json").read_text())
-    quantized = receipt["base"]["quantized"]
-    assert quantized["found"] == quantized["expected"] > 0
-    assert receipt["precision"] == "nf4"
-    assert receipt["training"]["steps"] == 4
+    receipt = RunFolder(tmp_path / "run").receipt()
+    quantized = receipt.base.quantized
+    assert quantized.found == quantized.expected > 0
+    assert receipt.precision == "nf4"
+    assert receipt.training.steps == 4
     assert "Traceback" not in result.stderr
 
 
@@ -69,6 +69,6 @@ def test_ten_lines_anywhere_train_on_data_of_ones_own(tmp_path: Path) -> None:
     words = ["--demo", "--dataset", "tickets.csv", "--max_steps", "4", "--precision", "bf16"]
     result = run("tickets.py", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    receipt = json.loads((tmp_path / "runs" / "tickets-demo" / "bf16-seed0" / "run.json").read_text())
-    assert receipt["data"]["rows_in"] == 30
-    assert receipt["data"]["rows_dropped"] == {}
+    receipt = RunFolder(tmp_path / "runs" / "tickets-demo" / "bf16-seed0").receipt()
+    assert receipt.data.rows_in == 30
+    assert receipt.data.rows_dropped == {}

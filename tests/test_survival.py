@@ -179,9 +179,9 @@ def test_going_on_past_a_damaged_checkpoint_ends_the_same_and_keeps_it(
     zero_4_kib(folder.checkpoints / "checkpoint-6")
     runs.train("damaged", resume=True, save_total_limit=3)
     assert outcome(folder.path) == whole
-    (resume,) = folder.receipt()["resumes"]
-    assert resume["from_step"] == 4
-    assert resume["passed_over"] == {"checkpoint-6": "adapter_model.safetensors has other contents than were written"}
+    (resume,) = folder.receipt().resumes
+    assert resume.from_step == 4
+    assert resume.passed_over == {"checkpoint-6": "adapter_model.safetensors has other contents than were written"}
     assert "passed over checkpoint-6: adapter_model.safetensors has other contents" in capsys.readouterr().out
     assert names(folder) == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "damaged-checkpoint-6-1"}
 
@@ -568,16 +568,16 @@ def test_when_asked_for_the_batch_is_halved_and_the_run_goes_on(runs: Runs, monk
     starve(monkeypatch, rows=1, step=3)
     choices = dict(auto_find_batch_size=True, packing=False, eval_strategy="no")
     receipt = runs.train("halved", **choices).receipt()
-    assert receipt["settings"]["training"]["per_device_train_batch_size"] == 1
-    assert receipt["settings"]["training"]["gradient_accumulation_steps"] == 4
-    (resume,) = receipt["resumes"]
-    assert resume["from_step"] == 2
-    assert resume["reason"] == "out of memory with 2 rows x 2 passes, now 1 rows x 4 passes"
+    assert receipt.settings.training["per_device_train_batch_size"] == 1
+    assert receipt.settings.training["gradient_accumulation_steps"] == 4
+    (resume,) = receipt.resumes
+    assert resume.from_step == 2
+    assert resume.reason == "out of memory with 2 rows x 2 passes, now 1 rows x 4 passes"
     monkeypatch.undo()
     plain = runs.train("unhalved", **choices).receipt()
     for name in ("steps", "tokens", "supervised_tokens"):
-        assert receipt["training"][name] == plain["training"][name]
-    assert receipt["training"]["final_loss"] == pytest.approx(plain["training"]["final_loss"], rel=1e-2)
+        assert getattr(receipt.training, name) == getattr(plain.training, name)
+    assert receipt.training.final_loss == pytest.approx(plain.training.final_loss, rel=1e-2)
 
 
 # ---- The best, the last, and stopping early ----
@@ -608,13 +608,13 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(runs: Runs, monkeyp
         for path in (folder.adapter, folder.checkpoints / "checkpoint-2")
     ]
     assert saved[0] == saved[1]
-    assert folder.receipt()["adapter"]["parameters"] > 0
+    assert folder.receipt().adapter.parameters > 0
 
 
 def test_training_stops_early_and_stays_stopped(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     scored(monkeypatch, {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5})
     folder = runs.train("early", early_stopping_patience=2, **BEST)
-    assert folder.receipt()["training"]["steps"] == 4
+    assert folder.receipt().training.steps == 4
     assert names(folder) == {"checkpoint-2", "checkpoint-4"}
     first = outcome(folder.path)
     (folder.path / "run.json").unlink()  # killed before its receipt
@@ -630,7 +630,7 @@ def test_patience_goes_on_where_it_was(
     with pytest.raises(Stopped):
         runs.train("patient", early_stopping_patience=2, **BEST)
     folder = runs.train("patient", resume=True, early_stopping_patience=2, **BEST)
-    assert folder.receipt()["training"]["steps"] == 4
+    assert folder.receipt().training.steps == 4
 
 
 def test_evaluating_needs_rows_to_evaluate_on(runs: Runs, recipe_for: Callable[..., type[Recipe]]) -> None:

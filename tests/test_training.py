@@ -20,6 +20,7 @@ from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.errors import ModelError, QuantizationError, RecipeError, RunFolderError, SetupError
 from qlora_recipes.precision import PRECISIONS, precision_named
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import QuantizedReceipt
 from qlora_recipes.settings import resolve
 from qlora_recipes.training.train import train
 
@@ -58,43 +59,43 @@ def runs(
 @pytest.mark.parametrize("family", ["llama2", "falcon"])
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp16"])
 def test_every_linear_is_stored_as_the_precision_says(runs: Train, family: str, precision: str) -> None:
-    base = runs(family, precision).receipt()["base"]
+    base = runs(family, precision).receipt().base
     per_layer = {"llama2": 7, "falcon": 4}[family]
     if precision == "bf16":
-        assert base["quantized"] == {"expected": 0, "found": 0}
-        assert base["linears"] == {"Linear": 2 * per_layer}
+        assert base.quantized == QuantizedReceipt(expected=0, found=0)
+        assert base.linears == {"Linear": 2 * per_layer}
     else:
         kind = "Linear8bitLt" if precision == "int8" else "Linear4bit"
-        assert base["quantized"] == {"expected": 2 * per_layer, "found": 2 * per_layer}
-        assert base["linears"] == {kind: 2 * per_layer}
+        assert base.quantized == QuantizedReceipt(expected=2 * per_layer, found=2 * per_layer)
+        assert base.linears == {kind: 2 * per_layer}
 
 
 def test_bytes_are_counted_from_what_is_stored(runs: Train) -> None:
-    nf4, single, bf16 = (runs("llama2", name).receipt()["base"] for name in ("nf4", "nf4-single", "bf16"))
+    nf4, single, bf16 = (runs("llama2", name).receipt().base for name in ("nf4", "nf4-single", "bf16"))
     rotary = 16 // 2 * 2 * 4  # inverse frequencies of a head of 16, and a copy, in float32
-    assert bf16["bytes"] == 2 * bf16["parameters"] + bf16["bytes_by_storage"].get("float32", 0)
-    assert bf16["bytes_by_storage"].get("float32", 0) <= rotary
-    assert nf4["bytes"] < bf16["bytes"]
-    assert nf4["parameters"] == single["parameters"] == bf16["parameters"]
-    assert nf4["bytes"] == sum(nf4["bytes_by_storage"].values())
+    assert bf16.bytes == 2 * bf16.parameters + bf16.bytes_by_storage.get("float32", 0)
+    assert bf16.bytes_by_storage.get("float32", 0) <= rotary
+    assert nf4.bytes < bf16.bytes
+    assert nf4.parameters == single.parameters == bf16.parameters
+    assert nf4.bytes == sum(nf4.bytes_by_storage.values())
 
 
 @pytest.mark.parametrize("family", ["llama2", "falcon"])
 def test_arms_of_one_seed_start_from_the_same_float32_adapter(runs: Train, family: str) -> None:
-    adapters = [runs(family, name).receipt()["adapter"] for name in ("nf4", "nf4-single", "fp4", "int8", "bf16")]
-    assert len({adapter["initial_sha256"] for adapter in adapters}) == 1
-    assert len({adapter["final_sha256"] for adapter in adapters}) == 5
-    assert {adapter["dtype"] for adapter in adapters} == {"float32"}
-    data = [runs(family, name).receipt()["data"] for name in ("nf4", "bf16")]
+    adapters = [runs(family, name).receipt().adapter for name in ("nf4", "nf4-single", "fp4", "int8", "bf16")]
+    assert len({adapter.initial_sha256 for adapter in adapters}) == 1
+    assert len({adapter.final_sha256 for adapter in adapters}) == 5
+    assert {adapter.dtype for adapter in adapters} == {"float32"}
+    data = [runs(family, name).receipt().data for name in ("nf4", "bf16")]
     assert data[0] == data[1]
 
 
 def test_the_same_seed_twice_gives_the_same_adapter(runs: Train) -> None:
     first, second = (runs(again=again).receipt() for again in (0, 1))
-    assert first["adapter"]["final_sha256"] == second["adapter"]["final_sha256"]
-    assert first["training"]["final_loss"] == second["training"]["final_loss"]
+    assert first.adapter.final_sha256 == second.adapter.final_sha256
+    assert first.training.final_loss == second.training.final_loss
     other = runs(seed=1).receipt()
-    assert other["adapter"]["initial_sha256"] != first["adapter"]["initial_sha256"]
+    assert other.adapter.initial_sha256 != first.adapter.initial_sha256
 
 
 def test_the_receipt_says_what_was_trained(runs: Train) -> None:
@@ -102,23 +103,21 @@ def test_the_receipt_says_what_was_trained(runs: Train) -> None:
     receipt = folder.receipt()
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    training = receipt["training"]
-    assert training["steps"] == 3
-    assert training["first_loss"] == losses[0]
-    assert training["final_loss"] == losses[-1]
-    assert training["tokens"] == max(row.get("num_tokens", 0) for row in rows)
-    assert 0 < training["supervised_tokens"] < training["tokens"]
-    assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["seconds"])
-    assert receipt["memory"]["peak_bytes"] > receipt["base"]["bytes"]
-    assert receipt["adapter"]["parameters"] == sum(
-        tensor.numel() for tensor in load_file(folder.adapter / WEIGHTS).values()
-    )
-    assert receipt["template"]["end_token_trained"]
-    assert receipt["template"]["bos_per_row"] == [1, 3]  # one a turn pair
-    assert receipt["precision"] == "nf4"
-    assert receipt["seed"] == 0
-    assert receipt["versions"]["trl"]
-    assert {check["verdict"] for check in receipt["checks"]} <= {"pass", "warn", "off"}
+    training = receipt.training
+    assert training.steps == 3
+    assert training.first_loss == losses[0]
+    assert training.final_loss == losses[-1]
+    assert training.tokens == max(row.get("num_tokens", 0) for row in rows)
+    assert 0 < training.supervised_tokens < training.tokens
+    assert training.tokens_per_second == pytest.approx(training.tokens / training.seconds)
+    assert receipt.memory.peak_bytes > receipt.base.bytes
+    assert receipt.adapter.parameters == sum(tensor.numel() for tensor in load_file(folder.adapter / WEIGHTS).values())
+    assert receipt.template.end_token_trained
+    assert receipt.template.bos_per_row == [1, 3]  # one a turn pair
+    assert receipt.precision == "nf4"
+    assert receipt.seed == 0
+    assert receipt.versions["trl"]
+    assert {check.verdict for check in receipt.checks} <= {"pass", "warn", "off"}
     assert folder.loss_plot.stat().st_size > 5_000
 
 
@@ -127,23 +126,23 @@ def test_packing_wastes_nothing_and_learns_from_the_same_tokens(runs: Train, fam
     packed = runs(family, packing=True, num_train_epochs=1, max_steps=-1, learning_rate=1e-3).receipt()
     loose = runs(family, packing=False).receipt()
     padded = runs(family, packing=False, padding_free=False).receipt()
-    assert packed["training"]["packed"]
-    assert packed["training"]["padding_share"] == 0
-    assert packed["training"]["tokens"] == packed["data"]["tokens"]
-    assert packed["training"]["supervised_tokens"] == packed["data"]["supervised_tokens"]
-    assert loose["training"]["padding_share"] == 0
-    assert padded["training"]["padding_share"] > 0
-    assert loose["training"]["final_loss"] == pytest.approx(padded["training"]["final_loss"], rel=1e-3)
+    assert packed.training.packed
+    assert packed.training.padding_share == 0
+    assert packed.training.tokens == packed.data.tokens
+    assert packed.training.supervised_tokens == packed.data.supervised_tokens
+    assert loose.training.padding_share == 0
+    assert padded.training.padding_share > 0
+    assert loose.training.final_loss == pytest.approx(padded.training.final_loss, rel=1e-3)
 
 
 def test_the_adapter_reloads_as_it_was_trained(runs: Train, tiny: Callable[[str], Path]) -> None:
     folder = runs()
     base, receipt, _ = loading.load_base(str(tiny("llama2")), None, precision_named("nf4"), "bfloat16", device=CPU)
-    assert receipt.sha256 == folder.receipt()["base"]["sha256"]
+    assert receipt.sha256 == folder.receipt().base.sha256
     model = load_adapter(base, folder.adapter)
     for weight in (p for name, p in model.named_parameters() if "lora_" in name):
         weight.requires_grad_(True)
-    assert adapter_sha256(model) == folder.receipt()["adapter"]["final_sha256"]
+    assert adapter_sha256(model) == folder.receipt().adapter.final_sha256
 
 
 def test_the_saved_tokenizer_renders_the_training_template(
@@ -163,7 +162,7 @@ def test_no_pickle_is_left_and_the_card_tells_the_run(runs: Train) -> None:
     names = {path.name for path in folder.path.rglob("*")}
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     card = (folder.adapter / "README.md").read_text()
-    assert folder.receipt()["adapter"]["final_sha256"][:16] in card
+    assert folder.receipt().adapter.final_sha256[:16] in card
 
 
 def test_only_the_named_targets_are_adapted(
@@ -171,9 +170,9 @@ def test_only_the_named_targets_are_adapted(
 ) -> None:
     recipe = recipe_for(lora=dict(r=4, target_modules=["q_proj", "v_proj"]))
     settings = resolve(recipe, model=str(tiny("llama2")), dataset=recipe.dataset.source, output_dir=tmp_path / "run")
-    adapter = train(settings).receipt()["adapter"]
-    assert adapter["targets"] == ["q_proj", "v_proj"]
-    assert adapter["modules"] == 4
+    adapter = train(settings).receipt().adapter
+    assert adapter.targets == ["q_proj", "v_proj"]
+    assert adapter.modules == 4
 
 
 def test_a_falcon_that_stays_unquantized_is_refused(

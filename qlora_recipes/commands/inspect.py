@@ -17,7 +17,7 @@ from qlora_recipes.commands.recipe_cli import parse, quiet_libraries, settings_f
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.errors import UsageError
 from qlora_recipes.recipe import load_recipe
-from qlora_recipes.run.folder import write_text
+from qlora_recipes.run.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

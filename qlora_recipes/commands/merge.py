@@ -16,7 +16,8 @@ from qlora_recipes.errors import RunFolderError
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
 from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import PRECISIONS
-from qlora_recipes.run.folder import RunFolder, write_json
+from qlora_recipes.run.files import write_json
+from qlora_recipes.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +57,7 @@ def merge(folder: RunFolder, output: Path, *, trust_remote_code: bool = False) -
         if any(output.iterdir()):
             raise RunFolderError(f"{output} is not empty; give --output another folder")
     trained = BaseKey.of(receipt)
-    wide = BaseKey.of(receipt, next(name for name, kind in PRECISIONS.items() if kind.dtype == receipt["dtype"]))
+    wide = BaseKey.of(receipt, next(name for name, kind in PRECISIONS.items() if kind.dtype == receipt.dtype))
     as_trained = _log_likelihoods_of(folder, trained) if trained != wide else None
     with restore_run(folder, restore_base(wide), wide) as run:
         unmerged = _log_likelihoods(run, run.model)
@@ -66,10 +67,10 @@ def merge(folder: RunFolder, output: Path, *, trust_remote_code: bool = False) -
             merged.save_pretrained(output)
             run.tokenizer.save_pretrained(output)
     report = {
-        "adapter_sha256": receipt["adapter"]["final_sha256"],
-        "base": receipt["base"]["model"],
-        "trained_on": receipt["precision"],
-        "dtype": receipt["dtype"],
+        "adapter_sha256": receipt.adapter.final_sha256,
+        "base": receipt.base.model,
+        "trained_on": receipt.precision,
+        "dtype": receipt.dtype,
         "merging": _mean_difference(unmerged, after),
         "storage": _mean_difference(as_trained, unmerged) if as_trained else None,
     }

@@ -86,10 +86,10 @@ def build_report(
     tuning = tuning_effect(lined.baseline, lined.bases.get(baseline), by)
     first = in_order[0].receipt
     return Report(
-        recipe=first["recipe"],
-        demo=first["demo"],
-        model=first["base"]["model"],
-        dtype=first["dtype"],
+        recipe=first.recipe,
+        demo=first.demo,
+        model=first.base.model,
+        dtype=first.dtype,
         baseline=baseline,
         seeds=list(lined.seeds),
         margin=margin,
@@ -151,17 +151,17 @@ def _check_enough(measured: AlignedScores) -> None:
 
 def _arm(runs: Sequence[Run], measured: AlignedScores, by: Criteria) -> Arm:
     receipts = [run.receipt for run in runs]
-    training = [receipt["training"] for receipt in receipts]
+    training = [receipt.training for receipt in receipts]
     return Arm(
         precision=measured.name,
         seeds=[run.seed for run in runs],
         scores=mean_scores(measured, by),
-        base_bytes=receipts[0]["base"]["bytes"],
-        peak_bytes=max(receipt["memory"]["peak_bytes"] for receipt in receipts),
-        adapter_bytes=receipts[0]["adapter"]["bytes"],
-        tokens_per_second=float(np.mean([part["tokens_per_second"] for part in training])),
-        seconds=float(np.mean([part["seconds"] for part in training])),
-        final_loss=float(np.mean([part["final_loss"] for part in training])),
+        base_bytes=receipts[0].base.bytes,
+        peak_bytes=max(receipt.memory.peak_bytes for receipt in receipts),
+        adapter_bytes=receipts[0].adapter.bytes,
+        tokens_per_second=float(np.mean([part.tokens_per_second for part in training])),
+        seconds=float(np.mean([part.seconds for part in training])),
+        final_loss=float(np.mean([part.final_loss for part in training])),
     )
 
 

@@ -50,7 +50,7 @@ def _base(name: str, by_seed: Mapping[int, Run]) -> Results | None:
     for run in by_seed.values():
         found = _read(run.folder.evaluation / BASE, run, f"{name} base before tuning")
         if found is not None:
-            _check(found, None, run.receipt["base"]["sha256"])
+            _check(found, None, run.receipt.base.sha256)
             return found
     return None
 
@@ -62,7 +62,7 @@ def _swapped(name: str, arms: Mapping[str, Mapping[int, Run]], baseline: str) ->
         results = _read(run.folder.evaluation / swapped_folder(name), run, f"{baseline} seed {seed} on {name}")
         if results is None:
             return []
-        _check(results, run.receipt["adapter"]["final_sha256"], arms[name][seed].receipt["base"]["sha256"])
+        _check(results, run.receipt.adapter.final_sha256, arms[name][seed].receipt.base.sha256)
         found.append(results)
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,6 +17,7 @@ from qlora_recipes.comparison.receipts import check_same
 from qlora_recipes.errors import ComparisonError, nearest
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, read_task
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import Receipt
 
 # What two results of one task must share, so that the same thing was measured in the same way.
 _SAME_MEASUREMENT = (
@@ -50,16 +50,16 @@ class Run:
     """A trained run with its receipt and its scores."""
 
     folder: RunFolder
-    receipt: Mapping[str, Any]
+    receipt: Receipt
     results: Results
 
     @property
     def precision(self) -> str:
-        return self.receipt["precision"]
+        return self.receipt.precision
 
     @property
     def seed(self) -> int:
-        return self.receipt["seed"]
+        return self.receipt.seed
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
         )
     run = Run(folder, receipt, read_results(folder.evaluation, tasks, name=str(path)))
     for task, result in run.results.tasks.items():
-        _check_weights(run, task, "adapter", result.adapter_sha256, receipt["adapter"]["final_sha256"])
-        _check_weights(run, task, "base", result.base_sha256, receipt["base"]["sha256"])
+        _check_weights(run, task, "adapter", result.adapter_sha256, receipt.adapter.final_sha256)
+        _check_weights(run, task, "base", result.base_sha256, receipt.base.sha256)
     return run
 
 

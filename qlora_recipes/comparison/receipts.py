@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from qlora_recipes.errors import ComparisonError
+from qlora_recipes.run.receipt import Receipt
 
 # Sections and keys that every arm shares. Left out on purpose: timings, paths, the command, git, how the base is
 # stored and what was repaired for it, checks, and the adapter after training.
@@ -39,7 +41,7 @@ _OF_SEED = {"settings.training.seed", "training.tokens", "training.supervised_to
 _MISSING = "nothing"
 
 
-def check_same(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str], *, same_seed: bool = True) -> None:
+def check_same(a: Receipt, b: Receipt, names: tuple[str, str], *, same_seed: bool = True) -> None:
     """Refuse two receipts that differ in anything but precision (and, where said so, the seed).
 
     Raises:
@@ -54,12 +56,11 @@ def check_same(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str
         )
 
 
-def differences(
-    a: Mapping[str, Any], b: Mapping[str, Any], *, same_seed: bool = True
-) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def differences(a: Receipt, b: Receipt, *, same_seed: bool = True) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Yield every key, dotted, in which two receipts differ and should not, with both values."""
+    one, other = asdict(a), asdict(b)
     for name in SHARED + (SEEDED if same_seed else ()):
-        left, right = _flat(name, _at(a, name)), _flat(name, _at(b, name))
+        left, right = _flat(name, _at(one, name)), _flat(name, _at(other, name))
         for key in dict.fromkeys([*left, *right]):
             values = left.get(key, _MISSING), right.get(key, _MISSING)
             if values[0] != values[1] and (same_seed or key not in _OF_SEED):

@@ -21,7 +21,7 @@ from qlora_recipes.comparison.findings import Report, from_json
 from qlora_recipes.comparison.plots import error_plot, forest_plot, loss_plot
 from qlora_recipes.comparison.sentences import interval, signed
 from qlora_recipes.errors import ComparisonError, RunFolderError
-from qlora_recipes.run.folder import write_text
+from qlora_recipes.run.files import write_text
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "index.html"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from qlora_recipes.comparison.evaluated import Run
 from qlora_recipes.comparison.findings import Fact
 from qlora_recipes.comparison.receipts import SEEDED, SHARED
 from qlora_recipes.evaluation.records import TaskResult
+from qlora_recipes.run.receipt import Receipt
 
 
 def validity(runs: Sequence[Run]) -> list[Fact]:
@@ -23,42 +23,42 @@ def _fact(name: str, holds: bool, figure: str) -> Fact:
 def _trained(runs: Sequence[Run]) -> Iterator[Fact]:
     receipts = [run.receipt for run in runs]
     first = receipts[0]
-    data, adapter = first["data"], first["adapter"]
+    data, adapter = first.data, first.adapter
     yield _fact("receipts", True, f"equal in {len(SHARED + SEEDED)} sections: {', '.join(SHARED + SEEDED)}")
     yield _fact("base as stored", True, "; ".join(dict.fromkeys(_storage(receipt) for receipt in receipts)))
     yield _fact(
         "data",
-        data["answers_truncated"] == 0,
-        f"{data['source']}: {data['rows_used']:,} of {data['rows_in']:,} rows, {data['rows_held_out']:,} held out, "
-        f"{data['supervised_tokens']:,} of {data['tokens']:,} tokens in the loss, {data['answers_truncated']:,} "
-        f"answers cut; fingerprint {data['fingerprint'][:12]} in every run",
+        data.answers_truncated == 0,
+        f"{data.source}: {data.rows_used:,} of {data.rows_in:,} rows, {data.rows_held_out:,} held out, "
+        f"{data.supervised_tokens:,} of {data.tokens:,} tokens in the loss, {data.answers_truncated:,} "
+        f"answers cut; fingerprint {data.fingerprint[:12]} in every run",
     )
     yield _fact(
         "adapter before training",
         True,
-        f"{adapter['parameters']:,} weights in {adapter['dtype']}; "
+        f"{adapter.parameters:,} weights in {adapter.dtype}; "
         + "; ".join(f"seed {seed}: sha256 {sha[:12]}" for seed, sha in _initial(receipts).items())
         + " in every precision",
     )
-    checks = [check for receipt in receipts for check in receipt["checks"]]
-    odd = sorted({f"{check['name']}: {check['figure']}" for check in checks if check["verdict"] in ("warn", "fail")})
-    passed = sum(check["verdict"] == "pass" for check in checks)
+    checks = [check for receipt in receipts for check in receipt.checks]
+    odd = sorted({f"{check.name}: {check.figure}" for check in checks if check.verdict in ("warn", "fail")})
+    passed = sum(check.verdict == "pass" for check in checks)
     yield _fact("checks in training", not odd, "; ".join([f"{passed} of {len(checks)} passed", *odd]))
-    repairs = sorted({repair for receipt in receipts for repair in receipt["repairs"]})
+    repairs = sorted({repair for receipt in receipts for repair in receipt.repairs})
     yield _fact("upstream defects mended", True, ", ".join(repairs) or "none found")
-    yield _fact("versions", True, ", ".join(f"{name} {version}" for name, version in first["versions"].items()))
-    yield _fact("device", True, f"{first['training']['device']}, attention {first['training']['attention']}")
+    yield _fact("versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items()))
+    yield _fact("device", True, f"{first.training.device}, attention {first.training.attention}")
 
 
-def _storage(receipt: Mapping[str, Any]) -> str:
-    quantized = receipt["base"]["quantized"]
-    linears = ", ".join(f"{number} {name}" for name, number in receipt["base"]["linears"].items())
-    counted = f", {quantized['found']} of {quantized['expected']} quantized" if quantized["expected"] else ""
-    return f"{receipt['precision']}: {linears}{counted}"
+def _storage(receipt: Receipt) -> str:
+    quantized = receipt.base.quantized
+    linears = ", ".join(f"{number} {name}" for name, number in receipt.base.linears.items())
+    counted = f", {quantized.found} of {quantized.expected} quantized" if quantized.expected else ""
+    return f"{receipt.precision}: {linears}{counted}"
 
 
-def _initial(receipts: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    return {receipt["seed"]: receipt["adapter"]["initial_sha256"] for receipt in receipts}
+def _initial(receipts: Sequence[Receipt]) -> dict[int, str]:
+    return {receipt.seed: receipt.adapter.initial_sha256 for receipt in receipts}
 
 
 def _evaluated(runs: Sequence[Run]) -> Iterator[Fact]:
@@ -80,7 +80,7 @@ def _evaluated(runs: Sequence[Run]) -> Iterator[Fact]:
         yield _fact(name, number == 0, f"{number:,} in all runs")
     templates = {result.template_sha256 for result in results if result.chat_template}
     if templates:
-        trained = {run.receipt["template"]["sha256"] for run in runs}
+        trained = {run.receipt.template.sha256 for run in runs}
         shown = ", ".join(sorted(str(template)[:12] for template in templates))
         yield _fact("chat template", templates == trained, f"sha256 {shown}, as in training")
     if any(result.limit is not None for result in results):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS,
 from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 
 # Of a stand-in and of a model of billions: larger is faster where memory allows. Never "auto", which may choose another
@@ -57,16 +57,16 @@ class Options:
         if self.precision is not None:
             precision_named(self.precision)
 
-    def control(self, receipt: Mapping[str, Any]) -> str:
+    def control(self, receipt: Receipt) -> str:
         """Return the name of the control that this is, or an empty string for the run as it was trained."""
-        elsewhere = self.precision not in (None, receipt["precision"])
+        elsewhere = self.precision not in (None, receipt.precision)
         return "-".join(
             part for part in ("" if self.adapter else "base", f"on-{self.precision}" if elsewhere else "") if part
         )
 
-    def batch(self, receipt: Mapping[str, Any]) -> int:
+    def batch(self, receipt: Receipt) -> int:
         """Return the fixed batch size."""
-        return self.batch_size or _BATCHES[receipt["base"]["parameters"] >= _SMALL]
+        return self.batch_size or _BATCHES[receipt.base.parameters >= _SMALL]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Job:
     """One run with what is left to be done for it."""
 
     folder: RunFolder
-    receipt: Mapping[str, Any]
+    receipt: Receipt
     key: BaseKey
     output: Path
     tasks: list[str]
@@ -167,12 +167,12 @@ def _say_what_is_left(
     print(f"stopped by {stopped.signal.name}; the same command {again}", *lines, sep="\n", file=sys.stderr)
 
 
-def default_tasks(receipt: Mapping[str, Any]) -> list[str]:
+def default_tasks(receipt: Receipt) -> list[str]:
     """Return the tasks that a run is scored on unless told otherwise."""
-    held_out = receipt["data"]["rows_held_out"] > 0
-    if receipt["demo"]:
+    held_out = receipt.data.rows_held_out > 0
+    if receipt.demo:
         return [*STANDIN_TASKS, *HELD_OUT_TASKS[: 1 if held_out else 0]]
-    declared = list(receipt["settings"].get("eval_tasks") or ())
+    declared = receipt.settings.eval_tasks
     if not declared and not held_out:
         raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
     return declared or list(HELD_OUT_TASKS)
@@ -216,7 +216,7 @@ def _check_same_options(result: TaskResult, task: EvalTask, job: _Job, options: 
         "chat_template": _chat_template(task, options),
         "num_fewshot": _shots(task),
         "version": _version(task),
-        "adapter_sha256": job.receipt["adapter"]["final_sha256"] if options.adapter else None,
+        "adapter_sha256": job.receipt.adapter.final_sha256 if options.adapter else None,
     }
     for name, value in asked.items():
         if getattr(result, name) != value:

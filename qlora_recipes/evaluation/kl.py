@@ -82,7 +82,7 @@ def _write_log_probabilities(run: RestoredRun, folder: Path) -> None:
 def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
     """Yield a (tokens, words) block in float32 for each held-out conversation: what precedes a supervised token."""
     left = TOKENS
-    longest = run.receipt["data"]["max_length"]
+    longest = run.receipt.data.max_length
     if not run.held_out:
         raise DataError(f"{run.folder.path} kept no conversation from training; KL is measured on those")
     for messages in run.held_out:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_recipes.run.folder import RunFolder, write_json
+from qlora_recipes.run.files import write_json
+from qlora_recipes.run.folder import RunFolder
 
 TOKENS = 2048
 """Held-out tokens that are read; with 32,000 words their log-probabilities take 262 MB on disk."""
@@ -51,16 +52,16 @@ def write_divergence(reference: RunFolder, other: RunFolder, found: Divergence) 
 
 
 def _divergence_file(reference: RunFolder, other: RunFolder) -> Path:
-    return other.evaluation / "divergence" / f"from-{reference.receipt()['adapter']['final_sha256'][:16]}.json"
+    return other.evaluation / "divergence" / f"from-{reference.receipt().adapter.final_sha256[:16]}.json"
 
 
 def _identity(reference: RunFolder, other: RunFolder) -> dict[str, Any]:
     """What the figure depends on; anything else there is another measurement's."""
     one, two = reference.receipt(), other.receipt()
     return {
-        "reference": [one["adapter"]["final_sha256"], one["base"]["sha256"]],
-        "run": [two["adapter"]["final_sha256"], two["base"]["sha256"]],
-        "data": two["data"]["fingerprint"],
+        "reference": [one.adapter.final_sha256, one.base.sha256],
+        "run": [two.adapter.final_sha256, two.base.sha256],
+        "data": two.data.fingerprint,
         "tokens": TOKENS,
     }
 
@@ -68,7 +69,7 @@ def _identity(reference: RunFolder, other: RunFolder) -> dict[str, Any]:
 def read_quantization_error(folder: RunFolder) -> list[LayerError]:
     """Return the error of each quantized layer of a run's base, in the model's order; empty where not measured."""
     content = _read(_error_file(folder))
-    same = content.get("base_sha256") == folder.receipt()["base"]["sha256"]
+    same = content.get("base_sha256") == folder.receipt().base.sha256
     return [LayerError(**layer) for layer in content["layers"]] if same else []
 
 

@@ -98,7 +98,8 @@ def _number(task: EvalTask, sample: Mapping[str, Any]) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise DataError(
-            f"{task.name}: the metric {task.metric} gives {value!r} for document {sample['doc_id']}, expected a number; "
+            f"{task.name}: the metric {task.metric} gives {value!r} for document {sample['doc_id']}, expected a "
+            "number; "
             "list a metric with one number a document first in the task's metric_list, such as acc or exact_match"
         ) from None
 

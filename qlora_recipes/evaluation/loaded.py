@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.formatters import Message
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import Receipt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,16 +42,16 @@ class BaseKey:
     """Whether it was trained with code of its repository; see `check_remote_code`."""
 
     @classmethod
-    def of(cls, receipt: Mapping[str, Any], precision: str | None = None) -> BaseKey:
-        base, trusted = receipt["base"], _remote_code(receipt)
-        return cls(base["model"], base["revision"], precision or receipt["precision"], receipt["dtype"], trusted)
+    def of(cls, receipt: Receipt, precision: str | None = None) -> BaseKey:
+        base, trusted = receipt.base, _remote_code(receipt)
+        return cls(base.model, base.revision, precision or receipt.precision, receipt.dtype, trusted)
 
 
-def _remote_code(receipt: Mapping[str, Any]) -> bool:
-    return bool(receipt["settings"].get("training", {}).get("trust_remote_code"))
+def _remote_code(receipt: Receipt) -> bool:
+    return bool(receipt.settings.training.get("trust_remote_code"))
 
 
-def check_remote_code(receipt: Mapping[str, Any], *, allowed: bool) -> None:
+def check_remote_code(receipt: Receipt, *, allowed: bool) -> None:
     """Refuse a base that brings code of its own, unless who evaluates allows it too: a run folder may be anybody's.
 
     Raises:
@@ -58,7 +59,7 @@ def check_remote_code(receipt: Mapping[str, Any], *, allowed: bool) -> None:
     """
     if not _remote_code(receipt):
         return
-    model, revision = receipt["base"]["model"], receipt["base"]["revision"]
+    model, revision = receipt.base.model, receipt.base.revision
     if not allowed:
         raise UsageError(
             f"the run was trained with code that {model} brings (revision {revision}), and that code would run here. "
@@ -84,7 +85,7 @@ class RestoredRun:
     """A run in memory, with the proof that it is that run."""
 
     folder: RunFolder
-    receipt: Mapping[str, Any]
+    receipt: Receipt
     model: Any
     """The base with the adapter unmerged, or the base alone."""
     tokenizer: PreTrainedTokenizerBase
@@ -124,8 +125,8 @@ def restore_run(
     receipt = folder.receipt()
     tokenizer = load_run_tokenizer(folder, receipt, other_template=other_template)
     encoder = ConversationEncoder(tokenizer, _template(folder, receipt))
-    if key.precision == receipt["precision"]:
-        _check_same("base", base.sha256, receipt["base"]["sha256"], _BASE_ADVICE)
+    if key.precision == receipt.precision:
+        _check_same("base", base.sha256, receipt.base.sha256, _BASE_ADVICE)
     held_out = read_held_out(folder)
     if not adapter:
         yield RestoredRun(
@@ -135,7 +136,7 @@ def restore_run(
     model = load_adapter(base.model, folder.adapter).eval()
     try:
         loaded = adapter_sha256(model)
-        _check_same("adapter", loaded, receipt["adapter"]["final_sha256"], _ADAPTER_ADVICE)
+        _check_same("adapter", loaded, receipt.adapter.final_sha256, _ADAPTER_ADVICE)
         difference = _on_off_difference(model, encoder, held_out)
         yield RestoredRun(
             folder,
@@ -159,9 +160,7 @@ _BASE_ADVICE = (
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 
 
-def load_run_tokenizer(
-    folder: RunFolder, receipt: Mapping[str, Any], *, other_template: bool = False
-) -> PreTrainedTokenizerBase:
+def load_run_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the run saved, with the chat template that it was trained with.
 
     `other_template` takes whatever template lies there, for whoever edited it on purpose.
@@ -179,7 +178,7 @@ def load_run_tokenizer(
         _check_same(
             "chat template",
             sha256(str(tokenizer.chat_template)),
-            receipt["template"]["sha256"],
+            receipt.template.sha256,
             f"{folder.adapter / 'chat_template.jinja'} was edited after training: put it back, or give "
             "--other_template",
         )
@@ -193,9 +192,9 @@ def read_held_out(folder: RunFolder) -> list[list[Message]]:
     return [row["messages"] for row in json.loads(folder.held_out.read_text(encoding="utf-8"))]
 
 
-def _template(folder: RunFolder, receipt: Mapping[str, Any]) -> ChatTemplate:
+def _template(folder: RunFolder, receipt: Receipt) -> ChatTemplate:
     """Return the template that the run saved, with the role markers that training kept out of the rows."""
-    return ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt["template"]["role_markers"])
+    return ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
 
 
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:

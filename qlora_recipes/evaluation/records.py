@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from qlora_recipes.errors import CheckError, RunFolderError
-from qlora_recipes.run.folder import write_json, write_text
+from qlora_recipes.run.files import write_json, write_text
 
 SCHEMA_VERSION = 1
 SHOWN = 2000  # characters of a prompt, a target or an answer that are kept to be read

@@ -6,7 +6,7 @@ from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.preflight.samples import spread_where
 from qlora_recipes.preflight.verdicts import passed, warn_unless
-from qlora_recipes.run.folder import write_json
+from qlora_recipes.run.files import write_json
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import TrainedRun
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.run.folder import write_json
+from qlora_recipes.run.files import write_json
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_recipes.errors import RunFolderError
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.receipt import SCHEMA_VERSION, Receipt
 
 RECEIPT = "run.json"
 STARTED = "started.json"
+_FIX = "Train again with this version, or restore the file from a copy"
 _OWN = {
     RECEIPT, STARTED, "adapter", "checkpoints", "metrics.jsonl", "loss.png", "held_out.json", "answers.json",
     "evaluation",
@@ -70,24 +69,24 @@ class RunFolder:
         """Whether the run has its receipt, which is written last."""
         return (self.path / RECEIPT).is_file()
 
-    def receipt(self) -> dict[str, Any]:
-        """Return the receipt as parsed JSON.
+    def receipt(self) -> Receipt:
+        """Return the receipt.
 
         Raises:
-            RunFolderError: when it is missing, damaged or of another schema.
+            RunFolderError: when it is missing, damaged, edited or of another schema, naming the key.
         """
         file = self.path / RECEIPT
         try:
-            receipt = json.loads(file.read_text(encoding="utf-8"))
+            receipt = read_record(file, Receipt, fix=_FIX)
         except FileNotFoundError:
             raise RunFolderError(
                 f"{self.path} holds no finished run: {RECEIPT} is missing. Expected a folder that training wrote, "
                 "such as runs/llama2_guanaco-demo/nf4-seed0"
             ) from None
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{file} cannot be read: {error}. Train again into another folder") from error
-        if not isinstance(receipt, dict) or receipt.get("schema_version") != SCHEMA_VERSION:
-            raise RunFolderError(f"{file} is not a receipt of schema {SCHEMA_VERSION}. Train again with this version")
+        if receipt.schema_version != SCHEMA_VERSION:
+            raise RunFolderError(
+                f"{file}, key schema_version: got {receipt.schema_version}, expected {SCHEMA_VERSION}. {_FIX}"
+            )
         return receipt
 
     def write_receipt(self, receipt: Receipt) -> None:
@@ -118,18 +117,3 @@ class RunFolder:
 def _owner(name: str) -> str:
     """Return the file that a name belongs to: `.run.json.123` is what a killed `write_text` left of `run.json`."""
     return name[1:].rpartition(".")[0] if name.startswith(".") else name
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file aside, sync it, and rename it into place, so that a reader never sees half of it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)

@@ -174,6 +174,18 @@ class Resume:
 
 
 @dataclass
+class SettingsReceipt:
+    """What the recipe, the demo and the flags resolved to."""
+
+    lora: dict[str, Any]
+    """LoraConfig fields."""
+    training: dict[str, Any]
+    """SFTConfig fields."""
+    eval_tasks: list[str]
+    """Tasks that the recipe declares for its evaluation."""
+
+
+@dataclass
 class Receipt:
     """Everything a run can prove about itself."""
 
@@ -183,8 +195,7 @@ class Receipt:
     dtype: str
     seed: int
     demo: bool
-    settings: dict[str, Any]
-    """LoraConfig and SFTConfig fields as resolved, under `lora` and `training`, and the recipe's `eval_tasks`."""
+    settings: SettingsReceipt
     command: list[str]
     versions: dict[str, str]
     """Package to version."""

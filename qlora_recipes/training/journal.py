@@ -14,7 +14,8 @@ from qlora_recipes import environment
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.preflight import LoadedRun
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
-from qlora_recipes.run.folder import RunFolder, write_json
+from qlora_recipes.run.files import write_json
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Resume
 from qlora_recipes.settings import AUTO_FIELDS, Settings, public
 

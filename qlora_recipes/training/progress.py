@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_recipes.run.folder import write_text
+from qlora_recipes.run.files import write_text
 from qlora_recipes.run.receipt import Resume
 
 

@@ -19,8 +19,9 @@ from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.preflight import ReadyRun, TrainedRun
 from qlora_recipes.run.checkpoints import Checkpoint
-from qlora_recipes.run.folder import RunFolder, write_json
-from qlora_recipes.run.receipt import AdapterReceipt, Check, Receipt, TrainingReceipt
+from qlora_recipes.run.files import write_json
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import AdapterReceipt, Check, Receipt, SettingsReceipt, TrainingReceipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
 from qlora_recipes.training.accounting import (
@@ -237,11 +238,11 @@ def _receipt(
         dtype=settings.dtype,
         seed=settings.seed,
         demo=settings.demo,
-        settings={
-            "lora": dict(settings.lora),
-            "training": public(settings.training),
-            "eval_tasks": list(settings.recipe.eval_tasks),
-        },
+        settings=SettingsReceipt(
+            lora=dict(settings.lora),
+            training=public(settings.training),
+            eval_tasks=list(settings.recipe.eval_tasks),
+        ),
         command=list(launch.command),
         versions=environment.versions(),
         git=environment.git_state(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.writing import disk_faults
 from qlora_recipes.precision import precision_named
 from qlora_recipes.recipe import Recipe, load_recipe
-from qlora_recipes.run.folder import RunFolder, write_json
+from qlora_recipes.run.files import write_json
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 
 SCHEMA_VERSION = 1
@@ -168,7 +169,7 @@ def check_trained(arm: Arm) -> None:
         "data": {"source": settings.dataset_name},
         "settings": {"lora": dict(settings.lora), "training": dict(settings.training)},
     }
-    for key, was, expected in _differing("", receipt, json.loads(json.dumps(asked, default=str))):
+    for key, was, expected in _differing("", asdict(receipt), json.loads(json.dumps(asked, default=str))):
         raise RunFolderError(
             f"{arm.folder.path} was trained with {key} {was!r}, and {expected!r} is asked for. Give --output another "
             "folder"

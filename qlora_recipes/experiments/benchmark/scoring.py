@@ -61,5 +61,5 @@ def measure_divergence(plan: Plan, console: Console) -> None:
     """Measure KL from the baseline to every arm, and to the baseline's second seed, where it is not on disk yet."""
     reference, *seeds = plan.folders(plan.baseline)
     others = [plan.folders(precision)[0] for precision in plan.precisions if precision != plan.baseline]
-    if reference.receipt()["data"]["rows_held_out"]:
+    if reference.receipt().data.rows_held_out:
         measure(reference, [*seeds[:1], *others], said=lambda text: console.print(text, highlight=False))
