@@ -25,7 +25,7 @@ help:
 	@echo 'make install   make .venv with the versions that are tested'
 	@echo 'make demo      NF4 against 16 bits on a stand-in, with a report: no GPU, no network'
 	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
-	@echo 'make lint      check style and formatting'
+	@echo 'make lint      check style, formatting and types'
 	@echo 'make test      lint, then the tests'
 	@echo 'Each installs what it needs first. Another Python than $(PYTHON): make PYTHON=python3.12 install'
 
@@ -78,6 +78,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 # A file's tests stay in one process, so that what they share is made once.
 test: lint

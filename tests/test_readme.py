@@ -39,7 +39,7 @@ def test_links_and_pictures_are_there(text: str) -> None:
 
 
 def test_the_rooms_are_there() -> None:
-    rooms = re.findall(r"^    (\w+)/ ", README.split("## The rooms")[1], flags=re.MULTILINE)
+    rooms = re.findall(r"^    (\w+)/ ", README.split("## Layout")[1], flags=re.MULTILINE)
     assert set(rooms) >= {"recipes", "qlora_recipes", "eval", "tests"}
     assert all((ROOT / room).is_dir() for room in rooms)
 
@@ -61,7 +61,7 @@ def test_the_planned_memory_is_the_plans(path: Path) -> None:
 
 
 def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
-    source = re.search(r"(    from qlora_recipes import.*?)    Tickets\.main\(\)", README, flags=re.DOTALL)
+    source = re.search(r"(    from qlora_recipes import.*?)    if __name__", README, flags=re.DOTALL)
     assert source is not None
     lines = [line[4:] for line in source.group(1).splitlines()]
     assert len([line for line in lines if line.strip()]) <= 10
