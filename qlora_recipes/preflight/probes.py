@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,7 @@ PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
 
 def probe_batch(run: ReadyRun) -> dict[str, Any]:
     """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
-    shortest = heapq.nsmallest(2, run.data.train, key=lambda row: len(row.encoded.input_ids))
-    return collate(run, [_window(row.encoded) for row in shortest])
+    return collate(run, [_window(run.data.train[i].encoded) for i in run.data.counts.shortest])
 
 
 def _window(row: Encoded) -> Encoded:
