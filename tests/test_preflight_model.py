@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from preflight_runs import ready, verdict_of
+from preflight_runs import other_rows, ready, verdict_of
 from torch import nn
 
 from qlora_recipes import Recipe
@@ -213,7 +213,7 @@ def test_labels_that_the_trainer_loses_are_refused(run: ReadyRun) -> None:
 def test_ids_beyond_the_embedding_are_refused(run: ReadyRun) -> None:
     row, *others = run.data.train
     wrong = replace(row, encoded=Encoded([*row.encoded.input_ids, 10**6], [*row.encoded.labels, 10**6]))
-    run.data = replace(run.data, train=[wrong, *others])
+    run.data = other_rows(run, train=[wrong, *others])
     check = verdict_of(tokens.embedding_covers_ids, run)
     assert check.verdict == "fail"
     assert "1,000,000" in check.figure

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preflight_runs import read, verdict_of, with_rows
+from preflight_runs import read, verdict_of, with_data, with_rows
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
@@ -50,14 +50,13 @@ def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]])
 def relabeled(run: ReadRun, change: Callable[[Encoded], Encoded]) -> ReadRun:
     """Return the run with its first training row changed."""
     first, *others = run.data.train
-    data = replace(run.data, train=[replace(first, encoded=change(first.encoded)), *others])
-    return ReadRun(**{**vars(run), "data": data})
+    return with_data(run, train=[replace(first, encoded=change(first.encoded)), *others])
 
 
 def test_rows_are_decoded_at_most_twice(
     tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for the receipts and once for every check; a few rows are looked up one at a time."""
+    """Once for the fingerprint and once for contamination; a few rows are looked up one at a time."""
     decoded: Counter[int] = Counter()
     looked_up = 0
     plain = arrow_rows._RowFile.read
@@ -105,7 +104,7 @@ def test_an_earlier_untrained_end_of_turn_is_refused(llama2: ReadRun) -> None:
     at = several.encoded.labels.index(llama2.tokenizer.eos_token_id)
     labels = [IGNORED if i == at else label for i, label in enumerate(several.encoded.labels)]
     wrong = replace(several, encoded=Encoded(several.encoded.input_ids, labels))
-    run = ReadRun(**{**vars(llama2), "data": replace(llama2.data, train=[wrong])})
+    run = with_data(llama2, train=[wrong])
     assert verdict_of(loss.end_of_turn, run).verdict == "fail"
 
 
@@ -218,17 +217,17 @@ def test_answers_without_words_are_counted(run: ReadRun) -> None:
 
 def test_held_out_rows_that_are_known_are_counted(run: ReadRun) -> None:
     seen: list[Conversation] = run.data.train[:5]
-    known = ReadRun(**{**vars(run), "data": replace(run.data, held_out=seen)})
+    known = with_data(run, held_out=seen)
     check = verdict_of(row_checks.contamination, known)
     assert check.verdict == "warn"
     assert check.figure.startswith("5 of 5")
     fresh = with_rows(run, [("What color has a swan?", "White, if it was not born in Australia.")])
-    known.data = replace(run.data, held_out=fresh.data.train)
+    known = with_data(run, held_out=fresh.data.train)
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 
 
 def test_no_held_out_row_is_warned_of(run: ReadRun) -> None:
-    none = ReadRun(**{**vars(run), "data": replace(run.data, held_out=[])})
+    none = with_data(run, held_out=[])
     assert verdict_of(row_checks.held_out_rows, none).verdict == "warn"
 
 
