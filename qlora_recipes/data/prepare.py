@@ -183,7 +183,7 @@ def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
     try:
         formatter = settings.recipe.formatter() or _detect(row, place)
         check_messages(formatter(row), source=getattr(formatter, "__name__", "format_row"))
-        why = "none by itself; it is longer than max_length, or its text contains the template's own role markers"
+        why = "nothing by itself; it is longer than max_length, or its text contains the template's own role markers"
     except RowError as error:
         why = str(error)
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
@@ -198,8 +198,8 @@ def _data_receipt(
     settings: Settings, train: Rows, figures: numpy.ndarray, usable: int, dropped: Counter[str]
 ) -> DataReceipt:
     digest = hashlib.sha256()
-    for row in train:
-        digest.update(json.dumps(row.messages, ensure_ascii=False).encode())
+    for messages in train.messages_as_json():
+        digest.update(messages.encode())
     return DataReceipt(
         source=settings.dataset_name,
         fingerprint=digest.hexdigest(),
