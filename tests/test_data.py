@@ -190,6 +190,14 @@ def test_the_dataset_lies_on_disk_and_holds_the_training_rows(run: Prepare) -> N
     assert dataset.cache_files
 
 
+def test_figures_stand_for_the_rows_of_their_side(run: Prepare) -> None:
+    data = run([*rows(30), {"question": "long", "answer": "word " * 200}], max_length=64)
+    for side, figures in ((data.train, data.figures), (data.held_out, data.held_out_figures)):
+        assert figures["length"].tolist() == [len(row.encoded.input_ids) for row in side]
+        assert figures["truncated"].tolist() == [row.truncated for row in side]
+        assert figures["supervised"].tolist() == [row.encoded.supervised for row in side]
+
+
 def test_batches_change_nothing(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [*rows(30), {"question": "x [/INST]", "answer": "a"}, {"question": "long " * 300, "answer": "a"}, *rows(9)]
     whole = run(mixed)
