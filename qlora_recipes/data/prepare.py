@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,14 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
         SetupError: when the disk has no room for the encoded rows.
     """
     dropped: Counter[str] = Counter()
-    batches = [numpy.empty(0, FIGURES)]
+    measured = [numpy.empty(0, FIGURES)]
     formatted = _formatted(settings, dropped)
-    encoded = _encoded(formatted, encoder, settings.training["max_length"], dropped)
-    rows = write_rows(_measured(encoded, RowMeter(encoder), batches))
+    rows = write_rows(_encoded(formatted, encoder, settings.training["max_length"], dropped, measured))
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
         raise DataError(_nothing_usable(settings, dropped))
-    every = numpy.concatenate(batches)
+    every = numpy.concatenate(measured)
     held_out = _held_out(every["question"], settings.data.held_out)
     train, figures = rows.where(~held_out), every[~held_out]
     return PreparedData(
@@ -114,8 +113,14 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
 
 
 def _encoded(
-    rows: Iterator[tuple[str, list[Message]]], encoder: ConversationEncoder, max_length: int, dropped: Counter[str]
+    rows: Iterator[tuple[str, list[Message]]],
+    encoder: ConversationEncoder,
+    max_length: int,
+    dropped: Counter[str],
+    measured: list[numpy.ndarray],
 ) -> Iterator[list[Conversation]]:
+    """Yield usable rows in batches, and append the figures of each batch to `measured`."""
+    meter = RowMeter(encoder)
     for batch in _rendered(rows, encoder, dropped):
         wholes = encoder.tokenize([rendered for _, _, rendered in batch])
         conversations = [
@@ -125,6 +130,7 @@ def _encoded(
         usable = [conversation for conversation in conversations if conversation.encoded.supervised]
         if len(usable) < len(batch):
             dropped[TOO_LONG] += len(batch) - len(usable)
+        measured.append(meter.measure(usable))
         yield usable
 
 
@@ -158,14 +164,6 @@ def _conversation(place: str, messages: list[Message], whole: Encoded, max_lengt
         supervised_lost=whole.supervised - cut.supervised,
         truncated=len(whole.input_ids) > max_length,
     )
-
-
-def _measured(
-    batches: Iterable[list[Conversation]], meter: RowMeter, figures: list[numpy.ndarray]
-) -> Iterator[list[Conversation]]:
-    for batch in batches:
-        figures.append(meter.measure(batch))
-        yield batch
 
 
 def _held_out(questions: numpy.ndarray, share: float) -> numpy.ndarray:

@@ -45,9 +45,7 @@ def _prompt_agrees(run: ReadRun, row: Conversation) -> bool:
     before = row.messages[:-1]
     prompt = run.encoder.encode_prompt(before)
     trained = row.encoded
-    starts_there = trained.input_ids[: len(prompt)] == prompt and all(
-        label != IGNORED for label in trained.labels[len(prompt) :]
-    )
+    starts_there = trained.input_ids[: len(prompt)] == prompt and IGNORED not in trained.labels[len(prompt) :]
     # lm-eval and chat render to text and encode it; no BOS is added where the text starts with one
     text = _rendered(run.tokenizer, before, add_generation_prompt=True)
     whole = _rendered(run.tokenizer, row.messages)
