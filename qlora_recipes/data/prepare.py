@@ -15,7 +15,7 @@ import numpy
 from datasets import Dataset
 
 from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
-from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
+from qlora_recipes.data.encoding import ConversationEncoder, Rendered
 from qlora_recipes.data.figures import FIGURES, RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
@@ -123,13 +123,14 @@ def _encoded(
     meter = RowMeter(encoder)
     for batch in _rendered(rows, encoder, dropped):
         wholes = encoder.tokenize([rendered for _, _, rendered in batch])
-        conversations = [
-            _conversation(place, messages, whole, max_length)
-            for (place, messages, _), whole in zip(batch, wholes, strict=True)
-        ]
-        usable = [conversation for conversation in conversations if conversation.encoded.supervised]
-        if len(usable) < len(batch):
-            dropped[TOO_LONG] += len(batch) - len(usable)
+        usable = []
+        for (place, messages, _), whole in zip(batch, wholes, strict=True):
+            cut = whole.cut(max_length)
+            lost, truncated = whole.supervised - cut.supervised, len(whole.input_ids) > max_length
+            if cut.supervised:
+                usable.append(Conversation(place, messages, cut, lost, truncated))
+            else:
+                dropped[TOO_LONG] += 1
         measured.append(meter.measure(usable))
         yield usable
 
@@ -153,17 +154,6 @@ def _rendered(
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _conversation(place: str, messages: list[Message], whole: Encoded, max_length: int) -> Conversation:
-    cut = whole.cut(max_length)
-    return Conversation(
-        place=place,
-        messages=messages,
-        encoded=cut,
-        supervised_lost=whole.supervised - cut.supervised,
-        truncated=len(whole.input_ids) > max_length,
-    )
 
 
 def _held_out(questions: numpy.ndarray, share: float) -> numpy.ndarray:
