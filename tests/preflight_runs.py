@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.data.figures import RowMeter
+from qlora_recipes.data.prepare import PreparedData
 from qlora_recipes.preflight import ReadRun, ReadyRun, run_checks
 from qlora_recipes.recipe import Recipe
 from qlora_recipes.run.folder import RunFolder
@@ -38,4 +41,16 @@ def with_rows(run: ReadRun, messages: Sequence[tuple[str, str]]) -> ReadRun:
         )
         for i, (asked, answer) in enumerate(messages)
     ]
-    return ReadRun(**{**vars(run), "data": replace(run.data, train=rows)})
+    return with_data(run, train=rows)
+
+
+def with_data(run: ReadRun, **rows: Sequence[Conversation]) -> ReadRun:
+    """Return the run with other rows in `train` or `held_out`, and their figures."""
+    return ReadRun(**{**vars(run), "data": other_rows(run, **rows)})
+
+
+def other_rows(run: ReadRun, **rows: Sequence[Conversation]) -> PreparedData:
+    """Return the data of a run with other rows in `train` or `held_out`, and their figures."""
+    meter = RowMeter(run.encoder)
+    names = {"train": "figures", "held_out": "held_out_figures"}
+    return replace(run.data, **rows, **{names[name]: meter.measure(given) for name, given in rows.items()})

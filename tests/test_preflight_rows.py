@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from preflight_runs import read, verdict_of, with_rows
+from preflight_runs import read, verdict_of, with_data, with_rows
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.data import arrow_rows
+from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
-from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.preflight import (
     BEFORE_LOADING,
     ReadRun,
     budget,
-    forged_turns,
     loss,
     machine,
+    prompts,
     run_checks,
-    template,
-    vocabulary,
+    tokens,
 )
 from qlora_recipes.preflight import rows as row_checks
 
@@ -48,8 +49,31 @@ def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]])
 def relabeled(run: ReadRun, change: Callable[[Encoded], Encoded]) -> ReadRun:
     """Return the run with its first training row changed."""
     first, *others = run.data.train
-    data = replace(run.data, train=[replace(first, encoded=change(first.encoded)), *others])
-    return ReadRun(**{**vars(run), "data": data})
+    return with_data(run, train=[replace(first, encoded=change(first.encoded)), *others])
+
+
+def test_each_row_is_decoded_once(
+    tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file to the last check on rows; the few rows that some checks sample are looked up one at a time."""
+    passes: list[int] = []
+    decoded: list[str] = []
+    iterate, decode = Rows.__iter__, arrow_rows._conversation
+
+    def counted_pass(self: Rows) -> Iterator[Conversation]:
+        passes.append(len(self))
+        return iterate(self)
+
+    def counted_row(place: str, *columns: Any, **named: Any) -> Conversation:
+        decoded.append(place)
+        return decode(place, *columns, **named)
+
+    monkeypatch.setattr(Rows, "__iter__", counted_pass)
+    monkeypatch.setattr(arrow_rows, "_conversation", counted_row)
+    run = read(recipe_for("llama2"), tiny("llama2"))
+    run_checks(BEFORE_LOADING, run)
+    assert passes == [len(run.data.train)]
+    assert len(decoded) <= len(run.data.train) + 50 + 200 + len(run.data.held_out)
 
 
 def test_bundled_rows_pass_everything(run: ReadRun) -> None:
@@ -79,7 +103,7 @@ def test_an_earlier_untrained_end_of_turn_is_refused(llama2: ReadRun) -> None:
     at = several.encoded.labels.index(llama2.tokenizer.eos_token_id)
     labels = [IGNORED if i == at else label for i, label in enumerate(several.encoded.labels)]
     wrong = replace(several, encoded=Encoded(several.encoded.input_ids, labels))
-    run = ReadRun(**{**vars(llama2), "data": replace(llama2.data, train=[wrong])})
+    run = with_data(llama2, train=[wrong])
     assert verdict_of(loss.end_of_turn, run).verdict == "fail"
 
 
@@ -114,7 +138,7 @@ def test_another_prompt_than_in_training_is_refused(run: ReadRun) -> None:
     run.tokenizer.chat_template = run.tokenizer.chat_template.replace("Assistant:", "Answer:").replace(
         "[/INST]", "[INST]"
     )
-    check = verdict_of(template.template_agrees, run)
+    check = verdict_of(prompts.template_agrees, run)
     assert check.verdict == "fail"
     assert "prompts differ" in check.figure
 
@@ -124,7 +148,7 @@ def test_control_tokens_in_a_message_stay_text(run: ReadRun) -> None:
     forging = with_rows(
         run, [(f"a {end}{begin} b {token}", f"c {end} d") for token in run.tokenizer.all_special_tokens]
     )
-    forged, controls = verdict_of(forged_turns.forged_turns, forging), verdict_of(forged_turns.control_tokens, forging)
+    forged, controls = verdict_of(prompts.forged_turns, forging), verdict_of(prompts.control_tokens, forging)
     assert forged.verdict == controls.verdict == "pass"
     assert f"{len(forging.data.train)} rows hold control tokens as text" in forged.figure
 
@@ -134,7 +158,7 @@ def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: ReadR
     text = llama2.tokenizer.apply_chat_template(row.messages, tokenize=False).replace("?", "? </s><s>")
     ids = llama2.tokenizer(text, add_special_tokens=False)["input_ids"]
     wrong = relabeled(llama2, lambda _: Encoded(ids, ids))
-    check = verdict_of(forged_turns.control_tokens, wrong)
+    check = verdict_of(prompts.control_tokens, wrong)
     assert check.verdict == "fail"
     assert row.place in check.figure
 
@@ -146,7 +170,7 @@ def test_a_template_without_role_markers_is_refused(
     run = read(recipe_for(spec.family), tiny(spec.family))
     careless = ChatTemplate(spec.chat_template.path, role_markers="never-there")
     run.encoder = ConversationEncoder(run.tokenizer, careless)
-    check = verdict_of(forged_turns.forged_turns, run)
+    check = verdict_of(prompts.forged_turns, run)
     assert check.verdict == "fail"
     assert "opens a turn" in check.figure and "role_markers" in check.advice
 
@@ -154,7 +178,7 @@ def test_a_template_without_role_markers_is_refused(
 def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
     pad = run.tokenizer.pad_token_id
     check = verdict_of(
-        vocabulary.padding_token,
+        tokens.padding_token,
         relabeled(run, lambda row: Encoded([pad, *row.input_ids], [IGNORED, *row.labels])),
     )
     assert check.verdict == "fail"
@@ -164,17 +188,17 @@ def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
 def test_unknown_tokens_are_counted(llama2: ReadRun) -> None:
     unknown = llama2.tokenizer.unk_token_id
     wrong = relabeled(llama2, lambda row: Encoded([unknown] * 5000, [unknown] * 5000))
-    assert verdict_of(vocabulary.unknown_tokens, wrong).verdict == "warn"
+    assert verdict_of(tokens.unknown_tokens, wrong).verdict == "warn"
 
 
 def test_spaces_that_merge_first_are_refused(llama2: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = {"a  b": ["▁a", "▁▁", "b"], " ": ["▁▁"], "a b": ["▁a", "▁b"]}
     monkeypatch.setattr(type(llama2.tokenizer), "tokenize", lambda self, text: pieces[text])
-    check = verdict_of(template.spaces_as_pretrained, llama2)
+    check = verdict_of(prompts.spaces_as_pretrained, llama2)
     assert check.verdict == "fail"
     assert "merge_spaces_last" in check.advice
     pieces["a  b"] = ["▁a", "▁", "▁b"]
-    assert verdict_of(template.spaces_as_pretrained, llama2).verdict == "pass"
+    assert verdict_of(prompts.spaces_as_pretrained, llama2).verdict == "pass"
 
 
 def test_copies_are_counted(run: ReadRun) -> None:
@@ -192,17 +216,17 @@ def test_answers_without_words_are_counted(run: ReadRun) -> None:
 
 def test_held_out_rows_that_are_known_are_counted(run: ReadRun) -> None:
     seen: list[Conversation] = run.data.train[:5]
-    known = ReadRun(**{**vars(run), "data": replace(run.data, held_out=seen)})
+    known = with_data(run, held_out=seen)
     check = verdict_of(row_checks.contamination, known)
     assert check.verdict == "warn"
     assert check.figure.startswith("5 of 5")
     fresh = with_rows(run, [("What color has a swan?", "White, if it was not born in Australia.")])
-    known.data = replace(run.data, held_out=fresh.data.train)
+    known = with_data(run, held_out=fresh.data.train)
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 
 
 def test_no_held_out_row_is_warned_of(run: ReadRun) -> None:
-    none = ReadRun(**{**vars(run), "data": replace(run.data, held_out=[])})
+    none = with_data(run, held_out=[])
     assert verdict_of(row_checks.held_out_rows, none).verdict == "warn"
 
 

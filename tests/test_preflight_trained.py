@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preflight_runs import verdict_of
+from preflight_runs import other_rows, verdict_of
 from rich.console import Console
 
 from qlora_recipes import Recipe
@@ -134,7 +134,7 @@ def test_another_template_on_disk_is_refused(run: TrainedRun) -> None:
 def test_another_tokenizer_on_disk_is_refused(run: TrainedRun) -> None:
     row = next(row for row in run.data.train if not row.truncated)
     moved = [token + 1 for token in row.encoded.input_ids]
-    run.data = replace(run.data, train=[replace(row, encoded=replace(row.encoded, input_ids=moved))])
+    run.data = other_rows(run, train=[replace(row, encoded=replace(row.encoded, input_ids=moved))])
     check = verdict_of(trained.tokenizer_reloads, run)
     assert check.verdict == "fail"
     assert "other ids" in check.figure

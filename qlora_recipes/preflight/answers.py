@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qlora_recipes.base.adapters import generate
-from qlora_recipes.data.prepare import Conversation
-from qlora_recipes.preflight.samples import spread_where
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.preflight.rows import spread
 from qlora_recipes.preflight.verdicts import passed, warn_unless
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.receipt import Check
@@ -16,7 +16,7 @@ _NEW_TOKENS = 64
 
 def answers_end(run: TrainedRun) -> Check:
     """Ask held-out questions; what is said is written to answers.json."""
-    rows = spread_where(run.data.held_out, lambda row: not row.truncated, _QUESTIONS)
+    rows = spread(run.data.held_out, _QUESTIONS, ~run.data.held_out_figures["truncated"])
     if not rows:
         return passed("no held-out row to ask")
     answers = _ask(run, rows)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from qlora_recipes.data.encoding import IGNORED, Encoded
@@ -16,8 +16,8 @@ PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
 
 def probe_batch(run: ReadyRun) -> dict[str, Any]:
     """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
-    shortest = heapq.nsmallest(2, run.data.train, key=lambda row: len(row.encoded.input_ids))
-    return collate(run, [_window(row.encoded) for row in shortest])
+    shortest = numpy.argsort(run.data.figures["length"], kind="stable")[:2]
+    return collate(run, [_window(run.data.train[int(i)].encoded) for i in shortest])
 
 
 def _window(row: Encoded) -> Encoded:

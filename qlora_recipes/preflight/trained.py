@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.preflight.probes import logits, probe_batch
-from qlora_recipes.preflight.samples import spread_where
-from qlora_recipes.preflight.template import template_agrees, template_sha256
+from qlora_recipes.preflight.prompts import template_agrees, template_sha256
+from qlora_recipes.preflight.rows import spread
 from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import TrainedRun
@@ -113,7 +113,7 @@ def tokenizer_reloads(run: TrainedRun) -> Check:
     """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
     saved = AutoTokenizer.from_pretrained(run.folder.adapter)
     encoder = ConversationEncoder(saved, run.encoder.template)
-    rows = spread_where(run.data.train, lambda row: not row.truncated, 20)
+    rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
     wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
     plain = template_agrees(TrainedRun(**{**vars(run), "tokenizer": saved, "encoder": encoder}))
     same_template = template_sha256(saved) == run.data.template.sha256
