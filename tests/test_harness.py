@@ -271,7 +271,7 @@ def test_a_signal_ends_an_evaluation_and_the_same_command_does_what_is_left(
         main([str(run.path), *TWO_TASKS])
     assert stopped.value.code == code
     said = capsys.readouterr().err
-    assert f"stopped by {which.name}; the same command goes on with the tasks that are left" in said
+    assert f"stopped by {which.name}; the same command resumes with the tasks that are left" in said
     assert f"{run.evaluation}: finished held_out, left standin_text" in said
     assert {file.name for file in run.evaluation.iterdir()} == {"held_out.json", "held_out.docs.jsonl"}
     main([str(run.path), *TWO_TASKS])
@@ -349,7 +349,7 @@ def _silent() -> Bar:
 def test_prompts_and_choices_are_the_training_format_to_the_token(
     family: str, trained: Callable[..., RunFolder]
 ) -> None:
-    from qlora_recipes.evaluation.language_model import RunLanguageModel
+    from qlora_recipes.evaluation.lm_eval_model import RunLanguageModel
 
     folder = trained(family)
     key = BaseKey.of(folder.receipt())

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from qlora_recipes.errors import CheckError, RunFolderError
+from qlora_recipes.errors import CheckError, RecipesError, RunFolderError
 from qlora_recipes.run.files import write_json, write_text
 
 SCHEMA_VERSION = 1
@@ -121,6 +122,21 @@ def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> T
     write_text(_file(folder, result.task, _DOCS), text)
     write_json(_file(folder, result.task, _RESULT), asdict(whole))
     return whole
+
+
+@contextmanager
+def disk_faults(folder: Path, advice: str) -> Iterator[None]:
+    """Turn an error of the file system within the block into one of ours.
+
+    Raises:
+        RunFolderError: naming the folder, the system's reason and the fix.
+    """
+    try:
+        yield
+    except RecipesError:
+        raise
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}. {advice}") from error
 
 
 def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
