@@ -143,7 +143,7 @@ def restore_run(
         difference = _on_off_difference(model, encoder, held_out)
         yield replace(run, model=model, adapter_sha256=loaded, adapter_on_off_difference=difference)
     finally:
-        _detach(model)
+        model.unload()  # gives the base back as it was, for the next adapter
 
 
 _BASE_ADVICE = (
@@ -208,14 +208,3 @@ def _on_off_difference(model: Any, encoder: ConversationEncoder, held_out: list[
             "Train for more steps; metrics.jsonl shows whether grad_norm was zero"
         )
     return largest
-
-
-def _detach(model: Any) -> None:
-    """Give the base back as it was, for the next adapter.
-
-    Upstream: `PeftModel.unload` of PEFT 0.21 leaves `peft_config` on the base, and PEFT warns of a second adapter when
-    the next one is attached. The deletion can go when a base has no `peft_config` after `unload`.
-    """
-    base = model.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config
