@@ -35,6 +35,8 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     the bar. The first can go when lm-eval reports truncation with its results, the others when it takes a progress bar.
     """
 
+    add_bos_token: bool | None  # HFLM's own
+
     def __init__(self, run: RestoredRun, batch_size: int, bar: Bar) -> None:
         # Computed in 16 bits, 5 % of the choices tie exactly.
         super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
@@ -65,7 +67,7 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         """Start the bar, and leave out the tokenizer's BOS.
 
         Upstream: HFLM (lm-eval 0.4.13) starts each window with a BOS and lets the tokenizer add another, which is then
-        scored as if it were text. Can go when the log-likelihood without it is the same.
+        scored as if it were text. Can go when `test_lm_eval_still_scores_a_second_bos` fails.
         """
         self._bar.start(len(requests))
         before, self.add_bos_token = self.add_bos_token, False

@@ -133,7 +133,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     """Return a task's YAML with its includes resolved and its functions imported.
 
     Upstream: `lm_eval.tasks._yaml_loader.load_yaml` (lm-eval 0.4.13) is private, and the public TaskManager reads
-    relative data files from the working directory (see `_beside`). Can go when either of the two changes.
+    relative data files from the working directory. Can go when
+    `test_lm_eval_still_reads_relative_data_from_the_working_directory` fails.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
