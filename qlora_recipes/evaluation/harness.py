@@ -135,7 +135,9 @@ def evaluate_many(
         Stopped: on SIGTERM or SIGINT.
     """
     options, console = options or Options(), console or Console(stderr=True)
-    receipts = [_receipt(folder, options) for folder in folders]
+    receipts = [folder.receipt() for folder in folders]
+    for receipt in receipts:
+        check_remote_code(receipt, allowed=options.trust_remote_code)
     names = [tasks or default_tasks(receipt) for receipt in receipts]
     loaded = load_tasks(list(dict.fromkeys(name for asked in names for name in asked)))
     expected = [_once(task for name in asked for task in loaded[name]) for asked in names]
@@ -147,7 +149,7 @@ def evaluate_many(
         for job in jobs:
             _take_finished(job)
     try:
-        with StopSignals("what is being written is whole") as signals:
+        with StopSignals("the results being written are complete") as signals:
             for key in dict.fromkeys(job.key for job in jobs if job.missing):
                 _score_on_one_base(key, [job for job in jobs if job.key == key and job.missing], signals, console)
                 gc.collect()  # lm-eval's model refers to itself, and the next base needs the room
@@ -198,12 +200,6 @@ def _once(tasks: Iterable[EvalTask]) -> list[EvalTask]:
             raise UsageError(f"the task {task.name} is asked for twice; its results would be one file")
         found[task.name] = task
     return list(found.values())
-
-
-def _receipt(folder: RunFolder, options: Options) -> Receipt:
-    receipt = folder.receipt()
-    check_remote_code(receipt, allowed=options.trust_remote_code)
-    return receipt
 
 
 def _take_finished(job: _Job) -> None:

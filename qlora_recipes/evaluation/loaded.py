@@ -149,7 +149,7 @@ def restore_run(
 _BASE_ADVICE = (
     "It has changed since training, or was quantized on another kind of device; evaluate where it was trained"
 )
-_ADAPTER_ADVICE = "The weights in adapter/ are damaged or another run's: train again"
+_ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 
 
 def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:

@@ -124,21 +124,6 @@ def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> T
     return whole
 
 
-@contextmanager
-def disk_faults(folder: Path, advice: str) -> Iterator[None]:
-    """Turn an error of the file system within the block into one of ours.
-
-    Raises:
-        RunFolderError: naming the folder, the system's reason and the fix.
-    """
-    try:
-        yield
-    except RecipesError:
-        raise
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}. {advice}") from error
-
-
 def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
     """Return a task's result and its documents.
 
@@ -175,7 +160,7 @@ def sha256(text: str) -> str:
 
 
 def _file(folder: Path, task: str, ending: str) -> Path:
-    """Return a task's file; the name is quoted, since a task can be named to point outside the folder."""
+    """Return the file of a task, whose name is quoted so that it stays inside the folder."""
     return folder / (quote(task, safe="").replace(".", "%2E") + ending)
 
 
@@ -213,3 +198,18 @@ def _check_finite(task: str, docs: Sequence[DocRecord]) -> None:
                 f"document {doc.doc_id} of {task} has the score {doc.score}, expected a finite number; look for NaN in "
                 "the adapter (metrics.jsonl shows grad_norm) and train again"
             )
+
+
+@contextmanager
+def disk_faults(folder: Path, advice: str) -> Iterator[None]:
+    """Turn an error of the file system within the block into one of ours.
+
+    Raises:
+        RunFolderError: naming the folder, the system's reason and the fix.
+    """
+    try:
+        yield
+    except RecipesError:
+        raise
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}. {advice}") from error

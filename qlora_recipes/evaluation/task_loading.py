@@ -86,9 +86,10 @@ def load_tasks(names: Sequence[str]) -> dict[str, list[EvalTask]]:
 
 
 def _load(name: str, standard: TaskManager | None) -> list[EvalTask]:
-    if name in HELD_OUT_TASKS:
-        metric, kind = ("bits_per_byte",) * 2 if name == "held_out" else ("rougeL", "generation")
-        return [EvalTask(name, (), metric, kind, chat_template=True)]
+    if name == "held_out":
+        return [EvalTask(name, (), "bits_per_byte", "bits_per_byte", chat_template=True)]
+    if name == "held_out_answers":
+        return [EvalTask(name, (), "rougeL", "generation", chat_template=True)]
     if name in STANDIN_TASKS:
         return list(_from_files([SHIPPED / "standin_world" / f"{name}.yaml"]))
     if _is_path(name):
@@ -106,7 +107,7 @@ def _from_folder(path: Path) -> Iterator[EvalTask]:
         raise UsageError(f"no task folder at {path}; expected a folder of YAML tasks, one YAML file, or a task's name")
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     if not files:
-        raise UsageError(f"{path} holds no .yaml file; expected a folder of lm-eval tasks")
+        raise UsageError(f"{path} has no .yaml file; expected a folder of lm-eval tasks")
     _say_what_runs(files)
     yield from _from_files(files)
 
