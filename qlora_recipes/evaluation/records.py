@@ -159,6 +159,21 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@contextmanager
+def disk_faults(folder: Path, advice: str) -> Iterator[None]:
+    """Turn an error of the file system within the block into one of ours.
+
+    Raises:
+        RunFolderError: naming the folder, the system's reason and the fix.
+    """
+    try:
+        yield
+    except RecipesError:
+        raise
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}. {advice}") from error
+
+
 def _file(folder: Path, task: str, ending: str) -> Path:
     """Return the file of a task, whose name is quoted so that it stays inside the folder."""
     return folder / (quote(task, safe="").replace(".", "%2E") + ending)
@@ -198,18 +213,3 @@ def _check_finite(task: str, docs: Sequence[DocRecord]) -> None:
                 f"document {doc.doc_id} of {task} has the score {doc.score}, expected a finite number; look for NaN in "
                 "the adapter (metrics.jsonl shows grad_norm) and train again"
             )
-
-
-@contextmanager
-def disk_faults(folder: Path, advice: str) -> Iterator[None]:
-    """Turn an error of the file system within the block into one of ours.
-
-    Raises:
-        RunFolderError: naming the folder, the system's reason and the fix.
-    """
-    try:
-        yield
-    except RecipesError:
-        raise
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}. {advice}") from error
