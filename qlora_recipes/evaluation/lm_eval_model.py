@@ -87,14 +87,10 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def tok_batch_encode(
-        self,
-        strings: list[str],
-        padding_side: str = "left",
-        left_truncate_len: int | None = None,
-        truncation: bool = False,
+        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count what is cut from the left."""
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
         if left_truncate_len is None:
             return ids, mask
         self.truncated += int((mask.sum(1) > left_truncate_len).sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,15 +108,10 @@ def _from_folder(path: Path) -> Iterator[EvalTask]:
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{path} has no .yaml file; expected a folder of lm-eval tasks")
-    _say_what_runs(files)
-    yield from _from_files(files)
-
-
-def _say_what_runs(files: Sequence[Path]) -> None:
-    """Print which files name Python functions: lm-eval runs them when it loads the task."""
     for file in files:
-        if "!function" in file.read_text(encoding="utf-8", errors="replace"):
+        if "!function" in file.read_text(encoding="utf-8", errors="replace"):  # lm-eval runs them on loading the task
             print(f"running the Python code that {file} names with !function", file=sys.stderr)
+    yield from _from_files(files)
 
 
 def _from_files(files: Sequence[Path]) -> Iterator[EvalTask]:
@@ -154,22 +149,18 @@ def _build(file: Path, config: Mapping[str, Any]) -> ConfigurableTask:
     from lm_eval.api.task import ConfigurableTask
 
     own = {name: value for name, value in config.items() if name not in ("tag", "group")}
-    own["dataset_kwargs"] = _beside(file, own.get("dataset_kwargs"))
+    arguments: Mapping[str, Any] | None = own.get("dataset_kwargs")
+    if arguments is not None:
+        local = {name: _resolved(file, arguments[name]) for name in ("data_files", "data_dir") if name in arguments}
+        own["dataset_kwargs"] = {**arguments, **local}
     try:
         return ConfigurableTask(config=own)
     except Exception as error:  # lm-eval fails with whatever its first document fails with
         raise DataError(f"{file}: lm-eval cannot make a task of it: {_reason(error)}") from error
 
 
-def _beside(file: Path, arguments: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Make `data_files` and `data_dir` start from the YAML's folder; lm-eval's start from the working directory."""
-    if arguments is None:
-        return None
-    local = {name: _resolved(file, arguments[name]) for name in ("data_files", "data_dir") if name in arguments}
-    return {**arguments, **local}
-
-
 def _resolved(file: Path, value: Any) -> Any:
+    """Make paths start from the YAML's folder; lm-eval's start from the working directory."""
     if isinstance(value, Mapping):
         return {name: _resolved(file, part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -194,8 +185,13 @@ def _standard_tasks(names: Sequence[str]) -> TaskManager | None:
 
     root = Path(lm_eval.tasks.__file__).parent
     folders, listed = _names_in(root)
+    known = {*folders, *listed}
     for name in names:
-        _check_known(name, [*folders, *listed])
+        if name not in known:
+            hint = nearest(name, [*OWN, "openllm", *sorted(known)])
+            raise UsageError(
+                f"unknown task {name!r}.{hint} Ours are {', '.join(OWN)}; lm-eval lists its own: lm-eval ls tasks"
+            )
     needed = {folders.get(name, "benchmarks") for name in names}
     if "benchmarks" in needed:  # its groups name tasks of other folders
         return lm_eval.tasks.TaskManager()
@@ -216,14 +212,6 @@ def _names_in(root: Path) -> tuple[dict[str, str], set[str]]:
             folders.setdefault(name, file.relative_to(root).parts[0])  # lm-eval also takes the first of two
         listed |= set(_LISTED.findall(text))
     return folders, listed
-
-
-def _check_known(name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        hint = nearest(name, [*OWN, "openllm", *known])
-        raise UsageError(
-            f"unknown task {name!r}.{hint} Ours are {', '.join(OWN)}; lm-eval lists its own: lm-eval ls tasks"
-        )
 
 
 def _from_lm_eval(name: str, manager: TaskManager) -> Iterator[EvalTask]:
