@@ -465,6 +465,21 @@ def test_what_is_overridden_of_lm_eval_takes_what_it_took(name: str, parameters:
     assert list(inspect.signature(getattr(HFLM, name)).parameters) == parameters.split()
 
 
+def test_requests_that_lose_their_beginning_are_counted(trained: Callable[..., RunFolder]) -> None:
+    from lm_eval.api.instance import Instance
+
+    from qlora_recipes.evaluation.lm_eval_model import RunLanguageModel
+
+    key, until = BaseKey.of(trained().receipt()), {"until": ["\n"], "max_gen_toks": 4}
+    with restore_run(trained(), restore_base(key), key) as it:
+        model = RunLanguageModel(it, 2, _silent())
+        long = "word " * it.model.config.max_position_embeddings
+        choices = [Instance("loglikelihood", {}, (prompt, " yes"), i) for i, prompt in enumerate(("Is it?", long))]
+        assert len(model.loglikelihood(choices)) == 2 and model.truncated == 1
+        questions = [Instance("generate_until", {}, (prompt, until), i) for i, prompt in enumerate(("Who?", long))]
+        assert len(model.generate_until(questions)) == 2 and model.truncated == 2
+
+
 def test_lm_eval_draws_no_bar_of_its_own(run: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
     evaluate(run, ["standin_choice", "standin_answer", "standin_text"], options=SHORT)
     lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
