@@ -61,7 +61,7 @@ _EMPTY = {"system": Reason.EMPTY_SYSTEM, "user": Reason.EMPTY_QUESTION, "assista
 class RowError(DataError):
     """A row that cannot be used: `reason` is what it is counted under, `detail` what was got and expected.
 
-    A `format_row` of your own may raise it too, with a reason in words of its own.
+    Your own `format_row` may raise it too, with a reason of its own.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -77,7 +77,10 @@ def check_messages(messages: object, source: str = "format_row") -> list[Message
     """Return the messages with nothing but `role` and `content`, the space around each content cut off.
 
     A conversation is an optional system message, then user and assistant in turn, an assistant last, none of
-    them empty. `source` names who made the messages. Raises RowError for anything else.
+    them empty. `source` names where the messages come from.
+
+    Raises:
+        RowError: for anything else.
     """
     if not isinstance(messages, list | tuple):
         raise RowError(Reason.NOT_MESSAGES, f"{source} gave {_SHORT.repr(messages)}, expected a list of messages")
@@ -127,7 +130,7 @@ def guanaco_llama2(row: Row) -> list[Message]:
     """Read the finished Llama-2 text in `text`: `<s>[INST] question [/INST] answer </s>`, turn after turn.
 
     The first turn may hold `<<SYS>>\\nsystem\\n<</SYS>>\\n\\n` before its question. llama2.jinja renders the
-    messages to the same text; a row of which it would make another text is refused.
+    messages to the same text; a row that it would render differently is rejected.
     """
     text = _text(row, "text")
     *turns, rest = text.split("</s>")
@@ -163,7 +166,7 @@ def _llama2_system(first: Message) -> list[Message]:
 
 
 def _refuse_control_strings(messages: list[Message]) -> None:
-    """Raise when a message holds a string that opens or closes a turn: whose words follow it is unknown."""
+    """Raise when a message contains a string that opens or closes a turn: nothing tells who says what follows."""
     for i, message in enumerate(messages):
         marker = "<s>" if "<s>" in message["content"] else LLAMA_2_CHAT.forged_marker(message["content"])
         if marker:
@@ -171,7 +174,7 @@ def _refuse_control_strings(messages: list[Message]) -> None:
 
 
 def _llama2_text(messages: list[Message]) -> str:
-    """Return what llama2.jinja renders, without a Jinja environment; a test holds the two together."""
+    """Return what llama2.jinja renders, without a Jinja environment; a test keeps the two in step."""
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         contents = [f"<<SYS>>\n{contents[0]}\n<</SYS>>\n\n{contents[1]}", *contents[2:]]
@@ -183,7 +186,7 @@ def guanaco_text(row: Row) -> list[Message]:
     """Read `### Human: question### Assistant: answer` in `text`, turn after turn.
 
     The separators count wherever they stand, since the data has them right after the last word, as in
-    `C#### Human:`. A last question that nobody answered is left out: no loss could come after it.
+    `C#### Human:`. A last question without an answer is left out: nothing of it would be in the loss.
     """
     before, *turns = re.split("### (Human|Assistant):", _text(row, "text"))
     if before.strip() or not turns:
@@ -199,7 +202,7 @@ def question_answer(row: Row) -> list[Message]:
 
 
 def alpaca(row: Row) -> list[Message]:
-    """Read `instruction`, `input` and `output`; an input, where there is one, follows after a blank line."""
+    """Read `instruction`, `input` and `output`; an input, if any, follows the instruction after a blank line."""
     parts = [_text(row, "instruction")]
     if _column(row, "input") is not None:
         parts.append(_text(row, "input"))
@@ -216,7 +219,7 @@ def sharegpt(row: Row) -> list[Message]:
 
 
 def _sharegpt_message(turn: object) -> dict[str, Any]:
-    """Return a turn under our own keys; a speaker without a role here keeps the name and is refused later."""
+    """Return a turn under our own keys; an unknown speaker keeps its name and is rejected later."""
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
         raise RowError(Reason.NOT_MESSAGES, f"a turn is {_SHORT.repr(turn)}, expected an object with from and value")
     speaker = turn["from"]
@@ -235,7 +238,7 @@ def _single_turn(question: str, answer: str, source: str) -> list[Message]:
 
 
 def _column(row: Row, name: str) -> Any:
-    """Return the value of the column `name`, or None where there is none."""
+    """Return the value of the column `name`, or None when it is missing."""
     if not isinstance(row, Mapping):
         raise RowError(Reason.NOT_AN_OBJECT, f"the row is {_SHORT.repr(row)}, expected names with values")
     if row.get(name) is not None:
@@ -245,7 +248,7 @@ def _column(row: Row, name: str) -> Any:
 
 
 def _required(row: Row, name: str) -> Any:
-    """Return the value of the column `name`, which must be there."""
+    """Return the value of the required column `name`."""
     value = _column(row, name)
     if value is None:
         raise RowError(Reason.MISSING_COLUMN, f"expected '{name}', the row has {_filled_columns(row)}")
@@ -257,7 +260,7 @@ def _filled_columns(row: Row) -> str:
 
 
 def _text(row: Row, name: str) -> str:
-    """Return the text in the column `name`, which must be there."""
+    """Return the text in the required column `name`."""
     return _check_text(_required(row, name), name)
 
 
@@ -275,21 +278,22 @@ _SHAPES: dict[str, dict[str, str]] = {
     "guanaco_llama2": {"text": "<s>[INST]"},
     "guanaco_text": {"text": "### Human:"},
 }
-"""What a formatter is known by: the columns that it needs, each with what its text starts with."""
+"""How `detect` knows a formatter's rows: the columns that they have, each with what its text starts with."""
 
 
 def detect(row: Row) -> Formatter:
     """Return the formatter that fits a row's columns.
 
-    Raises DataError, with the shapes that are known, when none does.
+    Raises:
+        DataError: when none does, with the shapes that are known.
     """
     for name, formatter in FORMATTERS.items():
         if _fits(row, _SHAPES[name]):
             return formatter
     known = "\n".join(f"  {name}: {_describe(shape)}" for name, shape in _SHAPES.items())
     raise DataError(
-        f"no formatter fits a row with {_filled_columns(row)}, known are\n{known}\n"
-        "For data of another shape give the recipe a format_row(row) that returns messages."
+        f"no formatter fits a row with the columns {_filled_columns(row)}. Expected one of these shapes:\n{known}\n"
+        "For data of any other shape, give the recipe a format_row(row) that returns messages."
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,13 +28,13 @@ from qlora_recipes.commands import chat, merge
 from qlora_recipes.commands.evaluate import main
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
-from qlora_recipes.evaluation import harness, loaded
+from qlora_recipes.evaluation import harness, kl, loaded
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate, evaluate_many
 from qlora_recipes.evaluation.held_out import score_held_out
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
 from qlora_recipes.evaluation.records import DocRecord, Scores, TaskResult, finished_tasks, read_task, write_task
-from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, EvalTask, load_tasks
+from qlora_recipes.evaluation.task_loading import STANDIN_TASKS, EvalTask, _names_in, load_tasks
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped
@@ -118,7 +121,37 @@ def test_runs_of_one_base_share_it_and_are_scored_as_alone(
     assert alone[0] != alone[1] and len(loads) == 1
 
 
-def test_controls_lie_beside_the_run(trained: Callable[..., RunFolder], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "measure"),
+    [
+        (harness, lambda folders: evaluate_many(folders, ["held_out", "standin_choice"], options=SHORT)),
+        (kl, lambda folders: kl.measure(folders[0], folders[1:])),
+    ],
+    ids=["scores", "kl"],
+)
+def test_one_base_is_in_memory_at_a_time(
+    module: ModuleType,
+    measure: Callable[[list[RunFolder]], object],
+    trained: Callable[..., RunFolder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    precisions = ("bf16", "nf4")
+    folders = [RunFolder(Path(shutil.copytree(trained(precision=p).path, tmp_path / p))) for p in precisions]
+    models: list[weakref.ref[object]] = []
+
+    def load(key: BaseKey) -> object:
+        assert not any(model() for model in models), "the base before is still in memory"
+        base = restore_base(key)
+        models.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(module, "restore_base", load)
+    measure(folders)
+    assert len(models) == len(precisions)
+
+
+def test_controls_are_written_beside_the_run(trained: Callable[..., RunFolder], tmp_path: Path) -> None:
     folder = RunFolder(Path(shutil.copytree(trained(precision="bf16").path, tmp_path / "run")))
     (own,) = evaluate(folder, ["held_out"], options=SHORT)
     (base,) = evaluate(folder, ["held_out"], options=replace(SHORT, adapter=False))
@@ -271,7 +304,7 @@ def test_a_signal_ends_an_evaluation_and_the_same_command_does_what_is_left(
         main([str(run.path), *TWO_TASKS])
     assert stopped.value.code == code
     said = capsys.readouterr().err
-    assert f"stopped by {which.name}; the same command goes on with the tasks that are left" in said
+    assert f"stopped by {which.name}; the same command resumes with the tasks that are left" in said
     assert f"{run.evaluation}: finished held_out, left standin_text" in said
     assert {file.name for file in run.evaluation.iterdir()} == {"held_out.json", "held_out.docs.jsonl"}
     main([str(run.path), *TWO_TASKS])
@@ -349,7 +382,7 @@ def _silent() -> Bar:
 def test_prompts_and_choices_are_the_training_format_to_the_token(
     family: str, trained: Callable[..., RunFolder]
 ) -> None:
-    from qlora_recipes.evaluation.language_model import RunLanguageModel
+    from qlora_recipes.evaluation.lm_eval_model import RunLanguageModel
 
     folder = trained(family)
     key = BaseKey.of(folder.receipt())
@@ -391,6 +424,77 @@ def test_rolling_text_starts_with_one_bos(run: RunFolder) -> None:
             assert doc.bits * torch.log(torch.tensor(2.0)) == pytest.approx(float(nats), rel=1e-2)
 
 
+def test_lm_eval_still_scores_a_second_bos(trained: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without our `loglikelihood_rolling`; when this fails, lm-eval has changed and the override can go."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from qlora_recipes.evaluation.lm_eval_model import RunLanguageModel
+
+    key = BaseKey.of(trained().receipt())
+    scored: list[list[int]] = []
+
+    def window(self: HFLM, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        scored.extend(continuation for _, _, continuation in requests)
+        return [(0.0, True)] * len(requests)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", window)
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=("Anna lives here.",), idx=0)
+    with restore_run(trained(), restore_base(key), key) as it:
+        it.tokenizer.add_bos_token, bos = True, it.tokenizer.bos_token_id  # as Llama-2's own has it
+        assert it.tokenizer("Anna")["input_ids"][0] == bos
+        model = RunLanguageModel(it, 1, _silent())
+        HFLM.loglikelihood_rolling(model, [request])
+        model.loglikelihood_rolling([request])
+    assert scored == [[bos, *scored[1]], scored[1]] and bos not in scored[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_loglikelihood_tokens", "self requests disable_tqdm override_bs"),
+        ("_model_call", "self inps attn_mask labels"),
+        ("_model_generate", "self context max_length stop generation_kwargs"),
+        ("tok_batch_encode", "self strings padding_side left_truncate_len truncation"),
+        ("apply_chat_template", "self chat_history add_generation_prompt"),
+    ],
+)
+def test_what_is_overridden_of_lm_eval_takes_what_it_took(name: str, parameters: str) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    assert list(inspect.signature(getattr(HFLM, name)).parameters) == parameters.split()
+
+
+def test_requests_that_lose_their_beginning_are_counted(trained: Callable[..., RunFolder]) -> None:
+    from lm_eval.api.instance import Instance
+
+    from qlora_recipes.evaluation.lm_eval_model import RunLanguageModel
+
+    key, until = BaseKey.of(trained().receipt()), {"until": ["\n"], "max_gen_toks": 4}
+    with restore_run(trained(), restore_base(key), key) as it:
+        model = RunLanguageModel(it, 2, _silent())
+        long = "word " * it.model.config.max_position_embeddings
+        choices = [Instance("loglikelihood", {}, (prompt, " yes"), i) for i, prompt in enumerate(("Is it?", long))]
+        assert len(model.loglikelihood(choices)) == 2 and model.truncated == 1
+        questions = [Instance("generate_until", {}, (prompt, until), i) for i, prompt in enumerate(("Who?", long))]
+        assert len(model.generate_until(questions)) == 2 and model.truncated == 2
+
+
+def test_lm_eval_draws_no_bar_of_its_own(run: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
+    evaluate(run, ["standin_choice", "standin_answer", "standin_text"], options=SHORT)
+    lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    assert not [line for line in lines if "it/s]" in line and not line.startswith("Loading weights")]
+
+
+def test_peft_leaves_nothing_on_a_base(trained: Callable[..., RunFolder]) -> None:
+    """Were its config left there, the next adapter would count as a second one."""
+    folder = trained(precision="bf16")
+    base = restore_base(BaseKey.of(folder.receipt())).model
+    names = [name for name, _ in base.named_parameters()]
+    assert loaded.load_adapter(base, folder.adapter).unload() is base
+    assert not hasattr(base, "peft_config") and [name for name, _ in base.named_parameters()] == names
+
+
 def test_a_batch_of_answers_is_what_each_prompt_gets_alone(tiny: Callable[[str], Path]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -425,13 +529,38 @@ def _task_folder(tmp_path: Path, *, rows: list[dict] | None = None, **changes: o
     return folder
 
 
-def test_a_folder_of_ones_own_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_your_own_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _task_folder(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (task,) = load_tasks(["../mine"])["../mine"]
     assert (task.name, task.metric, task.kind, len(task.parts[0].eval_docs)) == ("mine", "acc", "accuracy", 2)
     assert load_tasks([str(folder / "mine.yaml")])
+
+
+def test_lm_eval_still_reads_relative_data_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this fails, its TaskManager can read folders of tasks in the place of its private YAML loader."""
+    from lm_eval.tasks import TaskManager
+
+    folder = _task_folder(tmp_path)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with pytest.raises(FileNotFoundError, match="rows"):
+        manager.load(["mine"])
+    monkeypatch.chdir(folder)
+    assert manager.load(["mine"])["tasks"]
+
+
+def test_names_read_from_lm_evals_files_are_those_of_its_index() -> None:
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders, listed = _names_in(root)
+    for folder in ("arc", "hellaswag", "mmlu"):
+        index = lm_eval.tasks.TaskManager(include_path=str(root / folder), include_defaults=False).all_tasks
+        assert index and set(index) <= {*folders, *listed}
+        assert {folders[name] for name in index if name in folders} == {folder}
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,22 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja chat template with `{% generation %}` markers around what is in the loss."""
+    """A Jinja chat template with `{% generation %}` markers around the text in the loss."""
 
     path: Path
     """The `.jinja` file."""
 
     role_markers: str
-    """Regular expression for the plain-text strings that open or close a turn. A message that holds one could
+    """Regular expression for the plain-text strings that open or close a turn. A message that contains one could
     forge a turn, since no tokenizer can tell it from the template's own; such a row is dropped and counted."""
 
     @property
     def source(self) -> str:
-        """The text of the template."""
+        """The text of the template.
+
+        Raises:
+            TemplateError: when the file cannot be read.
+        """
         try:
             return self.path.read_text(encoding="utf-8")
         except OSError as error:

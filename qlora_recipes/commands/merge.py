@@ -14,7 +14,7 @@ import torch
 
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
-from qlora_recipes.evaluation.writing import disk_faults
+from qlora_recipes.evaluation.records import disk_faults
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder

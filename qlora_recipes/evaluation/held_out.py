@@ -1,6 +1,6 @@
-"""A run scored on the conversations that it kept from training: loss, bits per byte, and greedy answers.
+"""Scores a run on the conversations that it kept from training: loss, bits per byte, and greedy answers.
 
-Rendered by the encoder that training used, so that what is scored is to the token what was trained on.
+They are rendered by the encoder that training used, so the tokens scored are in the format trained on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import datasets
+import evaluate
 import torch
+from sacrebleu.metrics.chrf import CHRF
 
 from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.encoding import IGNORED, Encoded
@@ -21,15 +24,18 @@ from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import Message
 
 MAX_ANSWER_TOKENS = 256
-"""Where a greedy answer is cut; more costs time on answers that never end."""
+"""Where a greedy answer is cut. More costs time on answers that never end."""
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
 def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
     """Return the negative log-likelihood of the assistant's words.
 
-    `loss` is in nats a supervised token, with the end-of-turn token, as in training; `bits_per_byte` divides the same
-    by the UTF-8 bytes of the words, and can be compared between tokenizers.
+    `loss` is in nats per supervised token, the end-of-turn token included, as in training; `bits_per_byte` divides the
+    same sum by the UTF-8 bytes of the words, and can be compared between tokenizers.
+
+    Raises:
+        DataError: when no row was held out, or none fits into the model's context.
     """
     rows = _rows(run, limit)
     encoded = [run.encoder.encode(messages) for messages in rows]
@@ -55,9 +61,11 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
 
 
 def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
-    """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves."""
-    from qlora_recipes.evaluation.metrics import ChrF, RougeL  # nltk, which they bring along, takes seconds to import
+    """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves.
 
+    Raises:
+        DataError: when no row was held out, or no question fits into the model's context with its answer.
+    """
     rows = _rows(run, limit)
     prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
     room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
@@ -67,18 +75,19 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     bar.start(len(fitting))
     answers: dict[int, list[int]] = {}
     end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
-    for batch in _batched(sorted(fitting, key=lambda i: -len(prompts[i])), batch_size):
+    longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
+    for start in range(0, len(fitting), batch_size):
+        batch = longest_first[start : start + batch_size]
         given = [prompts[i] for i in batch]
-        answers |= zip(
-            batch, generate(run.model, given, end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS), strict=True
-        )
+        found = generate(run.model, given, end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
+        answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
-    texts = [run.tokenizer.decode(answers[i], skip_special_tokens=True).strip() for i in fitting]
+    texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
     references = [rows[i][-1]["content"] for i in fitting]
     rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
     chrf = ChrF(keep_in_memory=True).compute(predictions=texts, references=references)
     docs = [
-        _answer_record(i, rows[i], prompts[i], text, score)
+        _record("held_out_answers", i, rows[i], prompts[i], rows[i][-1]["content"], score, answer=text[:SHOWN])
         for i, text, score in zip(fitting, texts, rouge["documents"], strict=True)
     ]
     ended = sum(answers[i][-1:] == [end] for i in fitting) / len(fitting)
@@ -108,13 +117,9 @@ def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int
         ordered = ordered[size:]
 
 
-def _batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    return (list(indices[start : start + size]) for start in range(0, len(indices), size))
-
-
 @torch.no_grad()
 def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
-    """Return each row's negative log-likelihood in nats; the padding is on the right, where no token looks."""
+    """Return each row's negative log-likelihood in nats; padding is on the right, where no token attends to it."""
     pad = run.tokenizer.pad_token_id
     ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)
     labels = _padded([row.labels for row in rows], IGNORED).to(run.model.device)[:, 1:]
@@ -122,7 +127,7 @@ def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     scored = labels != IGNORED
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     losses[scored] = torch.nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
-    return losses.double().sum(1).tolist()
+    return [float(total) for total in losses.double().sum(1)]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -131,14 +136,10 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def _text_record(index: int, messages: list[Message], encoded: Encoded, nats: float) -> DocRecord:
-    words = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
-    length = sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
-    bits = nats / math.log(2)
-    return _record("held_out", index, messages, encoded.input_ids, words, bits / length, bits=bits, bytes=length)
-
-
-def _answer_record(index: int, messages: list[Message], prompt: list[int], answer: str, score: float) -> DocRecord:
-    return _record("held_out_answers", index, messages, prompt, messages[-1]["content"], score, answer=answer[:SHOWN])
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    length = sum(len(answer.encode()) for answer in answers)
+    bits, target = nats / math.log(2), "\n".join(answers)
+    return _record("held_out", index, messages, encoded.input_ids, target, bits / length, bits=bits, bytes=length)
 
 
 def _record(
@@ -157,3 +158,48 @@ def _record(
         prompt=question[-SHOWN:],
         **{"answer": "", **more},
     )
+
+
+class _TextMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
+    """A metric of texts, defined here because `evaluate.load` fetches its code from the hub.
+
+    Overrides `_info` and `_compute`, as every metric of evaluate (0.4.6) does.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+
+class RougeL(_TextMetric):
+    """F-measure of the longest common subsequence of words, from 0 to 1, as rouge_score computes it (Lin, 2004).
+
+    Words are runs of the letters a to z and digits, in lower case. Texts in other scripts have none and score 0.
+    """
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        from rouge_score.rouge_scorer import RougeScorer  # nltk, which it imports, takes half a second
+
+        scorer = RougeScorer(["rougeL"])
+        pairs = zip(references, predictions, strict=True)
+        scores = [float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference, prediction in pairs]
+        return {"rougeL": sum(scores) / len(scores), "documents": scores}
+
+
+class ChrF(_TextMetric):
+    """Agreement in runs of up to six characters, from 0 to 100, as sacrebleu computes it (Popović, 2015).
+
+    Works in every script.
+    """
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        chrf = CHRF()
+        pairs = zip(predictions, references, strict=True)
+        return {
+            "chrf": chrf.corpus_score(predictions, [references]).score,
+            "documents": [chrf.sentence_score(prediction, [reference]).score for prediction, reference in pairs],
+        }

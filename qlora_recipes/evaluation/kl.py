@@ -69,7 +69,7 @@ def _measure(reference: RunFolder, todo: Sequence[RunFolder], scratch: Path, sai
             with restore_run(folder, base, key) as run:
                 found = _compare(run, scratch)
             write_divergence(reference, folder, found)
-        del base
+        del base, run  # each holds the model, and the next one needs the room
         gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""A trained run, loaded from disk and proven to be the one that its receipt describes."""
+"""Loads a trained run from disk and proves that it is the one that its receipt describes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ _PROBES = 4  # conversations on which the adapter is switched on and off
 
 @dataclass(frozen=True)
 class BaseKey:
-    """What decides a base: runs that share it share the loaded model."""
+    """What identifies a loaded base: runs with equal keys share the model in memory."""
 
     model: str
     revision: str | None
@@ -52,10 +52,10 @@ def _remote_code(receipt: Receipt) -> bool:
 
 
 def check_remote_code(receipt: Receipt, *, allowed: bool) -> None:
-    """Refuse a base that brings code of its own, unless who evaluates allows it too: a run folder may be anybody's.
+    """Reject a base that brings its own code, unless whoever evaluates allows it: a run folder can be anyone's.
 
     Raises:
-        UsageError: naming the flag, or the revision where it is no commit, whose code could be another by now.
+        UsageError: naming the flag, or a revision that is not a commit and whose code may have changed since.
     """
     if not _remote_code(receipt):
         return
@@ -68,13 +68,13 @@ def check_remote_code(receipt: Receipt, *, allowed: bool) -> None:
     if not re.fullmatch("[0-9a-f]{40}", revision or "") and not Path(model).is_dir():
         raise UsageError(
             f"--trust_remote_code runs code of {model}, and the receipt has its revision as {revision!r}; expected a "
-            "commit of 40 hexadecimal digits. Train again with --revision and one"
+            "commit of 40 hexadecimal digits. Train again with --revision COMMIT"
         )
 
 
 @dataclass(frozen=True)
 class RestoredBase:
-    """A base in memory, with the hash of what lies there."""
+    """A base in memory, with the hash of its stored tensors."""
 
     model: PreTrainedModel
     sha256: str
@@ -94,8 +94,10 @@ class RestoredRun:
     """The conversations kept from training."""
     precision: str
     base_sha256: str
-    adapter_sha256: str | None
-    adapter_on_off_difference: float | None
+    adapter_sha256: str | None = None
+    """As measured in the loaded model; None for the base alone, like the next."""
+    adapter_on_off_difference: float | None = None
+    """Largest change of a logit when the adapter is switched off."""
 
 
 def restore_base(key: BaseKey) -> RestoredBase:
@@ -109,49 +111,39 @@ def restore_base(key: BaseKey) -> RestoredBase:
         device=device,
         trust_remote_code=key.trust_remote_code,
     )
-    return RestoredBase(model.eval(), receipt.sha256)
+    model.eval()  # type: ignore[no-untyped-call]  # transformers 5.23 gives it no types
+    return RestoredBase(model, receipt.sha256)
 
 
 @contextmanager
 def restore_run(
     folder: RunFolder, base: RestoredBase, key: BaseKey, *, adapter: bool = True, other_template: bool = False
 ) -> Iterator[RestoredRun]:
-    """Attach a run's adapter to its base for the time of the context, and prove both against the receipt.
+    """Attach a run's adapter to its base while the context lasts, and check both against the receipt.
 
     Raises:
         CheckError: when tokenizer, base or adapter are not what the receipt says, or the adapter does nothing.
         ModelError: when there is no adapter, or one for another base.
     """
     receipt = folder.receipt()
-    tokenizer = load_run_tokenizer(folder, receipt, other_template=other_template)
-    encoder = ConversationEncoder(tokenizer, _template(folder, receipt))
+    tokenizer = restore_tokenizer(folder, receipt, other_template=other_template)
+    template = ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
+    encoder = ConversationEncoder(tokenizer, template)
     if key.precision == receipt.precision:
         _check_same("base", base.sha256, receipt.base.sha256, _BASE_ADVICE)
     held_out = read_held_out(folder)
+    run = RestoredRun(folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256)
     if not adapter:
-        yield RestoredRun(
-            folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256, None, None
-        )
+        yield run
         return
     model = load_adapter(base.model, folder.adapter).eval()
     try:
         loaded = adapter_sha256(model)
         _check_same("adapter", loaded, receipt.adapter.final_sha256, _ADAPTER_ADVICE)
         difference = _on_off_difference(model, encoder, held_out)
-        yield RestoredRun(
-            folder,
-            receipt,
-            model,
-            tokenizer,
-            encoder,
-            held_out,
-            key.precision,
-            base.sha256,
-            loaded,
-            difference,
-        )
+        yield replace(run, model=model, adapter_sha256=loaded, adapter_on_off_difference=difference)
     finally:
-        _detach(model)
+        model.unload()  # gives the base back as it was, for the next adapter
 
 
 _BASE_ADVICE = (
@@ -160,14 +152,14 @@ _BASE_ADVICE = (
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
 
 
-def load_run_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:
+def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the run saved, with the chat template that it was trained with.
 
-    `other_template` takes whatever template lies there, for whoever edited it on purpose.
+    `other_template` accepts a template that was edited on purpose.
 
     Raises:
-        ModelError: when it is missing.
-        CheckError: when the template is another.
+        ModelError: when the tokenizer is missing.
+        CheckError: when the template is not the one in the receipt.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
@@ -192,11 +184,6 @@ def read_held_out(folder: RunFolder) -> list[list[Message]]:
     return [row["messages"] for row in json.loads(folder.held_out.read_text(encoding="utf-8"))]
 
 
-def _template(folder: RunFolder, receipt: Receipt) -> ChatTemplate:
-    """Return the template that the run saved, with the role markers that training kept out of the rows."""
-    return ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
-
-
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:
     if found != expected:
         raise CheckError(
@@ -206,7 +193,7 @@ def _check_same(what: str, found: str, expected: str, advice: str) -> None:
 
 @torch.no_grad()
 def _on_off_difference(model: Any, encoder: ConversationEncoder, held_out: list[list[Message]]) -> float:
-    """Return the largest change of a logit when the adapter is switched off, on a few prompts of the run's own."""
+    """Return the largest change of a logit when the adapter is switched off, on a few of the run's own prompts."""
     prompts = held_out[:_PROBES] or [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]]
     largest = 0.0
     for messages in prompts:
@@ -221,10 +208,3 @@ def _on_off_difference(model: Any, encoder: ConversationEncoder, held_out: list[
             "Train for more steps; metrics.jsonl shows whether grad_norm was zero"
         )
     return largest
-
-
-def _detach(model: Any) -> None:
-    """Give the base back as it was, for the next adapter."""
-    base = model.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config  # or PEFT takes the next adapter for a second one and warns

@@ -1,7 +1,7 @@
-"""What an evaluation leaves on disk: the contract between evaluation and comparison.
+"""What an evaluation writes to disk: the contract between evaluation and comparison.
 
-A folder of results holds, for each task, `<task>.json` (a TaskResult) and `<task>.docs.jsonl` (a DocRecord a line).
-Pure: files in, dataclasses out; knows nothing of models, torch or lm-eval.
+A folder of results has, for each task, `<task>.json` (a TaskResult) and `<task>.docs.jsonl` (one DocRecord per line).
+Files in, dataclasses out: knows nothing of models, torch or lm-eval.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from qlora_recipes.errors import CheckError, RunFolderError
+from qlora_recipes.errors import CheckError, RecipesError, RunFolderError
 from qlora_recipes.run.files import write_json, write_text
 
 SCHEMA_VERSION = 1
-SHOWN = 2000  # characters of a prompt, a target or an answer that are kept to be read
+SHOWN = 2000  # characters of a prompt, a target or an answer that are kept for people to read
 _RESULT, _DOCS = ".json", ".docs.jsonl"
 _Record = TypeVar("_Record", "TaskResult", "DocRecord")
 
@@ -30,9 +31,9 @@ class DocRecord:
 
     task: str
     subject: str | None
-    """The part of the task that the document belongs to, and shares its difficulty with; None where there is none."""
+    """The part of the task that the document belongs to and shares its difficulty with; None without parts."""
     doc_id: str
-    """Its place in the task, for people; the hashes say what it is."""
+    """Its place in the task, for people; the hashes identify it."""
     doc_hash: str
     """SHA-256 of the document."""
     prompt_hash: str
@@ -42,14 +43,14 @@ class DocRecord:
     score: float
     """The task's primary metric on this document."""
     answer: str
-    """The choice that was picked or the text that was generated; empty where text was only scored."""
+    """The choice that was picked or the text that was generated; empty for text that is only scored."""
     target: str
     prompt: str
-    """What the model was given; only the end of it when it is long."""
+    """What the model was given; only its end when it is long."""
     bits: float | None = None
-    """Negative log2-likelihood of the text that was scored, in the tasks that score text."""
+    """Negative log2-likelihood of the text, in tasks that score text."""
     bytes: int | None = None
-    """Length of that text in UTF-8."""
+    """Length of that text in UTF-8, in the same tasks."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,21 @@ class TaskResult:
     kind: str
     """`accuracy` (every score is 0 or 1), `bits_per_byte`, `generation` or `score` (other numbers)."""
     metric: str
-    """The primary metric, which the documents' scores are of."""
+    """The primary metric: that of the documents' scores."""
     higher_is_better: bool
     metrics: Mapping[str, float]
     stderr: Mapping[str, float]
-    """Standard errors of those metrics that have one, each document taken as independent."""
+    """Standard errors of the metrics that have one, with documents taken as independent."""
     n_docs: int
     limit: int | None
-    """The number of documents asked for; a result with a limit is a trial and says nothing."""
+    """The number of documents asked for; a result with a limit is a trial and never counts."""
     num_fewshot: int
     chat_template: bool
     """Whether the prompts were rendered with the chat template."""
     template_sha256: str | None
     """Hash of that template; None without it."""
     prompts_unlike_training: int
-    """Prompts whose tokens are not those that training would give the same messages."""
+    """Prompts whose tokens differ from those that training gives the same messages."""
     truncated: int
     """Requests that were longer than the model's context and lost their beginning, or were left out."""
     batch_size: int
@@ -92,13 +93,13 @@ class TaskResult:
     device: str
     seconds: float
     docs_sha256: str = ""
-    """Hash of the file of documents, which makes the pair whole."""
+    """Hash of the file of documents, which ties the two files together."""
     schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured in one task, before the facts of the run are put beside it."""
+    """What was measured in one task, without the facts about the run."""
 
     docs: list[DocRecord]
     metrics: dict[str, float]
@@ -158,8 +159,23 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@contextmanager
+def disk_faults(folder: Path, advice: str) -> Iterator[None]:
+    """Turn an error of the file system within the block into one of ours.
+
+    Raises:
+        RunFolderError: naming the folder, the system's reason and the fix.
+    """
+    try:
+        yield
+    except RecipesError:
+        raise
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written: {error.strerror or error}. {advice}") from error
+
+
 def _file(folder: Path, task: str, ending: str) -> Path:
-    """A task may be named by anybody: its name is quoted, so that it stays inside the folder."""
+    """Return the file of a task, whose name is quoted so that it stays inside the folder."""
     return folder / (quote(task, safe="").replace(".", "%2E") + ending)
 
 

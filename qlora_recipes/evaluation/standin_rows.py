@@ -1,4 +1,4 @@
-"""The bundled data about the stand-ins' world, as lm-eval's `custom_dataset` takes it: no path, no cache."""
+"""The bundled data about the stand-ins' world, as lm-eval's `custom_dataset` takes it: without a path or a cache."""
 
 from __future__ import annotations
 

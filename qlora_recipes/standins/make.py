@@ -46,7 +46,7 @@ def build_llama2(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
             eos_token_id=2,
             tie_word_embeddings=False,
             rms_norm_eps=1e-5,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]  # PreTrainedConfig takes it among its **kwargs
         )
     )
 
@@ -114,8 +114,10 @@ def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int
             loss = model(input_ids=input_ids, labels=input_ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
         model.zero_grad()
         if step % 100 == 0:
             print(f"step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - start:.0f} s", flush=True)
@@ -156,7 +158,7 @@ def make(family: str, folder: Path) -> None:
     words = how.train_tokenizer(tokenizer_texts(world), VOCABULARY)
     model = how.build(words)
     pretrain(model, token_batches(world, words, SEED + 6), how.steps)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     words.save_pretrained(folder)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -54,7 +55,7 @@ def train_falcon(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_with_chat_words(texts), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers 5.23 gives it no types
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
@@ -67,5 +68,6 @@ def _with_chat_words(texts: Iterable[str]) -> Iterable[str]:
     yield from [" ".join(CHAT_WORDS)] * 1000
 
 
-def _bpe(tokenizer: Tokenizer) -> dict:
-    return json.loads(tokenizer.to_str())["model"]
+def _bpe(tokenizer: Tokenizer) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
+    return model

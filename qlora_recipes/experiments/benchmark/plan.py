@@ -14,7 +14,7 @@ from typing import Any
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.comparison.build import choose_baseline
 from qlora_recipes.errors import RunFolderError, UsageError
-from qlora_recipes.evaluation.writing import disk_faults
+from qlora_recipes.evaluation.records import disk_faults
 from qlora_recipes.precision import precision_named
 from qlora_recipes.recipe import Recipe, load_recipe
 from qlora_recipes.run.files import write_json

@@ -1,0 +1,250 @@
+"""Scores a restored run with lm-eval: the run as lm-eval's model, and each document's answer as one of our records.
+
+Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+from qlora_recipes.errors import DataError, RecipesError
+from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
+from qlora_recipes.evaluation.loaded import RestoredRun
+from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
+from qlora_recipes.evaluation.task_loading import EvalTask
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
+
+SEED = 1234  # lm-eval's own, for the choice of few-shot examples
+_BOOTSTRAP = 1000  # draws for standard errors of the few metrics without a formula; 0 would drop the others' too
+
+
+class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+    """The model and tokenizer of a run, as lm-eval asks them, with log-likelihoods in float32.
+
+    Upstream: HFLM (lm-eval 0.4.13) has no callbacks, so three of its private methods are overridden:
+    `_loglikelihood_tokens` to count what is cut, which it only warns of, `_model_call` and `_model_generate` to advance
+    the bar. The first can go when lm-eval reports truncation with its results, the others when it takes a progress bar.
+    """
+
+    add_bos_token: bool | None  # HFLM's own
+
+    def __init__(self, run: RestoredRun, batch_size: int, bar: Bar) -> None:
+        # Computed in 16 bits, 5 % of the choices tie exactly.
+        super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        self._encoder = run.encoder
+        self._bar = bar
+        self.truncated = 0
+        """Requests that lost their beginning."""
+        self.prompts_unlike_training = 0
+        """Rendered prompts whose tokens differ from those of training, as when a document spells a control token."""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render as HFLM does, and compare the tokens with those of training."""
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            try:
+                trained = self._encoder.encode_prompt(chat_history)
+            except RecipesError:
+                trained = []
+            self.prompts_unlike_training += self.tok_encode(text) != trained
+        return text
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        """Start the bar."""
+        self._bar.start(len(requests))
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        """Start the bar, and leave out the tokenizer's BOS.
+
+        Upstream: HFLM (lm-eval 0.4.13) starts each window with a BOS and lets the tokenizer add another, which is then
+        scored as if it were text. Can go when `test_lm_eval_still_scores_a_second_bos` fails.
+        """
+        self._bar.start(len(requests))
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.add_bos_token = before
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        """Start the bar."""
+        self._bar.start(len(requests))
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Count what is cut from the left."""
+        self.truncated += sum(len(context) + len(words) > self.max_length + 1 for _, context, words in requests)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def tok_batch_encode(
+        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count what is cut from the left."""
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        if left_truncate_len is None:
+            return ids, mask
+        self.truncated += int((mask.sum(1) > left_truncate_len).sum())
+        return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Advance the bar."""
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        self._bar.advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Advance the bar."""
+        ids: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        self._bar.advance(len(context))
+        return ids
+
+
+def score_with_lm_eval(
+    run: RestoredRun, task: EvalTask, *, batch_size: int, limit: int | None, chat_template: bool, bar: Bar
+) -> Scores:
+    """Return lm-eval's scores of a run in one task.
+
+    Calls `evaluate` rather than `simple_evaluate`, which does no more for a loaded model but runs `pip list` each time.
+
+    Raises:
+        DataError: when the task's metric gives no number for a document.
+    """
+    for part in task.parts:
+        part.set_fewshot_seed(SEED)
+    with silence_lm_eval():
+        model = RunLanguageModel(run, batch_size, bar)
+        outcome = evaluate(
+            model,
+            {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},
+            limit=limit,
+            cache_requests=False,  # the cache's key leaves out the task's own text, so it can return old prompts
+            bootstrap_iters=_BOOTSTRAP,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+        )
+    docs = [
+        _record(task, part, sample) for part in task.parts for sample in _strictest(outcome["samples"][part.task_name])
+    ]
+    metrics, stderr = _aggregates(task, outcome, docs)
+    return Scores(
+        docs=docs,
+        metrics=metrics,
+        stderr=stderr,
+        higher_is_better=_higher_is_better(task, outcome),
+        truncated=model.truncated,
+        prompts_unlike_training=model.prompts_unlike_training,
+    )
+
+
+def _strictest(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the samples of the first filter: of several ways to read an answer, tasks list the strictest first."""
+    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+
+
+def _record(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -> DocRecord:
+    doc_id, doc = sample["doc_id"], sample["doc"]
+    alone = len(task.parts) == 1
+    subject = doc.get("subject") if alone else part.task_name
+    answer, target, prompt = _shown(task, part, sample)
+    bits: float | None = None
+    length: int | None = None
+    if task.kind == "bits_per_byte":
+        bits, length = -sample["filtered_resps"][0] / math.log(2), len(str(part.doc_to_target(doc)).encode())
+        score = bits / length
+    else:
+        score = _number(task, sample)
+    return DocRecord(
+        task=task.name,
+        subject=None if subject is None else str(subject),
+        doc_id=str(doc_id) if alone else f"{part.task_name}/{doc_id}",
+        doc_hash=sample["doc_hash"],
+        prompt_hash=sample["prompt_hash"],
+        target_hash=sample["target_hash"],
+        score=score,
+        answer=answer[:SHOWN],
+        target=target[:SHOWN],
+        prompt=prompt[-SHOWN:],
+        bits=bits,
+        bytes=length,
+    )
+
+
+def _number(task: EvalTask, sample: Mapping[str, Any]) -> float:
+    value: Any = sample.get(task.metric)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{task.name}: got {value!r} from the metric {task.metric} for document {sample['doc_id']}, expected a "
+            "number. Put a metric with one number per document first in the task's metric_list, such as acc"
+        ) from None
+
+
+def _shown(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return answer, target and prompt as a person reads them."""
+    doc, given = sample["doc"], str(sample["arguments"][0][0])
+    if task.kind == "bits_per_byte":
+        return "", str(part.doc_to_target(doc)), ""
+    if part.OUTPUT_TYPE != "multiple_choice":
+        first = sample["filtered_resps"][0]
+        return str(first[0] if isinstance(first, (list, tuple)) else first), str(sample["target"]), given
+    choices = part.doc_to_choice(doc)
+    right = part.doc_to_text(doc) if part.multiple_input else sample["target"]
+    return choices[_picked(task.metric, choices, sample)], _choice_text(choices, right), given
+
+
+def _picked(metric: str, choices: Sequence[str], sample: Mapping[str, Any]) -> int:
+    """Return the choice that the metric's own rule picks."""
+    responses = sample["filtered_resps"][: len(choices)]
+    scores = [response[0] / _divisor(metric, choice) for response, choice in zip(responses, choices, strict=True)]
+    return scores.index(max(scores))
+
+
+def _divisor(metric: str, choice: str) -> int:
+    """Return what the metric divides a choice's log-likelihood by."""
+    if metric == "acc_norm":
+        return len(choice)
+    return len(choice.encode()) if metric == "acc_bytes" else 1
+
+
+def _choice_text(choices: Sequence[str], right: Any) -> str:
+    if isinstance(right, (list, tuple)):
+        return " or ".join(_choice_text(choices, one) for one in right)
+    return choices[right] if isinstance(right, int) and right < len(choices) else str(right)
+
+
+def _aggregates(
+    task: EvalTask, outcome: Mapping[str, Any], docs: Sequence[DocRecord]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return metrics and standard errors: lm-eval's for a single task; for a group, all documents pooled."""
+    if task.kind == "bits_per_byte":
+        pooled = sum(doc.bits or 0 for doc in docs) / sum(doc.bytes or 0 for doc in docs)
+    else:
+        pooled = sum(doc.score for doc in docs) / len(docs)
+    if len(task.parts) > 1:
+        return {task.metric: pooled}, {}
+    name = task.parts[0].task_name
+    way = outcome["samples"][name][0]["filter"]
+    figures = {
+        key.removesuffix(f",{way}"): value
+        for key, value in outcome["results"][name].items()
+        if key.endswith(f",{way}") and isinstance(value, (int, float))
+    }
+    stderr = {key.removesuffix("_stderr"): float(value) for key, value in figures.items() if key.endswith("_stderr")}
+    metrics = {key: float(value) for key, value in figures.items() if not key.endswith("_stderr")}
+    return {task.metric: pooled, **metrics}, stderr
+
+
+def _higher_is_better(task: EvalTask, outcome: Mapping[str, Any]) -> bool:
+    said = outcome["higher_is_better"][task.parts[0].task_name].get(task.metric)
+    return task.kind != "bits_per_byte" if said is None else bool(said)
