@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_recipes.preflight import ReadRun, ReadyRun, run_checks
+from qlora_recipes.preflight import Run, run_checks
 from qlora_recipes.recipe import Recipe
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check
@@ -14,20 +14,25 @@ from qlora_recipes.settings import resolve
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 
 
-def read(recipe: type[Recipe], model: Path, **options: object) -> ReadRun:
+def read(recipe: type[Recipe], model: Path, **options: object) -> Run:
     return prepare_rows(resolve(recipe, model=str(model), **options))
 
 
-def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> ReadyRun:
+def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> Run:
     loaded = load_model(read(recipe, model, output_dir=folder, **options))
-    return ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(folder)))
+    return replace(loaded, built=build_trainer(loaded, RunFolder(folder)))
+
+
+def changed(run: Run, **prepared: object) -> Run:
+    """Return the run with other settings, tokenizer, encoder or data."""
+    return replace(run, prepared=replace(run.prepared, **prepared))
 
 
 def verdict_of(check: Callable[..., Check], run: object) -> Check:
     return run_checks([check], run)[0]
 
 
-def with_rows(run: ReadRun, messages: Sequence[tuple[str, str]]) -> ReadRun:
+def with_rows(run: Run, messages: Sequence[tuple[str, str]]) -> Run:
     """Return the run with other conversations, of one question and answer each, to train on."""
     rows = [
         replace(
@@ -38,4 +43,4 @@ def with_rows(run: ReadRun, messages: Sequence[tuple[str, str]]) -> ReadRun:
         )
         for i, (asked, answer) in enumerate(messages)
     ]
-    return ReadRun(**{**vars(run), "data": replace(run.data, train=rows)})
+    return changed(run, data=replace(run.data, train=rows))

@@ -394,10 +394,9 @@ def test_float16_without_cuda(refused: Refused) -> None:
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_recipes.preflight import budget
 
-    free = budget.psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: free)
+    free = machine.psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: free)
     message = refused("--demo")
     assert "memory_free" in message
     assert "--max_length" in message

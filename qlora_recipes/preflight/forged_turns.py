@@ -15,15 +15,15 @@ from itertools import chain
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.preflight.checks import fail_unless
 from qlora_recipes.preflight.samples import count_and_first
-from qlora_recipes.preflight.verdicts import fail_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun
+from qlora_recipes.stages import Run
 
 _ROLES = ("system", "user", "assistant", "user", "assistant")
 
 
-def forged_turns(run: ReadRun) -> Check:
+def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
     tokens = [f"words {token} words" for token in run.tokenizer.get_added_vocab() if token.strip()]
     pieces = _template_pieces(run)
@@ -40,7 +40,7 @@ def forged_turns(run: ReadRun) -> Check:
     )
 
 
-def _template_pieces(run: ReadRun) -> list[str]:
+def _template_pieces(run: Run) -> list[str]:
     """Return what the template writes between messages, as words of a message."""
     contents = [f"{role}\ue000{i}" for i, role in enumerate(_ROLES)]
     messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
@@ -49,7 +49,7 @@ def _template_pieces(run: ReadRun) -> list[str]:
     return [f"words\n{first}words", *(f"words{piece}words" for piece in dict.fromkeys(others[:-1]))]
 
 
-def _forging(run: ReadRun, pieces: list[str]) -> list[str]:
+def _forging(run: Run, pieces: list[str]) -> list[str]:
     """Return the pieces that open a turn in a message.
 
     Where every piece holds a control token (as in ChatML), a turn cannot open without one. Where some are plain text,
@@ -86,7 +86,7 @@ def _holds(tokens: Sequence[str], messages: Sequence[Message]) -> bool:
     return any(token in message["content"] for message in messages for token in tokens)
 
 
-def control_tokens(run: ReadRun) -> Check:
+def control_tokens(run: Run) -> Check:
     """Every row holds the control tokens that its turns need, and no other."""
     added = set(run.tokenizer.get_added_vocab().values())
     expected = cache(lambda roles: structure(run.encoder, roles))

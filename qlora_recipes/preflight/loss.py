@@ -7,16 +7,16 @@ from itertools import pairwise
 
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG, Conversation
+from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.samples import count_and_first, spread
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun, ReadyRun
+from qlora_recipes.stages import Run
 
 _DECODED_ROWS = 200  # decoding all of 10,000 rows would take seconds
 _CUT_SHARE = 0.01  # of the supervised tokens; a long row or two of a thousand are nothing to ask about
 
 
-def loss_is_the_answers(run: ReadRun) -> Check:
+def loss_is_the_answers(run: Run) -> Check:
     """The tokens in the loss, turned back into text, are the assistant's messages: no question, no role name."""
     rows = spread(run.data.train, _DECODED_ROWS)
     wrong = [row.place for row in rows if not _supervises_answers(run, row)]
@@ -31,7 +31,7 @@ def loss_is_the_answers(run: ReadRun) -> Check:
     )
 
 
-def _supervises_answers(run: ReadRun, row: Conversation) -> bool:
+def _supervises_answers(run: Run, row: Conversation) -> bool:
     supervised = [label for label in row.encoded.labels if label not in (IGNORED, run.tokenizer.eos_token_id)]
     said = "".join(message["content"] for message in row.messages if message["role"] == "assistant")
     expected = _plain_ids_as_text(run, said)
@@ -41,7 +41,7 @@ def _supervises_answers(run: ReadRun, row: Conversation) -> bool:
     return got == expected
 
 
-def _plain_ids_as_text(run: ReadRun, text: str) -> str:
+def _plain_ids_as_text(run: Run, text: str) -> str:
     """Pass a text through the tokenizer once, since some normalize what they encode."""
     ids = run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return _squeezed(run.tokenizer.decode(ids))
@@ -51,7 +51,7 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def end_of_turn(run: ReadRun) -> Check:
+def end_of_turn(run: Run) -> Check:
     """Every answer that was not cut trains the token that ends it; without it the model never stops by itself."""
     end = run.tokenizer.eos_token_id
     wrong, first = count_and_first(
@@ -71,7 +71,7 @@ def _answers(row: Conversation) -> int:
     return sum(message["role"] == "assistant" for message in row.messages)
 
 
-def beginning_of_text(run: ReadRun) -> Check:
+def beginning_of_text(run: Run) -> Check:
     """Two BOS tokens in a row come from a template that writes one and a tokenizer that adds one."""
     bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
     if bos is None or bos == end:
@@ -91,7 +91,7 @@ def beginning_of_text(run: ReadRun) -> Check:
     )
 
 
-def rows_without_loss(run: ReadRun) -> Check:
+def rows_without_loss(run: Run) -> Check:
     """A row in which nothing is trained costs its time and teaches nothing."""
     lost = run.data.receipt.rows_dropped.get(TOO_LONG, 0)
     empty = sum(not row.encoded.supervised for row in run.data.train)
@@ -103,7 +103,7 @@ def rows_without_loss(run: ReadRun) -> Check:
     return warn_unless(lost <= _CUT_SHARE * rows, figure, advice)
 
 
-def answers_cut(run: ReadRun) -> Check:
+def answers_cut(run: Run) -> Check:
     """What `max_length` takes from the answers, the end-of-turn token with it."""
     receipt = run.data.receipt
     whole = receipt.supervised_tokens + receipt.supervised_tokens_lost
@@ -115,7 +115,7 @@ def answers_cut(run: ReadRun) -> Check:
     )
 
 
-def trainer_keeps_the_loss(run: ReadyRun) -> Check:
+def trainer_keeps_the_loss(run: Run) -> Check:
     """What SFTTrainer made of the rows (packed, cut, labeled) still has every token, and every label."""
     rows = run.trainer.train_dataset
     got: Counter[str] = Counter()

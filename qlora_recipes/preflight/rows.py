@@ -10,17 +10,17 @@ import numpy
 
 from qlora_recipes.data.prepare import TOO_LONG, Conversation
 from qlora_recipes.formatters import Reason
+from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.samples import spread
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun
+from qlora_recipes.stages import Run
 
 _SHARED_WORDS = 8  # words in a row that two texts share by chance next to never
 _HELD_OUT = 2_000  # held-out conversations looked for: their words are held in memory
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def rows_dropped(run: ReadRun) -> Check:
+def rows_dropped(run: Run) -> Check:
     """Rows that could not be used, by reason; those that are too long are counted by rows_without_loss."""
     receipt = run.data.receipt
     counts = Counter({reason: count for reason, count in receipt.rows_dropped.items() if reason != TOO_LONG})
@@ -34,7 +34,7 @@ def rows_dropped(run: ReadRun) -> Check:
     return warn_unless(dropped <= 0.01 * receipt.rows_in, figure, advice)
 
 
-def row_lengths(run: ReadRun) -> Check:
+def row_lengths(run: Run) -> Check:
     """Tokens a row, from shortest to longest."""
     lengths = numpy.sort(numpy.fromiter((len(row.encoded.input_ids) for row in run.data.train), numpy.int64))
     return passed(f"{lengths[0]} {bars(lengths)} {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}")
@@ -48,7 +48,7 @@ def bars(lengths: Sequence[int], count: int = 12) -> str:
     return "".join(_BARS[-(-counts[i] * (len(_BARS) - 1) // top)] for i in range(count))
 
 
-def duplicates(run: ReadRun) -> Check:
+def duplicates(run: Run) -> Check:
     """Conversations that are word for word another's; each copy is one more epoch of that row."""
     said = (hash(tuple(_words(message["content"]) for message in row.messages)) for row in run.data.train)
     rows = len(run.data.train)
@@ -60,7 +60,7 @@ def duplicates(run: ReadRun) -> Check:
     )
 
 
-def short_answers(run: ReadRun) -> Check:
+def short_answers(run: Run) -> Check:
     """Answers without a word, such as `-` or `...`, teach the model to say nothing."""
     answers = empty = one = 0
     for row in run.data.train:
@@ -76,7 +76,7 @@ def short_answers(run: ReadRun) -> Check:
     )
 
 
-def held_out_rows(run: ReadRun) -> Check:
+def held_out_rows(run: Run) -> Check:
     """Rows kept from training; without any, a loss that falls cannot be told from learning by heart."""
     count = len(run.data.held_out)
     return warn_unless(
@@ -84,7 +84,7 @@ def held_out_rows(run: ReadRun) -> Check:
     )
 
 
-def contamination(run: ReadRun) -> Check:
+def contamination(run: Run) -> Check:
     """Held-out answers that stand in the training rows, by eight words in a row or as a whole."""
     held_out = [set(_shingles(row)) for row in spread(run.data.held_out, _HELD_OUT)]
     expected = set().union(*held_out)

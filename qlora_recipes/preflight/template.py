@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import Conversation
+from qlora_recipes.preflight.checks import fail_unless, passed
 from qlora_recipes.preflight.samples import spread_where
-from qlora_recipes.preflight.verdicts import fail_unless, passed
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun
+from qlora_recipes.stages import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _ROWS = 50
 
 
-def template_agrees(run: ReadRun) -> Check:
+def template_agrees(run: Run) -> Check:
     """The prompt that chat and lm-eval build is, token for token, what stood before the answer in training."""
     tokens = run.tokenizer.all_special_tokens
     rows = spread_where(run.data.train, lambda row: not row.truncated and not _holds(tokens, row), _ROWS)
@@ -38,7 +38,7 @@ def _holds(tokens: Sequence[str], row: Conversation) -> bool:
     return any(token in message["content"] for message in row.messages for token in tokens)
 
 
-def _prompt_agrees(run: ReadRun, row: Conversation) -> bool:
+def _prompt_agrees(run: Run, row: Conversation) -> bool:
     before = row.messages[:-1]
     prompt = run.encoder.encode_prompt(before)
     trained = row.encoded
@@ -60,7 +60,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def spaces_as_pretrained(run: ReadRun) -> Check:
+def spaces_as_pretrained(run: Run) -> Check:
     """Where a space and a word make a piece, two spaces and a word are a space and that piece."""
     if not run.settings.spec.spaces_merge_last:
         return passed("nothing known of this vocabulary")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import chain
 
+from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.samples import count_and_first
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun, ReadyRun
+from qlora_recipes.stages import Run
 
 
-def padding_token(run: ReadRun) -> Check:
+def padding_token(run: Run) -> Check:
     """A padding token inside a row would be taken for padding, and its answer would lose a token."""
     pad = run.tokenizer.pad_token_id
     holding, first = count_and_first(row.place for row in run.data.train if pad in row.encoded.input_ids)
@@ -23,7 +23,7 @@ def padding_token(run: ReadRun) -> Check:
     )
 
 
-def unknown_tokens(run: ReadRun) -> Check:
+def unknown_tokens(run: Run) -> Check:
     """Characters that the tokenizer has no token for come out as one and the same."""
     unknown = run.tokenizer.unk_token_id
     if unknown is None or unknown == run.tokenizer.eos_token_id:
@@ -36,7 +36,7 @@ def unknown_tokens(run: ReadRun) -> Check:
     )
 
 
-def embedding_covers_ids(run: ReadyRun) -> Check:
+def embedding_covers_ids(run: Run) -> Check:
     """An id beyond the embedding is a crash on a CPU and garbage on some GPUs."""
     rows = run.model.get_input_embeddings().weight.shape[0]
     largest = max(max(row.encoded.input_ids) for row in chain(run.data.train, run.data.held_out))
@@ -47,7 +47,7 @@ def embedding_covers_ids(run: ReadyRun) -> Check:
     )
 
 
-def context_length(run: ReadyRun) -> Check:
+def context_length(run: Run) -> Check:
     """Positions beyond those of pretraining work without an error and mean nothing to the model."""
     positions = getattr(run.model.config, "max_position_embeddings", None)
     longest = run.settings.training["max_length"]
@@ -58,7 +58,7 @@ def context_length(run: ReadyRun) -> Check:
     )
 
 
-def generation_stops(run: ReadyRun) -> Check:
+def generation_stops(run: Run) -> Check:
     """The token that training ends answers with is the one that generation stops at."""
     stops = run.model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
