@@ -394,6 +394,7 @@ def test_float16_without_cuda(refused: Refused) -> None:
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_recipes.preflight import machine
 
     free = machine.psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: free)
