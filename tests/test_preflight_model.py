@@ -30,7 +30,7 @@ from qlora_recipes.preflight import (
     loss,
     machine,
     run_checks,
-    vocabulary,
+    tokens,
     weights,
 )
 
@@ -248,19 +248,19 @@ def test_ids_beyond_the_embedding_are_refused(run: Run) -> None:
     row, *others = run.data.train
     wrong = replace(row, encoded=Encoded([*row.encoded.input_ids, 10**6], [*row.encoded.labels, 10**6]))
     run = changed(run, data=replace(run.data, train=[wrong, *others]))
-    check = verdict_of(vocabulary.embedding_covers_ids, run)
+    check = verdict_of(tokens.embedding_covers_ids, run)
     assert check.verdict == "fail"
     assert "1,000,000" in check.figure
 
 
 def test_positions_beyond_pretraining_are_warned_of(run: Run) -> None:
     run.model.config.max_position_embeddings = 64
-    assert verdict_of(vocabulary.context_length, run).verdict == "warn"
+    assert verdict_of(tokens.context_length, run).verdict == "warn"
 
 
 def test_a_generation_that_stops_elsewhere_is_warned_of(run: Run) -> None:
     run.model.generation_config.eos_token_id = [7]
-    assert verdict_of(vocabulary.generation_stops, run).verdict == "warn"
+    assert verdict_of(tokens.generation_stops, run).verdict == "warn"
 
 
 def test_a_run_of_a_few_steps_is_warned_of(run: Run) -> None:

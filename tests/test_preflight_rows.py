@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from preflight_runs import changed, read, verdict_of, with_rows
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.data import arrow_rows
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
 from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.preflight import (
     BEFORE_LOADING,
     Run,
-    forged_turns,
     loss,
     machine,
+    prompts,
     run_checks,
-    template,
-    vocabulary,
+    tokens,
 )
 from qlora_recipes.preflight import rows as row_checks
 
@@ -47,6 +49,30 @@ def relabeled(run: Run, change: Callable[[Encoded], Encoded]) -> Run:
     first, *others = run.data.train
     data = replace(run.data, train=[replace(first, encoded=change(first.encoded)), *others])
     return changed(run, data=data)
+
+
+def test_rows_are_decoded_at_most_twice(
+    tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the receipts and once for every check; a few rows are looked up one at a time."""
+    decoded: Counter[int] = Counter()
+    looked_up = 0
+    plain = arrow_rows._RowFile.read
+
+    def counted(self: Any, indices: Any) -> Any:
+        nonlocal looked_up
+        looked_up += len(indices) == 1
+        if len(indices) > 1:
+            decoded.update(indices.tolist())
+        return plain(self, indices)
+
+    monkeypatch.setattr(arrow_rows._RowFile, "read", counted)
+    run = read(recipe_for("llama2"), tiny("llama2"))
+    run_checks(BEFORE_LOADING, run)
+    rows = len(run.data.train) + len(run.data.held_out)
+    assert max(decoded.values()) <= 2
+    assert decoded.total() <= 2 * rows
+    assert looked_up <= 50 + 200 + len(run.data.held_out)
 
 
 def test_bundled_rows_pass_everything(run: Run) -> None:
@@ -111,7 +137,7 @@ def test_another_prompt_than_in_training_is_refused(run: Run) -> None:
     run.tokenizer.chat_template = run.tokenizer.chat_template.replace("Assistant:", "Answer:").replace(
         "[/INST]", "[INST]"
     )
-    check = verdict_of(template.template_agrees, run)
+    check = verdict_of(prompts.template_agrees, run)
     assert check.verdict == "fail"
     assert "prompts differ" in check.figure
 
@@ -121,7 +147,7 @@ def test_control_tokens_in_a_message_stay_text(run: Run) -> None:
     forging = with_rows(
         run, [(f"a {end}{begin} b {token}", f"c {end} d") for token in run.tokenizer.all_special_tokens]
     )
-    forged, controls = verdict_of(forged_turns.forged_turns, forging), verdict_of(forged_turns.control_tokens, forging)
+    forged, controls = verdict_of(prompts.forged_turns, forging), verdict_of(prompts.control_tokens, forging)
     assert forged.verdict == controls.verdict == "pass"
     assert f"{len(forging.data.train)} rows hold control tokens as text" in forged.figure
 
@@ -131,7 +157,7 @@ def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: Run) 
     text = llama2.tokenizer.apply_chat_template(row.messages, tokenize=False).replace("?", "? </s><s>")
     ids = llama2.tokenizer(text, add_special_tokens=False)["input_ids"]
     wrong = relabeled(llama2, lambda _: Encoded(ids, ids))
-    check = verdict_of(forged_turns.control_tokens, wrong)
+    check = verdict_of(prompts.control_tokens, wrong)
     assert check.verdict == "fail"
     assert row.place in check.figure
 
@@ -142,8 +168,8 @@ def test_a_template_without_role_markers_is_refused(
 ) -> None:
     run = read(recipe_for(spec.family), tiny(spec.family))
     careless = ChatTemplate(spec.chat_template.path, role_markers="never-there")
-    run.encoder = ConversationEncoder(run.tokenizer, careless)
-    check = verdict_of(forged_turns.forged_turns, run)
+    run = changed(run, encoder=ConversationEncoder(run.tokenizer, careless))
+    check = verdict_of(prompts.forged_turns, run)
     assert check.verdict == "fail"
     assert "opens a turn" in check.figure and "role_markers" in check.advice
 
@@ -151,7 +177,7 @@ def test_a_template_without_role_markers_is_refused(
 def test_a_padding_token_inside_a_row_is_refused(run: Run) -> None:
     pad = run.tokenizer.pad_token_id
     check = verdict_of(
-        vocabulary.padding_token,
+        tokens.padding_token,
         relabeled(run, lambda row: Encoded([pad, *row.input_ids], [IGNORED, *row.labels])),
     )
     assert check.verdict == "fail"
@@ -161,17 +187,17 @@ def test_a_padding_token_inside_a_row_is_refused(run: Run) -> None:
 def test_unknown_tokens_are_counted(llama2: Run) -> None:
     unknown = llama2.tokenizer.unk_token_id
     wrong = relabeled(llama2, lambda row: Encoded([unknown] * 5000, [unknown] * 5000))
-    assert verdict_of(vocabulary.unknown_tokens, wrong).verdict == "warn"
+    assert verdict_of(tokens.unknown_tokens, wrong).verdict == "warn"
 
 
 def test_spaces_that_merge_first_are_refused(llama2: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = {"a  b": ["▁a", "▁▁", "b"], " ": ["▁▁"], "a b": ["▁a", "▁b"]}
     monkeypatch.setattr(type(llama2.tokenizer), "tokenize", lambda self, text: pieces[text])
-    check = verdict_of(template.spaces_as_pretrained, llama2)
+    check = verdict_of(prompts.spaces_as_pretrained, llama2)
     assert check.verdict == "fail"
     assert "merge_spaces_last" in check.advice
     pieces["a  b"] = ["▁a", "▁", "▁b"]
-    assert verdict_of(template.spaces_as_pretrained, llama2).verdict == "pass"
+    assert verdict_of(prompts.spaces_as_pretrained, llama2).verdict == "pass"
 
 
 def test_copies_are_counted(run: Run) -> None:
@@ -194,7 +220,7 @@ def test_held_out_rows_that_are_known_are_counted(run: Run) -> None:
     assert check.verdict == "warn"
     assert check.figure.startswith("5 of 5")
     fresh = with_rows(run, [("What color has a swan?", "White, if it was not born in Australia.")])
-    known.data = replace(run.data, held_out=fresh.data.train)
+    known = changed(run, data=replace(run.data, held_out=fresh.data.train))
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 
 

@@ -1,16 +1,17 @@
 """From messages to token ids and labels, such that the text of a message can never become a control token.
 
-The template is rendered with a stand-in character for every control token it emits. The rendered text is cut at
-these; what lies between is encoded as plain text, whatever it spells, and the control tokens are put back by id.
-For text without control strings the ids are those of the tokenizer on the whole text.
+The template is rendered with a stand-in character for every control token it emits. The rendered text is split at
+these characters; the pieces in between are encoded as plain text, whatever they spell, and the control tokens are put
+back by id. For text without control strings the ids are those of the tokenizer on the whole text.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 _RENDER_BYTES = 2**29
-_RENDER_SECONDS = 10.0  # of one conversation, which takes less than a millisecond
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
-# Unicode's noncharacters, which no text may hold: one for each control token of a template.
+_RENDER_SECONDS = 10.0  # for one conversation, which normally takes less than a millisecond
+IGNORED = -100  # the label that PyTorch's cross-entropy ignores
+# Unicode's noncharacters, which text must not contain: one for each control token of a template.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -74,68 +75,74 @@ class ConversationEncoder:
         for token in sorted(literal, key=len, reverse=True):  # written out in the template instead of as a variable
             source = source.replace(token, marks[token])
         self._source = source
-        self._variables = {name: marks[token] for name, token in named.items()}
-        self._ids = {mark: tokenizer.convert_tokens_to_ids(token) for token, mark in marks.items()}
+        self._variables: dict[str, Any] = {name: marks[token] for name, token in named.items()}
+        self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
+        self._added = frozenset(tokenizer.get_added_vocab().values())
         self._cut = re.compile("([" + "".join(marks.values()) + "])")
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Return ids and labels; the loss covers what the template generates for the assistant.
 
         Raises:
-            RowError: when a message holds a role marker or a character that stands for a control token.
+            RowError: when a message contains a role marker or one of the stand-in characters.
             TemplateError: when the template cannot be rendered.
         """
         return self.tokenize([self.render(messages)])[0]
 
     def render(self, messages: Sequence[Message]) -> Rendered:
-        """Return the text of a conversation, the first half of `encode`, with the same errors."""
+        """Return the text of a conversation: the first half of `encode`, with the same errors."""
         self._check(messages)
         return self._render(messages, add_generation_prompt=False)
 
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
-        """Return the ids and labels of rendered conversations, many of which at once are spread over the cores."""
+        """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
         plain = [piece for parts in pieces for piece in parts if piece and piece not in self._ids]
         tokens = iter(self._plain_tokens(plain))
         return [
-            self._put_together(parts, tokens, rendered.spans)
-            for parts, rendered in zip(pieces, conversations, strict=True)
+            self._join(parts, tokens, rendered.spans) for parts, rendered in zip(pieces, conversations, strict=True)
         ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids after which the assistant's answer is to be generated."""
+        """Return the ids of a conversation up to where the assistant's next answer starts."""
         self._check(messages)
         text = self._render(messages, add_generation_prompt=True).text
         return self.tokenize([Rendered(text, [])])[0].input_ids
 
+    def control_tokens(self, ids: Iterable[int]) -> Counter[int]:
+        """Return how often each control token occurs among the ids."""
+        return Counter(token for token in ids if token in self._added)
+
+    def structure(self, roles: Sequence[str]) -> Counter[int]:
+        """Return the control tokens of a conversation with these roles, which do not depend on its text."""
+        return self.control_tokens(self.encode([{"role": role, "content": "words"} for role in roles]).input_ids)
+
     def _check(self, messages: Sequence[Message]) -> None:
         for message in messages:
             if marker := self.template.forged_marker(message["content"]):
-                raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text holds {marker!r}")
+                raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text contains {marker!r}")
             if found := re.search("[\ufdd0-\ufdef]", message["content"]):
-                raise RowError(
-                    Reason.UNENCODABLE, f"the {message['role']}'s text holds the noncharacter {found.group()!a}"
-                )
+                character = f"the noncharacter {found.group()!a}"
+                raise RowError(Reason.UNENCODABLE, f"the {message['role']}'s text contains {character}")
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         try:
             with time_limit(_RENDER_SECONDS), memory_limit(_RENDER_BYTES):
-                texts, spans = render_jinja_template(  # in Jinja's sandbox
+                rendered = render_jinja_template(  # in Jinja's sandbox
                     [list(messages)],
                     chat_template=self._source,
                     return_assistant_tokens_mask=True,
                     add_generation_prompt=add_generation_prompt,
                     **self._variables,
                 )
-        except Exception as error:  # a template is a program, and fails as programs do
+        except Exception as error:  # a template is a program and can raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
+        texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], spans[0])
 
-    def _put_together(
-        self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]
-    ) -> Encoded:
-        """Return one conversation, taking the next tokens for each piece of text and the id for each mark."""
+    def _join(self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
+        """Return one conversation: the next tokens for each piece of text, the id for each stand-in character."""
         ids: list[int] = []
         positions: list[int] = []  # of each token's first character in the rendered text
         start = 0
@@ -151,7 +158,7 @@ class ConversationEncoder:
         return Encoded(ids, _labels(ids, positions, spans))
 
     def _plain_tokens(self, texts: list[str]) -> Iterable[_Tokens]:
-        """Return, for each text, the ids of its tokens and where each begins and ends, no string being special."""
+        """Return the token ids and character offsets of each text, in which no string is special."""
         if not texts:
             return []
         batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
@@ -163,4 +170,4 @@ def _labels(ids: list[int], positions: list[int], spans: Sequence[tuple[int, int
     supervised = numpy.zeros(len(ids), dtype=bool)
     for begin, end in spans:
         supervised |= (begin <= places) & (places < end)
-    return numpy.where(supervised, ids, IGNORED).tolist()
+    return cast("list[int]", numpy.where(supervised, ids, IGNORED).tolist())

@@ -6,36 +6,45 @@ import hashlib
 import json
 import math
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
 from datasets import Dataset
 
 from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
+from qlora_recipes.data.counts import RowCounts, count_rows
 from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
-from qlora_recipes.formatters import Message, Reason, RowError, check_messages, detect
+from qlora_recipes.formatters import Formatter, Message, Reason, RowError, check_messages, detect
 from qlora_recipes.run.receipt import DataReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
 
-_BATCH = 2**18  # characters encoded at once; a token of them takes 200 bytes for that moment
-Formatter = Callable[[Mapping[str, Any]], list[Message]]
+_BATCH = 2**18  # characters encoded at once; each of their tokens takes 200 bytes meanwhile
 TOO_LONG = "no answer within max_length"
-"""Why a row is dropped of which the cut leaves nothing to learn."""
+"""Why a row is dropped when truncation leaves nothing in the loss."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The rows of one run, ready to be trained on."""
+    """The rows of one run, ready for training."""
 
     train: Sequence[Conversation]
     held_out: Sequence[Conversation]
     receipt: DataReceipt
     template: TemplateReceipt
+    encoder: ConversationEncoder
+    """What the rows were encoded with."""
+
+    @cached_property
+    def counts(self) -> RowCounts:
+        """What the checks need to know of every row; the first use goes through all rows, once."""
+        return count_rows(self.train, self.held_out, self.encoder)
 
     @staticmethod
     def dataset(conversations: Rows) -> Dataset:
@@ -44,26 +53,28 @@ class PreparedData:
 
 
 def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
-    """Read, format, encode and split the rows of a run, which go through memory a few at a time.
+    """Read, format, encode and split the rows of a run, only a few of which are in memory at a time.
 
-    The split depends on the text of the first question alone: it is the same for every seed, and rows that ask the
-    same stay on one side.
+    The split depends only on the text of the first question: it is the same for every seed, and rows with the same
+    first question stay on one side.
 
     Raises:
         DataError: when the source cannot be read, or no row of it can be used.
-        SetupError: when there is no room on disk for the encoded rows.
+        SetupError: when the disk has no room for the encoded rows.
     """
     dropped: Counter[str] = Counter()
+    keys = array("Q")  # of every row that is written
     formatted = _formatted(settings, dropped)
-    rows = write_rows(_encoded(formatted, encoder, settings.training["max_length"], dropped))
-    # From here on workers may fork, in which tokenizers' threads are not alive; unset, each would print a warning.
+    encoded = _encoded(formatted, encoder, settings.training["max_length"], dropped)
+    rows = write_rows(_with_keys(encoded, keys))
+    # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
         raise DataError(_nothing_usable(settings, dropped))
-    held_out = _held_out(rows, settings.data.held_out)
+    held_out = _held_out(numpy.asarray(keys), settings.data.held_out)
     train = rows.where(~held_out)
     data_receipt, template_receipt = _receipts(settings, encoder, train, len(rows), dropped)
-    return PreparedData(train, rows.where(held_out), data_receipt, template_receipt)
+    return PreparedData(train, rows.where(held_out), data_receipt, template_receipt, encoder)
 
 
 def _formatted(settings: Settings, dropped: Counter[str]) -> Iterator[tuple[str, list[Message]]]:
@@ -71,7 +82,7 @@ def _formatted(settings: Settings, dropped: Counter[str]) -> Iterator[tuple[str,
     for place, row in read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision):
         where = f"{settings.dataset}, {place}"
         try:
-            formatter = formatter or _detect(row, where)  # the first whole row decides for the file
+            formatter = formatter or _detect(row, where)  # the first valid row decides for the file
             yield place, _format(formatter, row, where)
         except RowError as error:
             dropped[error.reason] += 1
@@ -87,17 +98,17 @@ def _detect(row: Any, where: str) -> Formatter:
 
 
 def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
-    """Apply a formatter of anybody's; what it fails with is named with the row it failed on."""
+    """Apply a formatter, and name the row in whatever error it raises."""
     name = getattr(formatter, "__name__", "format_row")
     try:
         return check_messages(formatter(row), source=name)
     except RowError:
         raise
-    except Exception as error:  # anybody's code fails with anything
+    except Exception as error:  # a user's formatter can raise anything
         columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise DataError(
             f"{place}: {name} failed with {type(error).__name__}: {error}. The row has {columns}. "
-            "Mend the formatter, or let it raise RowError(reason, detail) for rows to leave out"
+            "Fix the formatter, or let it raise RowError(reason, detail) for rows that should be left out"
         ) from error
 
 
@@ -119,8 +130,9 @@ def _encoded(
 def _rendered(
     rows: Iterator[tuple[str, list[Message]]], encoder: ConversationEncoder, dropped: Counter[str]
 ) -> Iterator[list[tuple[str, list[Message], Rendered]]]:
-    """Yield rows and their text in batches of as many as the tokenizer takes at once."""
-    batch, characters = [], 0
+    """Yield rows and their text in batches that the tokenizer encodes at once."""
+    batch: list[tuple[str, list[Message], Rendered]] = []
+    characters = 0
     for place, messages in rows:
         try:
             rendered = encoder.render(messages)
@@ -147,42 +159,50 @@ def _conversation(place: str, messages: list[Message], whole: Encoded, max_lengt
     )
 
 
-def _held_out(rows: Sequence[Conversation], share: float) -> numpy.ndarray:
-    """Return for each row whether it is kept from training: those whose keys are smallest, whatever order and seed."""
-    keys = numpy.fromiter(map(_key, rows), numpy.uint64, len(rows))
-    distinct = numpy.unique(keys)
-    count = min(math.ceil(share * len(distinct)), len(distinct) - 1)
-    return keys < distinct[count]
+def _with_keys(batches: Iterable[list[Conversation]], keys: array[int]) -> Iterator[list[Conversation]]:
+    for batch in batches:
+        keys.extend(map(_key, batch))
+        yield batch
 
 
 def _key(conversation: Conversation) -> int:
-    """Return the first 64 bits of the first question's hash: of a million, two are alike once in 37 million times."""
+    """Return 64 bits of the first question's hash: among a million, two collide once in 37 million times."""
     question = next(message["content"] for message in conversation.messages if message["role"] == "user")
     return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8])
 
 
+def _held_out(keys: numpy.ndarray, share: float) -> numpy.ndarray:
+    """Return for each row whether it is held out: those with the smallest keys, whatever the order and the seed."""
+    distinct = numpy.unique(keys)
+    count = min(math.ceil(share * len(distinct)), len(distinct) - 1)
+    chosen: numpy.ndarray = keys < distinct[count]
+    return chosen
+
+
 def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
-    """Say what was expected, with the first row beside it."""
+    """Say what was expected, and show the first row."""
     place, row = next(read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision))
     shown = json.dumps(row, ensure_ascii=False, default=str)
     try:
         formatter = settings.recipe.formatter() or _detect(row, place)
         check_messages(formatter(row), source=getattr(formatter, "__name__", "format_row"))
-        why = "none by itself; it is longer than max_length, or its text holds the template's own role markers"
+        why = "none by itself; it is longer than max_length, or its text contains the template's own role markers"
     except RowError as error:
         why = str(error)
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     return (
         f"no row of {settings.dataset} can be used ({counts}).\n  the first ({place}): "
-        f"{shown[:300]}{'...' if len(shown) > 300 else ''}\n  its fault: {why}\n"
-        "  Give the recipe a formatter that fits these rows (qlora_recipes.formatters), or a format_row of your own"
+        f"{shown[:300]}{'...' if len(shown) > 300 else ''}\n  what is wrong with it: {why}\n"
+        "  Give the recipe a formatter that fits these rows (qlora_recipes.formatters), or your own format_row"
     )
 
 
 @dataclass
-class _Counts:
-    """What the rows that are trained on add up to."""
+class _Totals:
+    """What the training rows add up to."""
 
+    bos: int | None
+    end: int | None
     tokens: int = 0
     supervised: int = 0
     supervised_lost: int = 0
@@ -192,23 +212,24 @@ class _Counts:
     most_bos: int = 0
     end_token_trained: bool = True
 
-    def add(self, row: Conversation, bos: int | None, end: int) -> None:
+    def add(self, row: Conversation) -> None:
         self.tokens += len(row.encoded.input_ids)
         self.supervised += row.encoded.supervised
         self.supervised_lost += row.supervised_lost
         self.truncated += row.truncated
         self.answers_truncated += row.supervised_lost > 0
-        beginnings = row.encoded.input_ids.count(bos) * (bos != end)
-        self.fewest_bos, self.most_bos = min(self.fewest_bos, beginnings), max(self.most_bos, beginnings)
-        self.end_token_trained &= row.truncated or row.encoded.labels[-1] == end
+        bos = 0 if self.bos in (None, self.end) else row.encoded.input_ids.count(self.bos)
+        self.fewest_bos, self.most_bos = min(self.fewest_bos, bos), max(self.most_bos, bos)
+        self.end_token_trained &= row.truncated or row.encoded.labels[-1] == self.end
 
 
 def _receipts(
     settings: Settings, encoder: ConversationEncoder, train: Rows, usable: int, dropped: Counter[str]
 ) -> tuple[DataReceipt, TemplateReceipt]:
-    tokenizer, counts, digest = encoder.tokenizer, _Counts(), hashlib.sha256()
+    tokenizer, digest = encoder.tokenizer, hashlib.sha256()
+    totals = _Totals(tokenizer.bos_token_id, tokenizer.eos_token_id)
     for row in train:
-        counts.add(row, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        totals.add(row)
         digest.update(json.dumps(row.messages, ensure_ascii=False).encode())
     data = DataReceipt(
         source=settings.dataset_name,
@@ -217,19 +238,19 @@ def _receipts(
         rows_used=len(train),
         rows_held_out=usable - len(train),
         rows_dropped=dict(dropped),
-        tokens=counts.tokens,
-        supervised_tokens=counts.supervised,
-        rows_truncated=counts.truncated,
-        answers_truncated=counts.answers_truncated,
-        supervised_tokens_lost=counts.supervised_lost,
+        tokens=totals.tokens,
+        supervised_tokens=totals.supervised,
+        rows_truncated=totals.truncated,
+        answers_truncated=totals.answers_truncated,
+        supervised_tokens_lost=totals.supervised_lost,
         max_length=settings.training["max_length"],
     )
     template = TemplateReceipt(
         name=encoder.template.path.name,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
-        bos_per_row=[int(counts.fewest_bos), counts.most_bos],
+        bos_per_row=[int(totals.fewest_bos), totals.most_bos],
         end_token=str(tokenizer.eos_token),
-        end_token_trained=counts.end_token_trained,
+        end_token_trained=totals.end_token_trained,
     )
     return data, template

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_recipes.preflight import (
-    forged_turns,
     gradient,
     launch,
     loss,
     machine,
+    prompts,
     rows,
-    template,
+    tokens,
     trained,
-    vocabulary,
     weights,
 )
 from qlora_recipes.preflight.checks import (
@@ -52,19 +51,19 @@ BEFORE_LOADING: Sequence[CheckFunction] = (
     loss.answers_cut,
     loss.end_of_turn,
     loss.beginning_of_text,
-    template.template_agrees,
-    template.spaces_as_pretrained,
-    forged_turns.forged_turns,
-    forged_turns.control_tokens,
-    vocabulary.padding_token,
-    vocabulary.unknown_tokens,
+    prompts.template_agrees,
+    prompts.spaces_as_pretrained,
+    prompts.forged_turns,
+    prompts.control_tokens,
+    tokens.padding_token,
+    tokens.unknown_tokens,
 )
 """Made on a run whose rows are prepared: what can be refused before minutes go into loading a base."""
 
 BEFORE_TRAINING: Sequence[CheckFunction] = (
-    vocabulary.embedding_covers_ids,
-    vocabulary.context_length,
-    vocabulary.generation_stops,
+    tokens.embedding_covers_ids,
+    tokens.context_length,
+    tokens.generation_stops,
     loss.trainer_keeps_the_loss,
     launch.steps,
     launch.num_processes,

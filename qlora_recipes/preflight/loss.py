@@ -1,19 +1,23 @@
-"""What is in the loss: the assistant's words and the token that ends them, and nothing else."""
+"""What is in the loss: the assistant's words and the token that ends them, nothing else."""
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
 
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.data.counts import spread
 from qlora_recipes.data.encoding import IGNORED
-from qlora_recipes.data.prepare import TOO_LONG, Conversation
+from qlora_recipes.data.prepare import TOO_LONG
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
-from qlora_recipes.preflight.samples import count_and_first, spread
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+
 _DECODED_ROWS = 200  # decoding all of 10,000 rows would take seconds
-_CUT_SHARE = 0.01  # of the supervised tokens; a long row or two of a thousand are nothing to ask about
+_CUT_SHARE = 0.01  # of the supervised tokens; one or two long rows in a thousand are harmless
 
 
 def loss_is_the_answers(run: Run) -> Check:
@@ -26,7 +30,7 @@ def loss_is_the_answers(run: Run) -> Check:
     return fail_unless(
         not wrong,
         f"{len(wrong)} of {len(rows)} rows have other words in the loss, {wrong[0]} first" if wrong else figure,
-        "Let the template's {% generation %} block hold the answer and its end-of-turn token alone; "
+        "Put the answer and its end-of-turn token, nothing else, in the template's {% generation %} block; "
         "`qlora-recipes inspect` shows each token.",
     )
 
@@ -35,40 +39,30 @@ def _supervises_answers(run: Run, row: Conversation) -> bool:
     supervised = [label for label in row.encoded.labels if label not in (IGNORED, run.tokenizer.eos_token_id)]
     said = "".join(message["content"] for message in row.messages if message["role"] == "assistant")
     expected = _plain_ids_as_text(run, said)
-    got = _squeezed(run.tokenizer.decode(supervised))
+    got = _as_text(run, supervised)
     if row.truncated:
-        return expected.startswith(got.rstrip("\ufffd"))  # the cut may fall inside a character
+        return expected.startswith(got.rstrip("\ufffd"))  # truncation may fall inside a character
     return got == expected
 
 
 def _plain_ids_as_text(run: Run, text: str) -> str:
-    """Pass a text through the tokenizer once, since some normalize what they encode."""
-    ids = run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return _squeezed(run.tokenizer.decode(ids))
+    """Encode a text and decode it again, since some tokenizers normalize what they encode."""
+    return _as_text(run, run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+def _as_text(run: Run, ids: list[int]) -> str:
+    """Decode ids, without any white space."""
+    return "".join(cast(str, run.tokenizer.decode(ids)).split())
 
 
 def end_of_turn(run: Run) -> Check:
-    """Every answer that was not cut trains the token that ends it; without it the model never stops by itself."""
-    end = run.tokenizer.eos_token_id
-    wrong, first = count_and_first(
-        row.place
-        for row in run.data.train
-        if not row.truncated and (row.encoded.labels.count(end) != _answers(row) or row.encoded.labels[-1] != end)
-    )
-    token = run.data.template.end_token
+    """Every whole answer trains the token that ends it; without this the model never stops by itself."""
+    wrong, token = run.data.counts.without_end, run.data.template.end_token
     return fail_unless(
-        not wrong,
-        f"{token} is missing in {wrong} rows, {first} first" if wrong else f"{token} in every answer",
+        not wrong.count,
+        f"{token} is missing in {wrong.count} rows, {wrong.first} first" if wrong.count else f"{token} in every answer",
         "Put the end-of-turn token inside the template's {% generation %} block.",
     )
-
-
-def _answers(row: Conversation) -> int:
-    return sum(message["role"] == "assistant" for message in row.messages)
 
 
 def beginning_of_text(run: Run) -> Check:
@@ -76,27 +70,23 @@ def beginning_of_text(run: Run) -> Check:
     bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
     if bos is None or bos == end:
         return passed("the family uses none")
-    doubled = without = 0
-    for row in run.data.train:
-        ids = row.encoded.input_ids
-        doubled += ids.count(bos) > 1 and (bos, bos) in pairwise(ids)
-        without += ids[0] != bos
+    doubled, without = run.data.counts.doubled_bos, run.data.counts.without_bos
     fewest, most = run.data.template.bos_per_row
     return fail_unless(
         not doubled and not without,
         f"{doubled} rows with two in a row, {without} that start without"
         if doubled or without
         else f"{fewest} to {most} {run.tokenizer.bos_token} a row, one a turn, never two together",
-        "Write {{ bos_token }} in the template once for each text, and let nothing else add it.",
+        "Write {{ bos_token }} in the template once per text, and let nothing else add it.",
     )
 
 
 def rows_without_loss(run: Run) -> Check:
-    """A row in which nothing is trained costs its time and teaches nothing."""
+    """A row without a token in the loss costs time and teaches nothing."""
     lost = run.data.receipt.rows_dropped.get(TOO_LONG, 0)
-    empty = sum(not row.encoded.supervised for row in run.data.train)
+    empty = run.data.counts.without_loss
     rows = lost + len(run.data.train)
-    figure = f"{lost + empty:,} of {rows:,} rows hold no answer within {run.data.receipt.max_length} tokens"
+    figure = f"{lost + empty:,} of {rows:,} rows have no answer within {run.data.receipt.max_length} tokens"
     advice = "Raise --max_length; these rows are left out."
     if empty or lost > rows / 2:
         return fail_unless(False, figure, advice)
@@ -104,32 +94,33 @@ def rows_without_loss(run: Run) -> Check:
 
 
 def answers_cut(run: Run) -> Check:
-    """What `max_length` takes from the answers, the end-of-turn token with it."""
+    """Tokens of the answers beyond `max_length`; the end-of-turn token is among them."""
     receipt = run.data.receipt
     whole = receipt.supervised_tokens + receipt.supervised_tokens_lost
     return warn_unless(
         receipt.supervised_tokens_lost <= _CUT_SHARE * whole,
         f"{receipt.answers_truncated:,} rows cut at {receipt.max_length}, "
         f"{receipt.supervised_tokens_lost:,} supervised tokens lost ({receipt.supervised_tokens_lost / whole:.1%})",
-        "Raise --max_length; a cut answer has no end-of-turn token and teaches to go on.",
+        "Raise --max_length; a truncated answer has no end-of-turn token, so the model learns not to stop.",
     )
 
 
 def trainer_keeps_the_loss(run: Run) -> Check:
-    """What SFTTrainer made of the rows (packed, cut, labeled) still has every token, and every label."""
-    rows = run.trainer.train_dataset
-    got: Counter[str] = Counter()
-    for row in rows.with_format("numpy").iter(batch_size=1000):
-        got["tokens"] += sum(len(ids) for ids in row["input_ids"])
-        got["supervised"] += sum(int((labels != IGNORED).sum()) for labels in row["labels"])
+    """What SFTTrainer made of the rows (packed, truncated, labeled) still has every token and every label."""
+    rows = cast("Dataset", run.trainer.train_dataset)
+    tokens = supervised = 0
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
+        columns = cast("dict[str, Any]", batch)
+        tokens += sum(len(ids) for ids in columns["input_ids"])
+        supervised += sum(int((labels != IGNORED).sum()) for labels in columns["labels"])
     receipt = run.data.receipt
-    holds = got["tokens"] == receipt.tokens and got["supervised"] == receipt.supervised_tokens
-    into = f"{len(rows):,} packed" if run.trainer.args.packing else f"{len(rows):,}"
+    holds = tokens == receipt.tokens and supervised == receipt.supervised_tokens
+    into = f"{len(rows):,} packed" if cast("SFTConfig", run.trainer.args).packing else f"{len(rows):,}"
     return fail_unless(
         holds,
-        f"{into} rows hold {got['tokens']:,} tokens and {got['supervised']:,} labels, expected {receipt.tokens:,} "
+        f"{into} rows have {tokens:,} tokens and {supervised:,} labels, expected {receipt.tokens:,} "
         f"and {receipt.supervised_tokens:,}"
         if not holds
         else f"all of them, in {into} rows",
-        "Set --packing false, or the packing_strategy to bfd.",
+        "Set --packing false, or --packing_strategy bfd.",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import heapq
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,8 +36,7 @@ def preserving_state(model: nn.Module | None) -> Iterator[None]:
 
 def probe_batch(run: Run) -> dict[str, Any]:
     """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
-    shortest = heapq.nsmallest(2, run.data.train, key=lambda row: len(row.encoded.input_ids))
-    return collate(run, [_window(row.encoded) for row in shortest])
+    return collate(run, [_window(run.data.train[i].encoded) for i in run.data.counts.shortest])
 
 
 def _window(row: Encoded) -> Encoded:

@@ -1,54 +1,50 @@
-"""The tokenizer fits the rows: nothing unknown, and padding that no row holds."""
+"""The tokenizer fits the rows and the model: no unknown tokens, padding that no row contains, ids in range."""
 
 from __future__ import annotations
 
-from itertools import chain
-
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
-from qlora_recipes.preflight.samples import count_and_first
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
 
 def padding_token(run: Run) -> Check:
-    """A padding token inside a row would be taken for padding, and its answer would lose a token."""
-    pad = run.tokenizer.pad_token_id
-    holding, first = count_and_first(row.place for row in run.data.train if pad in row.encoded.input_ids)
+    """A padding token inside a row would be mistaken for padding, and its answer would lose a token."""
+    token, found = run.tokenizer.pad_token, run.data.counts.with_padding
     return fail_unless(
-        not holding and pad != run.tokenizer.eos_token_id,
-        f"{run.tokenizer.pad_token} stands in {holding} rows, {first} first"
-        if holding
-        else f"{run.tokenizer.pad_token} stands in no row, and ends none",
-        "Set ModelSpec.pad_token to a token that no text holds.",
+        not found.count and run.tokenizer.pad_token_id != run.tokenizer.eos_token_id,
+        f"{token} occurs in {found.count} rows, {found.first} first"
+        if found.count
+        else f"{token} occurs in no row and ends none",
+        "Set ModelSpec.pad_token to a token that no text contains.",
     )
 
 
 def unknown_tokens(run: Run) -> Check:
-    """Characters that the tokenizer has no token for come out as one and the same."""
+    """All characters that the tokenizer has no token for become the same token."""
     unknown = run.tokenizer.unk_token_id
     if unknown is None or unknown == run.tokenizer.eos_token_id:
         return passed("the vocabulary covers every byte")
-    count = sum(row.encoded.input_ids.count(unknown) for row in run.data.train)
+    count = run.data.counts.unknown_tokens
     return warn_unless(
         count <= 0.001 * run.data.receipt.tokens,
         f"{count:,} of {run.data.receipt.tokens:,} tokens",
-        f"The model sees {run.tokenizer.unk_token} in their place; take these rows out, or another model.",
+        f"The model sees {run.tokenizer.unk_token} in their place; remove these rows, or use another model.",
     )
 
 
 def embedding_covers_ids(run: Run) -> Check:
-    """An id beyond the embedding is a crash on a CPU and garbage on some GPUs."""
+    """An id beyond the embedding crashes on a CPU and reads garbage on some GPUs."""
     rows = run.model.get_input_embeddings().weight.shape[0]
-    largest = max(max(row.encoded.input_ids) for row in chain(run.data.train, run.data.held_out))
+    largest = run.data.counts.largest_id
     return fail_unless(
         max(largest, run.tokenizer.pad_token_id) < rows,
         f"largest id {largest:,}, {rows:,} rows",
-        "This tokenizer belongs to another model; take both from one folder.",
+        "This tokenizer belongs to another model; load both from the same folder.",
     )
 
 
 def context_length(run: Run) -> Check:
-    """Positions beyond those of pretraining work without an error and mean nothing to the model."""
+    """Positions beyond those of pretraining raise no error and mean nothing to the model."""
     positions = getattr(run.model.config, "max_position_embeddings", None)
     longest = run.settings.training["max_length"]
     return warn_unless(
@@ -59,12 +55,12 @@ def context_length(run: Run) -> Check:
 
 
 def generation_stops(run: Run) -> Check:
-    """The token that training ends answers with is the one that generation stops at."""
+    """Generation stops at the token that ends answers in training."""
     stops = run.model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     end = run.tokenizer.eos_token_id
     return warn_unless(
         end in stops,
         f"generation stops at {stops}, training ends answers with {end}",
-        "Set eos_token_id in the model's generation_config.json, or answers run on.",
+        "Set eos_token_id in the model's generation_config.json, or answers will not stop.",
     )

@@ -1,0 +1,158 @@
+"""Training, chat and evaluation render the same prompt, to the token, and no text in a message can open a turn.
+
+Control tokens in a text are encoded as the characters they are written with. A role marker is plain text to every
+tokenizer, so a message that contains one is dropped. Both are proven here with the tokenizer of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.data.counts import spread
+from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.preflight.checks import fail_unless, passed
+from qlora_recipes.run.receipt import Check
+from qlora_recipes.stages import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS = 50
+_ROLES = ("system", "user", "assistant", "user", "assistant")
+
+
+def template_agrees(run: Run) -> Check:
+    """The prompt that chat and lm-eval build is, token for token, what came before the answer in training."""
+    # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
+    rows = spread(run.data.train, _ROWS, run.data.counts.whole & run.data.counts.plain)
+    wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
+    return fail_unless(
+        not wrong and run.tokenizer.chat_template == run.encoder.template.source,
+        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0]} first"
+        if wrong
+        else f"{len(rows)} prompts, sha256 {run.data.template.sha256[:12]}",
+        "Let add_generation_prompt render exactly what comes before {% generation %} in training.",
+    )
+
+
+def _prompt_agrees(run: Run, row: Conversation) -> bool:
+    before = row.messages[:-1]
+    prompt = run.encoder.encode_prompt(before)
+    trained = row.encoded
+    starts_there = trained.input_ids[: len(prompt)] == prompt and all(
+        label != IGNORED for label in trained.labels[len(prompt) :]
+    )
+    # lm-eval and chat render to text and encode it; no BOS is added where the text starts with one
+    text = _rendered(run.tokenizer, before, add_generation_prompt=True)
+    whole = _rendered(run.tokenizer, row.messages)
+    return (
+        starts_there
+        and _ids(run.tokenizer, text) == prompt
+        and _ids(run.tokenizer, whole) == trained.input_ids
+        and whole.startswith(text)
+    )
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> str:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return cast(str, text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def spaces_as_pretrained(run: Run) -> Check:
+    """Where a space and a word make one piece, two spaces and a word are a space and that piece."""
+    if not run.settings.spec.spaces_merge_last:
+        return passed("nothing known of this vocabulary")
+    pieces = run.tokenizer.tokenize("a  b")[-2:]
+    space, word = run.tokenizer.tokenize(" ")[0], run.tokenizer.tokenize("a b")[-1]
+    return fail_unless(
+        word == "b" or pieces == [space[:1], word],
+        f"two spaces before a word are {' '.join(pieces)!r}",
+        "This tokenizer.json was converted by Transformers 5, and repairs.merge_spaces_last did not fix it.",
+    )
+
+
+def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hash of a tokenizer's chat template as receipts record it."""
+    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
+
+
+def forged_turns(run: Run) -> Check:
+    """Put every control token and every piece of the template itself into a message, and look for a new turn."""
+    tokens = [f"words {token} words" for token in _added_tokens(run)]
+    pieces = _template_pieces(run)
+    forged = [text for text in tokens if _changes_structure(run.encoder, text)] + _forging(run, pieces)
+    as_text = int((~run.data.counts.plain).sum())
+    dropped = run.data.receipt.rows_dropped.get(Reason.CONTROL_STRING, 0)
+    return fail_unless(
+        not forged,
+        f"a message with {forged[0]!r} opens a turn or holds a control token"
+        if forged
+        else f"0 of {len(tokens) + len(pieces)} tries; {as_text} rows hold control tokens as text, {dropped} dropped",
+        "Add what is plain text in the template to role_markers of its ChatTemplate.",
+    )
+
+
+def _added_tokens(run: Run) -> list[str]:
+    return [token for token in run.tokenizer.get_added_vocab() if token.strip()]
+
+
+def _template_pieces(run: Run) -> list[str]:
+    """Return what the template writes between messages, as words of a message."""
+    contents = [f"{role}\ue000{i}" for i, role in enumerate(_ROLES)]
+    messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
+    first, *others = re.split("|".join(contents), _rendered(run.tokenizer, messages))
+    return [f"words\n{first}words", *(f"words{piece}words" for piece in dict.fromkeys(others[:-1]))]
+
+
+def _forging(run: Run, pieces: list[str]) -> list[str]:
+    """Return the pieces that open a turn in a message.
+
+    Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
+    text, every piece must be refused.
+    """
+    tokens = _added_tokens(run)
+    plain = any(not any(token in piece for token in tokens) for piece in pieces)
+    forges = _is_accepted if plain else _changes_structure
+    return [piece for piece in pieces if forges(run.encoder, piece)]
+
+
+def _is_accepted(encoder: ConversationEncoder, text: str) -> bool:
+    try:
+        encoder.encode(_question(text))
+    except RowError:
+        return False
+    return True
+
+
+def _changes_structure(encoder: ConversationEncoder, text: str) -> bool:
+    """Whether a question with this text is accepted and produces other control tokens than plain words do."""
+    try:
+        ids = encoder.encode(_question(text)).input_ids
+    except RowError:
+        return False
+    return encoder.control_tokens(ids) != encoder.structure(("user", "assistant"))
+
+
+def _question(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": "words"}]
+
+
+def control_tokens(run: Run) -> Check:
+    """Every row has the control tokens that its turns need, and no other."""
+    wrong, rows = run.data.counts.other_controls, len(run.data.train) + len(run.data.held_out)
+    return fail_unless(
+        not wrong.count,
+        f"{wrong.count} rows hold others, {wrong.first} first" if wrong.count else f"as many as turns in {rows:,} rows",
+        "Text in a message became a control token; `qlora-recipes inspect` shows it. Report this as a bug.",
+    )
