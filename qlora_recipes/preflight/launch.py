@@ -32,7 +32,7 @@ def num_processes(run: Run) -> Check:
 def asked_processes() -> str | None:
     """Return the number of processes that the launcher was asked for, as its environment tells it; None without one.
 
-    `accelerate launch` sets MASTER_ADDR whenever it was asked for more than one (accelerate 1.x, utils/launch.py), and
+    `accelerate launch` sets MASTER_ADDR whenever it was asked for more than one (accelerate 1.15, utils/launch.py), and
     WORLD_SIZE only where it starts them.
     """
     under_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
