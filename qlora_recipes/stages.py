@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import PreparedData
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import AdapterReceipt, BaseReceipt
+from qlora_recipes.run.receipt import AdapterReceipt, BaseReceipt, MemoryReceipt
 from qlora_recipes.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class Trained:
 
     adapter: AdapterReceipt
     folder: RunFolder
-    non_weight_bytes: int
-    """Memory held right before the first step other than weights: Python, libraries, rows."""
+    memory: MemoryReceipt
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ class Run:
         return self._trained.folder
 
     @property
-    def non_weight_bytes(self) -> int:
-        return self._trained.non_weight_bytes
+    def memory(self) -> MemoryReceipt:
+        return self._trained.memory
 
     @property
     def _loaded(self) -> Loaded:

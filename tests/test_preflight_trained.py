@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from preflight_runs import changed, read, verdict_of
@@ -24,6 +23,7 @@ from qlora_recipes.preflight import (
     Run,
     check_names,
     fail_unless,
+    machine,
     names,
     print_checks,
     refuse_failed,
@@ -31,7 +31,7 @@ from qlora_recipes.preflight import (
     trained,
 )
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import AdapterReceipt, Check
+from qlora_recipes.run.receipt import AdapterReceipt, Check, MemoryReceipt
 from qlora_recipes.settings import resolve
 from qlora_recipes.stages import Trained
 from qlora_recipes.training.train import prepare_run, train
@@ -55,7 +55,7 @@ def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> Run:
     prepared.trainer.save_model(str(folder.adapter))
     weights = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
     receipt = AdapterReceipt([], 14, weights, "float32", "", "", all_finite=True, unchanged=[], bytes=0)
-    return replace(prepared, trained=Trained(receipt, folder, non_weight_bytes=0))
+    return replace(prepared, trained=Trained(receipt, folder, MemoryReceipt(0, 0, 0, planned_bytes=None)))
 
 
 def test_a_sound_adapter_passes_and_says_something(run: Run) -> None:
@@ -164,17 +164,12 @@ def test_nothing_to_ask_is_not_a_pass(run: Run) -> None:
     assert (check.verdict, check.figure) == ("untested", "not tested: no held-out row to ask")
 
 
-def test_a_peak_is_tested_only_where_a_process_cannot_hide_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_recipes.preflight import machine
-
-    gib = 2**30
-
+def test_a_peak_is_tested_only_where_a_process_cannot_hide_it(run: Run) -> None:
     def verdict(taken: float, planned: float) -> str:
-        plan = SimpleNamespace(training=SimpleNamespace(allocated=planned * gib))
-        monkeypatch.setattr(machine.estimate, "plan", lambda *_, **__: plan)
-        monkeypatch.setattr(machine.environment, "peak_since_reset", lambda device: taken * gib)
-        return verdict_of(machine.peak_as_planned, run).verdict
+        memory = MemoryReceipt(0, 0, round(taken * 2**30), round(planned * 2**30))
+        return verdict_of(machine.peak_as_planned, replace(run, trained=replace(run.trained, memory=memory))).verdict
 
+    assert verdict_of(machine.peak_as_planned, run).verdict == "untested"  # it has no plan
     assert verdict(0.96, planned=0.08) == "untested"  # twelve times the plan
     assert verdict(0.05, planned=0.08) == "untested"
     assert verdict(1.2, planned=0.08) == "warn"

@@ -140,12 +140,9 @@ def base_bytes(run: Run) -> Check:
 
 def peak_as_planned(run: Run) -> Check:
     """Training took the memory that was planned for it, or less: rows are seldom all as long as they may be."""
-    device = PartialState().device.type
-    try:
-        planned = estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
-    except ModelError as error:
-        return untested(f"no plan: {error}")
-    taken = environment.peak_since_reset(device) - run.non_weight_bytes
+    taken, planned = run.memory.training_bytes, run.memory.planned_bytes
+    if planned is None:
+        return untested("there is no plan for this model")
     figure = f"{_size(taken)}, {_size(planned)} planned"
     if taken <= 1.1 * planned + _OWN_GROWTH and 1.1 * planned < _OWN_GROWTH:
         return untested(f"{figure}; a process may grow by {_size(_OWN_GROWTH)} of its own, more than that plan")

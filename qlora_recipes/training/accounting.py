@@ -64,13 +64,13 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
     )
 
 
-def describe_memory(run: Run) -> MemoryReceipt:
-    """Return the peak memory of this session."""
+def describe_memory(run: Run, held: int) -> MemoryReceipt:
+    """Return the peak memory of this session, and without the bytes held before the first step besides weights."""
     device = run.trainer.args.device.type
     return MemoryReceipt(
         peak_bytes=max(environment.peak_bytes(device), run.base_bytes),
         base_bytes=run.base_bytes,
-        training_bytes=environment.peak_since_reset(device) - run.non_weight_bytes,
+        training_bytes=environment.peak_since_reset(device) - held,
         planned_bytes=_planned(run, device),
     )
 

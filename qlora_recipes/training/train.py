@@ -124,7 +124,8 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     held = non_weight_bytes(run.model)
     environment.reset_peak(PartialState().device.type)
     training = _run_steps(launch, run, folder, signals, checkpoint)
-    run = replace(run, trained=Trained(describe_adapter(run, initial, before), folder, held))
+    memory = describe_memory(run, held)
+    run = replace(run, trained=Trained(describe_adapter(run, initial, before), folder, memory))
 
     checks += _check_and_save(run, launch)
     if PartialState().is_main_process:
@@ -262,7 +263,7 @@ def _receipt(launch: _Launch, run: Run, journal: Journal, training: TrainingRece
         base=run.base,
         adapter=run.adapter,
         training=training,
-        memory=describe_memory(run),
+        memory=run.memory,
         repairs=run.repairs,
         checks=checks,
         resumes=journal.resumes,
