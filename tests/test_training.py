@@ -121,6 +121,14 @@ def test_the_receipt_says_what_was_trained(runs: Train) -> None:
     assert folder.loss_plot.stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("logging", [dict(logging_steps=50), dict(logging_strategy="no")])
+def test_a_run_that_logs_next_to_nothing_has_its_first_loss(runs: Train, logging: dict[str, Any]) -> None:
+    receipt, every = runs(**logging).receipt(), runs().receipt()
+    assert receipt.training.first_loss == receipt.training.final_loss == every.training.first_loss
+    assert receipt.adapter.final_sha256 == every.adapter.final_sha256
+    assert next(check for check in receipt.checks if check.name == "loss_fell").verdict == "untested"
+
+
 @pytest.mark.parametrize("family", ["llama2", "falcon"])
 def test_packing_wastes_nothing_and_learns_from_the_same_tokens(runs: Train, family: str) -> None:
     packed = runs(family, packing=True, num_train_epochs=1, max_steps=-1, learning_rate=1e-3).receipt()

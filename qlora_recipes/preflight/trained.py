@@ -64,6 +64,8 @@ def losses_finite(run: Run) -> Check:
 def loss_fell(run: Run) -> Check:
     """The last tenth of the logged losses is below the first tenth."""
     losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    if len(losses) < 2:
+        return untested(f"{len(losses)} of the steps logged a loss; give --logging_steps 1")
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     advice = "Train longer: a few losses are mostly noise." if len(losses) < _FEW_LOSSES else "Lower --learning_rate."
