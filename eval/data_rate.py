@@ -2,10 +2,10 @@
 
 python eval/data_rate.py --count 1000000 --rows guanaco_llama2.jsonl --tokenizer path/to/tokenizer --json rate.json
 
-Conversations are made by repeating the rows of a file, each copy with a number of its own in its first question, and
-prepared by the same `prepare` as those of a run. Everything temporary is removed at the end. Memory is what the process
-holds of its own (RssAnon): pages of a file that is mapped into memory are the system's to take back. Where there is no
-/proc it is the peak of all its memory.
+Conversations are made by repeating the rows of a file, each copy with its own number in its first question, and
+prepared by the same `prepare` as those of a run. Everything temporary is removed at the end. Memory is the process's
+anonymous memory (RssAnon), without the pages of memory-mapped files, which the system can reclaim. Without /proc it is
+the peak of all its memory.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from qlora_recipes.standins import ROWS
 
 _RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 _STATUS = Path("/proc/self/status")
-_EVERY = 0.02  # seconds between two looks at the memory
+_EVERY = 0.02  # seconds between two readings of memory
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where the work stood at one moment."""
+    """How far the work was at one moment."""
 
     what: str
     rows: int
     seconds: float
     """Since the first row was asked for."""
     peak_bytes: int
-    """The most memory held since the mark before."""
+    """Peak memory since the previous mark."""
 
 
 class Meter:
-    """Looks at the memory from a thread of its own, and keeps a mark at every tenth of the rows."""
+    """Watches memory from its own thread and makes a mark at every tenth of the rows."""
 
     def __init__(self, count: int) -> None:
         self.marks: list[Mark] = []
@@ -71,13 +71,13 @@ class Meter:
         self._thread.join()
 
     def row(self) -> None:
-        """Take note that another row was read."""
+        """Count another row that was read."""
         self.rows += 1
         if self.rows % self._tenth == 0:
             self.mark("read and encoded")
 
     def mark(self, what: str) -> None:
-        """Keep where the work stands, and look for a new peak."""
+        """Record how far the work is, and start a new peak."""
         self.marks.append(Mark(what, self.rows, time.monotonic() - self._began, max(self._peak, _held())))
         self._peak = 0
 
@@ -106,7 +106,7 @@ def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
     """Return the recipe over such copies: its own formatter, then the number, with every row counted."""
     formatter = recipe.formatter() or detect(next(read_rows(str(rows)))[1])
 
-    class AlignedScores(Recipe):
+    class Counted(Recipe):
         model = recipe.model
         dataset = DatasetSpec(str(rows), held_out=recipe.dataset.held_out)
         training = recipe.training
@@ -118,11 +118,11 @@ def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
             first["content"] = f"({row['number']}) {first['content']}"
             return messages
 
-    return AlignedScores
+    return Counted
 
 
 def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder: Path) -> dict[str, Any]:
-    """Prepare `count` rows and check them; return the marks, the receipt and the sizes of the files."""
+    """Prepare and check `count` rows; return the marks, the receipt and the sizes of the files."""
     from qlora_recipes.base.loading import load_tokenizer
     from qlora_recipes.data.encoding import ConversationEncoder
     from qlora_recipes.data.prepare import prepare
@@ -148,7 +148,7 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
 
 
 def print_rates(found: Mapping[str, Any], console: Console) -> None:
-    """Print one line a mark: rows and tokens a second since the mark before, and the most memory held in between."""
+    """Print one line per mark: rows and tokens per second since the previous mark, and the peak memory in between."""
     receipt = found["receipt"]
     tokens_a_row = receipt["tokens"] / receipt["rows_used"]
     table = Table(box=None, title="Preparing rows", title_justify="left")
@@ -172,7 +172,7 @@ def print_rates(found: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    """Read the flags, measure, and print or write what was found."""
+    """Read the flags, measure, and print or write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(_RECIPE), help="whose model and formatter (default: Llama-2, Guanaco)")
     parser.add_argument("--rows", type=Path, help="a file in the recipe's shape; the bundled rows by default")

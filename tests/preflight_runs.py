@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.preflight import Run, run_checks
 from qlora_recipes.recipe import Recipe
 from qlora_recipes.run.folder import RunFolder
@@ -43,4 +45,12 @@ def with_rows(run: Run, messages: Sequence[tuple[str, str]]) -> Run:
         )
         for i, (asked, answer) in enumerate(messages)
     ]
-    return changed(run, data=replace(run.data, train=rows))
+    return with_data(run, train=rows)
+
+
+def with_data(run: Run, **rows: Sequence[Conversation]) -> Run:
+    """Return the run with other rows in `train` or `held_out`, and their figures."""
+    meter = RowMeter(run.encoder)
+    names = {"train": "figures", "held_out": "held_out_figures"}
+    data = replace(run.data, **rows, **{names[name]: meter.measure(given) for name, given in rows.items()})
+    return changed(run, data=data)

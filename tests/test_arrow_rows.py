@@ -1,4 +1,4 @@
-"""Prepared rows lie on disk: read back as they were, a few at a time, and gone when nobody holds them."""
+"""Prepared rows are on disk: read back as they were, a few at a time, and removed when nothing refers to them."""
 
 from __future__ import annotations
 
@@ -149,5 +149,7 @@ def test_no_folder_for_temporary_files_is_the_same_error(folder: Path, monkeypat
 
 
 def test_messages_are_stored_as_the_fingerprint_reads_them(folder: Path) -> None:
-    read = next(iter(write_rows(BATCHES)))
+    rows = write_rows(BATCHES)
+    read = next(iter(rows))
     assert json.dumps(read.messages) == json.dumps(ALL[0].messages)
+    assert list(rows[3:].messages_as_json()) == [json.dumps(row.messages, ensure_ascii=False) for row in ALL[3:]]

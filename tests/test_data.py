@@ -169,7 +169,7 @@ def test_rows_are_taken_from_the_file_a_few_at_a_time(run: Prepare, monkeypatch:
 
     def tokenize(self: ConversationEncoder, conversations: Sequence[Rendered]) -> list[Encoded]:
         nonlocal tokenized
-        tokenized += len(conversations)
+        tokenized += sum("Question" in rendered.text for rendered in conversations)  # and not what figures need once
         assert read == tokenized
         gc.collect()
         alive.append(sum(type(held) is Conversation for held in gc.get_objects()))
@@ -188,6 +188,14 @@ def test_the_dataset_lies_on_disk_and_holds_the_training_rows(run: Prepare) -> N
     assert dataset["input_ids"][:] == [row.encoded.input_ids for row in data.train]
     assert dataset["labels"][:] == [row.encoded.labels for row in data.train]
     assert dataset.cache_files
+
+
+def test_figures_stand_for_the_rows_of_their_side(run: Prepare) -> None:
+    data = run([*rows(30), {"question": "long", "answer": "word " * 200}], max_length=64)
+    for side, figures in ((data.train, data.figures), (data.held_out, data.held_out_figures)):
+        assert figures["length"].tolist() == [len(row.encoded.input_ids) for row in side]
+        assert figures["truncated"].tolist() == [row.truncated for row in side]
+        assert figures["supervised"].tolist() == [row.encoded.supervised for row in side]
 
 
 def test_batches_change_nothing(run: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:

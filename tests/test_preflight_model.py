@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from preflight_runs import changed, ready, verdict_of
+from preflight_runs import changed, ready, verdict_of, with_data
 from torch import nn
 
 from qlora_recipes import Recipe
@@ -247,7 +247,7 @@ def test_labels_that_the_trainer_loses_are_refused(run: Run) -> None:
 def test_ids_beyond_the_embedding_are_refused(run: Run) -> None:
     row, *others = run.data.train
     wrong = replace(row, encoded=Encoded([*row.encoded.input_ids, 10**6], [*row.encoded.labels, 10**6]))
-    run = changed(run, data=replace(run.data, train=[wrong, *others]))
+    run = with_data(run, train=[wrong, *others])
     check = verdict_of(tokens.embedding_covers_ids, run)
     assert check.verdict == "fail"
     assert "1,000,000" in check.figure

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from preflight_runs import changed, read, verdict_of, with_rows
+from preflight_runs import changed, read, verdict_of, with_data, with_rows
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
@@ -47,31 +47,29 @@ def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]])
 def relabeled(run: Run, change: Callable[[Encoded], Encoded]) -> Run:
     """Return the run with its first training row changed."""
     first, *others = run.data.train
-    data = replace(run.data, train=[replace(first, encoded=change(first.encoded)), *others])
-    return changed(run, data=data)
+    return with_data(run, train=[replace(first, encoded=change(first.encoded)), *others])
 
 
-def test_rows_are_decoded_at_most_twice(
+def test_each_row_is_decoded_once(
     tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for the receipts and once for every check; a few rows are looked up one at a time."""
-    decoded: Counter[int] = Counter()
+    """From the file to the last check on rows; the few rows that some checks sample are looked up one at a time."""
+    decoded: Counter[tuple[int, int]] = Counter()
     looked_up = 0
-    plain = arrow_rows._RowFile.read
+    plain = arrow_rows._conversations
 
-    def counted(self: Any, indices: Any) -> Any:
+    def counted(batch: Any, indices: Sequence[int]) -> Any:
         nonlocal looked_up
         looked_up += len(indices) == 1
         if len(indices) > 1:
-            decoded.update(indices.tolist())
-        return plain(self, indices)
+            decoded.update((id(batch), i) for i in indices)
+        return plain(batch, indices)
 
-    monkeypatch.setattr(arrow_rows._RowFile, "read", counted)
+    monkeypatch.setattr(arrow_rows, "_conversations", counted)
     run = read(recipe_for("llama2"), tiny("llama2"))
     run_checks(BEFORE_LOADING, run)
-    rows = len(run.data.train) + len(run.data.held_out)
-    assert max(decoded.values()) <= 2
-    assert decoded.total() <= 2 * rows
+    assert set(decoded.values()) == {1}
+    assert decoded.total() == len(run.data.train)
     assert looked_up <= 50 + 200 + len(run.data.held_out)
 
 
@@ -102,7 +100,7 @@ def test_an_earlier_untrained_end_of_turn_is_refused(llama2: Run) -> None:
     at = several.encoded.labels.index(llama2.tokenizer.eos_token_id)
     labels = [IGNORED if i == at else label for i, label in enumerate(several.encoded.labels)]
     wrong = replace(several, encoded=Encoded(several.encoded.input_ids, labels))
-    run = changed(llama2, data=replace(llama2.data, train=[wrong]))
+    run = with_data(llama2, train=[wrong])
     assert verdict_of(loss.end_of_turn, run).verdict == "fail"
 
 
@@ -215,17 +213,17 @@ def test_answers_without_words_are_counted(run: Run) -> None:
 
 def test_held_out_rows_that_are_known_are_counted(run: Run) -> None:
     seen: list[Conversation] = run.data.train[:5]
-    known = changed(run, data=replace(run.data, held_out=seen))
+    known = with_data(run, held_out=seen)
     check = verdict_of(row_checks.contamination, known)
     assert check.verdict == "warn"
     assert check.figure.startswith("5 of 5")
     fresh = with_rows(run, [("What color has a swan?", "White, if it was not born in Australia.")])
-    known = changed(run, data=replace(run.data, held_out=fresh.data.train))
+    known = with_data(run, held_out=fresh.data.train)
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 
 
 def test_no_held_out_row_is_warned_of(run: Run) -> None:
-    none = changed(run, data=replace(run.data, held_out=[]))
+    none = with_data(run, held_out=[])
     assert verdict_of(row_checks.held_out_rows, none).verdict == "warn"
 
 

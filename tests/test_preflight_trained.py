@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preflight_runs import changed, read, verdict_of
+from preflight_runs import read, verdict_of, with_data
 from rich.console import Console
 
 from qlora_recipes import Recipe
@@ -134,8 +134,8 @@ def test_another_template_on_disk_is_refused(run: Run) -> None:
 def test_another_tokenizer_on_disk_is_refused(run: Run) -> None:
     row = next(row for row in run.data.train if not row.truncated)
     moved = [token + 1 for token in row.encoded.input_ids]
-    data = replace(run.data, train=[replace(row, encoded=replace(row.encoded, input_ids=moved))])
-    check = verdict_of(trained.tokenizer_reloads, changed(run, data=data))
+    run = with_data(run, train=[replace(row, encoded=replace(row.encoded, input_ids=moved))])
+    check = verdict_of(trained.tokenizer_reloads, run)
     assert check.verdict == "fail"
     assert "other ids" in check.figure
 
@@ -160,7 +160,7 @@ def test_empty_answers_have_not_ended(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_to_ask_is_not_a_pass(run: Run) -> None:
-    check = verdict_of(trained.answers_end, changed(run, data=replace(run.data, held_out=[])))
+    check = verdict_of(trained.answers_end, with_data(run, held_out=[]))
     assert (check.verdict, check.figure) == ("untested", "not tested: no held-out row to ask")
 
 

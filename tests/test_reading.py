@@ -66,8 +66,8 @@ def test_places_say_where_a_row_stands(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8: byte 7 is 0xe9"),
         ("a.csv", b'a,b\n"x,1\n', "broken CSV"),
         ("a.csv", b"a,b\n", "has no rows"),
-        ("a.parquet", b"PAR1", "is no Parquet file"),
-        ("a.txt", b"hello", "is no data file; expected one that ends in .json, .jsonl, .csv, .parquet"),
+        ("a.parquet", b"PAR1", "is not a Parquet file"),
+        ("a.txt", b"hello", "is not a data file; expected one that ends in .json, .jsonl, .csv, .parquet"),
     ],
 )
 def test_a_broken_file_is_one_error_that_says_where(tmp_path: Path, name: str, content: bytes, part: str) -> None:

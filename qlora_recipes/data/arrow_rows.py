@@ -1,7 +1,7 @@
 """Usable rows in an Arrow file on disk, read back one at a time, so that memory does not grow with their number.
 
-The file lies in a folder of its own under the system's folder for temporary files (`TMPDIR` names another), and goes
-when the last of its rows goes, or with the process. Knows nothing of how rows are read, formatted or encoded.
+The file has its own folder in the system's folder for temporary files (set `TMPDIR` for another). It is removed when
+nothing refers to its rows any more, or with the process. Knows nothing of how rows are read, formatted or encoded.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Conversation:
     """One usable row."""
 
     place: str
-    """Where it stands in its file, such as `line 3`."""
+    """Where it is in its file, such as `line 3`."""
     messages: list[Message]
     encoded: Encoded
-    """Cut to max_length."""
+    """Truncated to max_length."""
     supervised_lost: int
-    """Tokens of the answers that the cut took away."""
+    """Tokens of the answers that truncation removed."""
     truncated: bool
 
 
 class Rows(Sequence[Conversation]):
-    """Conversations on disk, each of which is read anew whenever it is asked for."""
+    """Conversations on disk; each is read again whenever it is asked for."""
 
     def __init__(self, file: _RowFile, indices: numpy.ndarray) -> None:
         self._file = file
@@ -69,23 +69,29 @@ class Rows(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> Conversation | Rows:
         if isinstance(index, slice):
             return Rows(self._file, self._indices[index])
-        return next(self._file.read(self._indices[[index]]))
+        return next(iter(Rows(self._file, self._indices[[index]])))
 
     def __iter__(self) -> Iterator[Conversation]:
-        return self._file.read(self._indices)
+        for batch, indices in self._file.batches(self._indices):
+            yield from _conversations(batch, indices)
+
+    def messages_as_json(self) -> Iterator[str]:
+        """Yield the messages of each row as JSON, the way they are stored."""
+        for batch, indices in self._file.batches(self._indices):
+            yield from (batch.column("messages")[i].as_py() for i in indices)
 
     def where(self, chosen: numpy.ndarray) -> Rows:
-        """Return the rows for which `chosen`, one bool a row, holds."""
+        """Return the rows for which `chosen`, one bool for each row, is true."""
         return Rows(self._file, self._indices[chosen])
 
     def dataset(self) -> Dataset:
-        """Return ids and labels as a dataset that is read from disk; use it only while these rows are held."""
+        """Return ids and labels as a dataset read from disk, which is valid only as long as these rows exist."""
         table = Dataset.from_file(str(self._file.path))
         return table.select_columns(["input_ids", "labels"]).select(self._indices)
 
 
 class _RowFile:
-    """The file, in a folder that is removed when nobody holds it any more or the process ends."""
+    """The file, in a folder that is removed when nothing refers to it any more or the process ends."""
 
     def __init__(self) -> None:
         folder = tempfile.mkdtemp(prefix="qlora-recipes-")
@@ -98,20 +104,21 @@ class _RowFile:
                 stream.write_batch(_record_batch(batch))
 
     def open(self) -> int:
-        """Map the file into memory, and return how many rows are in it."""
+        """Map the file into memory and return its number of rows."""
         self._batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path))).read_all().to_batches()
         self._starts = numpy.cumsum([0, *map(len, self._batches)])
         return int(self._starts[-1])
 
-    def read(self, indices: numpy.ndarray) -> Iterator[Conversation]:
+    def batches(self, indices: numpy.ndarray) -> Iterator[tuple[pyarrow.RecordBatch, list[int]]]:
+        """Yield each batch that holds some of the rows, with the places of these rows in the batch."""
         numbers = numpy.searchsorted(self._starts, indices, side="right") - 1  # of each row's batch
         ends = numpy.flatnonzero(numpy.diff(numbers, append=-1)) + 1
         for begin, end in pairwise([0, *ends]):
             number = numbers[begin]
-            yield from _conversations(self._batches[number], (indices[begin:end] - self._starts[number]).tolist())
+            yield self._batches[number], (indices[begin:end] - self._starts[number]).tolist()
 
 
-def _conversations(batch: pyarrow.RecordBatch, indices: Iterable[int]) -> Iterator[Conversation]:
+def _conversations(batch: pyarrow.RecordBatch, indices: Sequence[int]) -> Iterator[Conversation]:
     place, messages, ids, labels, lost, truncated = batch.columns
     id_values, id_starts = ids.values.to_numpy(), ids.offsets.to_numpy()  # views of the file, not copies
     label_values, label_starts = labels.values.to_numpy(), labels.offsets.to_numpy()
@@ -129,15 +136,15 @@ def _conversations(batch: pyarrow.RecordBatch, indices: Iterable[int]) -> Iterat
 
 
 def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker holds a copy of everything, and ends before its parent
+    if os.getpid() == owner:  # a forked worker has a copy of this object and ends before its parent
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
-    """Write conversations, a batch at a time, and return them all; where anything is raised, nothing stays behind.
+    """Write conversations, a batch at a time, and return them all; an error leaves no file behind.
 
     Raises:
-        SetupError: when they cannot be written, as on a full disk.
+        SetupError: when they cannot be written, for example because the disk is full.
     """
     with _disk_faults():
         file = _RowFile()
@@ -153,13 +160,13 @@ def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
 def _disk_faults() -> Iterator[None]:
     try:
         yield
-    except RecipesError:  # some are OSErrors too, and none of those is about this file
+    except RecipesError:  # may be an OSError too, but is not about this file
         raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise SetupError(
             f"the prepared rows cannot be written: {reason}; {_room()}. They take about five times the size of the "
-            "data file. Make room, or name a folder on another disk: TMPDIR=/path/to/folder before the command"
+            "data file. Free some space, or set TMPDIR=/path/to/folder to a folder on another disk before the command"
         ) from error
 
 

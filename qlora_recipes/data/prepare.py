@@ -6,19 +6,17 @@ import hashlib
 import json
 import math
 import os
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy
 from datasets import Dataset
 
 from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
-from qlora_recipes.data.counts import RowCounts, count_rows
 from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
+from qlora_recipes.data.figures import FIGURES, RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
 from qlora_recipes.formatters import Formatter, Message, Reason, RowError, check_messages, detect
@@ -36,15 +34,11 @@ class PreparedData:
 
     train: Sequence[Conversation]
     held_out: Sequence[Conversation]
+    figures: numpy.ndarray
+    """One record of FIGURES for each training row."""
+    held_out_figures: numpy.ndarray
     receipt: DataReceipt
     template: TemplateReceipt
-    encoder: ConversationEncoder
-    """What the rows were encoded with."""
-
-    @cached_property
-    def counts(self) -> RowCounts:
-        """What the checks need to know of every row; the first use goes through all rows, once."""
-        return count_rows(self.train, self.held_out, self.encoder)
 
     @staticmethod
     def dataset(conversations: Rows) -> Dataset:
@@ -63,18 +57,25 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
         SetupError: when the disk has no room for the encoded rows.
     """
     dropped: Counter[str] = Counter()
-    keys = array("Q")  # of every row that is written
+    batches = [numpy.empty(0, FIGURES)]
     formatted = _formatted(settings, dropped)
     encoded = _encoded(formatted, encoder, settings.training["max_length"], dropped)
-    rows = write_rows(_with_keys(encoded, keys))
+    rows = write_rows(_measured(encoded, RowMeter(encoder), batches))
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
         raise DataError(_nothing_usable(settings, dropped))
-    held_out = _held_out(numpy.asarray(keys), settings.data.held_out)
-    train = rows.where(~held_out)
-    data_receipt, template_receipt = _receipts(settings, encoder, train, len(rows), dropped)
-    return PreparedData(train, rows.where(held_out), data_receipt, template_receipt, encoder)
+    every = numpy.concatenate(batches)
+    held_out = _held_out(every["question"], settings.data.held_out)
+    train, figures = rows.where(~held_out), every[~held_out]
+    return PreparedData(
+        train=train,
+        held_out=rows.where(held_out),
+        figures=figures,
+        held_out_figures=every[held_out],
+        receipt=_data_receipt(settings, train, figures, len(rows), dropped),
+        template=_template_receipt(encoder, figures),
+    )
 
 
 def _formatted(settings: Settings, dropped: Counter[str]) -> Iterator[tuple[str, list[Message]]]:
@@ -159,23 +160,19 @@ def _conversation(place: str, messages: list[Message], whole: Encoded, max_lengt
     )
 
 
-def _with_keys(batches: Iterable[list[Conversation]], keys: array[int]) -> Iterator[list[Conversation]]:
+def _measured(
+    batches: Iterable[list[Conversation]], meter: RowMeter, figures: list[numpy.ndarray]
+) -> Iterator[list[Conversation]]:
     for batch in batches:
-        keys.extend(map(_key, batch))
+        figures.append(meter.measure(batch))
         yield batch
 
 
-def _key(conversation: Conversation) -> int:
-    """Return 64 bits of the first question's hash: among a million, two collide once in 37 million times."""
-    question = next(message["content"] for message in conversation.messages if message["role"] == "user")
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8])
-
-
-def _held_out(keys: numpy.ndarray, share: float) -> numpy.ndarray:
-    """Return for each row whether it is held out: those with the smallest keys, whatever the order and the seed."""
-    distinct = numpy.unique(keys)
+def _held_out(questions: numpy.ndarray, share: float) -> numpy.ndarray:
+    """Return for each row whether it is held out: those with the smallest hashes, whatever the order and the seed."""
+    distinct = numpy.unique(questions)
     count = min(math.ceil(share * len(distinct)), len(distinct) - 1)
-    chosen: numpy.ndarray = keys < distinct[count]
+    chosen: numpy.ndarray = questions < distinct[count]
     return chosen
 
 
@@ -186,7 +183,7 @@ def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
     try:
         formatter = settings.recipe.formatter() or _detect(row, place)
         check_messages(formatter(row), source=getattr(formatter, "__name__", "format_row"))
-        why = "none by itself; it is longer than max_length, or its text contains the template's own role markers"
+        why = "nothing by itself; it is longer than max_length, or its text contains the template's own role markers"
     except RowError as error:
         why = str(error)
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
@@ -197,60 +194,34 @@ def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
     )
 
 
-@dataclass
-class _Totals:
-    """What the training rows add up to."""
-
-    bos: int | None
-    end: int | None
-    tokens: int = 0
-    supervised: int = 0
-    supervised_lost: int = 0
-    truncated: int = 0
-    answers_truncated: int = 0
-    fewest_bos: float = math.inf
-    most_bos: int = 0
-    end_token_trained: bool = True
-
-    def add(self, row: Conversation) -> None:
-        self.tokens += len(row.encoded.input_ids)
-        self.supervised += row.encoded.supervised
-        self.supervised_lost += row.supervised_lost
-        self.truncated += row.truncated
-        self.answers_truncated += row.supervised_lost > 0
-        bos = 0 if self.bos in (None, self.end) else row.encoded.input_ids.count(self.bos)
-        self.fewest_bos, self.most_bos = min(self.fewest_bos, bos), max(self.most_bos, bos)
-        self.end_token_trained &= row.truncated or row.encoded.labels[-1] == self.end
-
-
-def _receipts(
-    settings: Settings, encoder: ConversationEncoder, train: Rows, usable: int, dropped: Counter[str]
-) -> tuple[DataReceipt, TemplateReceipt]:
-    tokenizer, digest = encoder.tokenizer, hashlib.sha256()
-    totals = _Totals(tokenizer.bos_token_id, tokenizer.eos_token_id)
-    for row in train:
-        totals.add(row)
-        digest.update(json.dumps(row.messages, ensure_ascii=False).encode())
-    data = DataReceipt(
+def _data_receipt(
+    settings: Settings, train: Rows, figures: numpy.ndarray, usable: int, dropped: Counter[str]
+) -> DataReceipt:
+    digest = hashlib.sha256()
+    for messages in train.messages_as_json():
+        digest.update(messages.encode())
+    return DataReceipt(
         source=settings.dataset_name,
         fingerprint=digest.hexdigest(),
         rows_in=usable + dropped.total(),
         rows_used=len(train),
         rows_held_out=usable - len(train),
         rows_dropped=dict(dropped),
-        tokens=totals.tokens,
-        supervised_tokens=totals.supervised,
-        rows_truncated=totals.truncated,
-        answers_truncated=totals.answers_truncated,
-        supervised_tokens_lost=totals.supervised_lost,
+        tokens=int(figures["length"].sum()),
+        supervised_tokens=int(figures["supervised"].sum()),
+        rows_truncated=int(figures["truncated"].sum()),
+        answers_truncated=int((figures["supervised_lost"] > 0).sum()),
+        supervised_tokens_lost=int(figures["supervised_lost"].sum()),
         max_length=settings.training["max_length"],
     )
-    template = TemplateReceipt(
+
+
+def _template_receipt(encoder: ConversationEncoder, figures: numpy.ndarray) -> TemplateReceipt:
+    return TemplateReceipt(
         name=encoder.template.path.name,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
-        bos_per_row=[int(totals.fewest_bos), totals.most_bos],
-        end_token=str(tokenizer.eos_token),
-        end_token_trained=totals.end_token_trained,
+        bos_per_row=[int(figures["bos"].min()), int(figures["bos"].max())],
+        end_token=str(encoder.tokenizer.eos_token),
+        end_token_trained=bool((figures["truncated"] | figures["last_is_end"]).all()),
     )
-    return data, template

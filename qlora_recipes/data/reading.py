@@ -1,7 +1,7 @@
-"""Rows from a JSON, JSONL, CSV or Parquet file, or from the hub, each with the place it stands at.
+"""Rows from a JSON, JSONL, CSV or Parquet file, or from the hub, each with its place in the source.
 
-JSON lines, CSV, Parquet and the hub's datasets are read a few rows at a time, whatever their size. A JSON list is held
-in memory whole while its rows are read, as Python's parser has it: a list of a million rows is better saved as lines.
+JSON lines, CSV, Parquet and the hub's datasets are read a few rows at a time, whatever their size. Python's parser
+loads a JSON list as a whole: save a list of a million rows as JSON lines.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 from qlora_recipes.errors import DataError, nearest
 
-_PARQUET_ROWS = 500  # made into Python objects at once; upstream takes 65,536
-_PARQUET_BYTES = 2**20  # read at once of a column; upstream takes all of a row group, 209 MiB of a file of 163
+_PARQUET_ROWS = 500  # converted to Python objects at once; upstream converts 65,536
+_PARQUET_BYTES = 2**20  # read at once from a column; upstream reads a whole row group, 209 MiB for a file of 163
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Any]]
-"""Pairs of a place, such as `line 3`, and what stands there."""
+"""Pairs of a place, such as `line 3`, and the row found there."""
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Rows:
     """Yield every row of a file or of one split of a hub dataset, in order.
 
     Raises:
-        DataError: when the source is missing, empty or broken, naming the line where there is one.
+        DataError: when the source is missing, empty or broken, naming the line if there is one.
     """
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if reader is None and path.exists():
-        raise DataError(f"{source} is no data file; expected one that ends in {', '.join(_READERS)}")
+        raise DataError(f"{source} is not a data file; expected one that ends in {', '.join(_READERS)}")
     if reader is None:
         return _hub_rows(source, split, revision)
     if not path.is_file():
@@ -40,7 +40,7 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
 
 
 def _checked(path: Path, reader: Callable[[Path], Rows]) -> Rows:
-    """Name the file in what goes wrong inside it, and refuse a file without a row."""
+    """Yield the rows; errors name the file, and a file without a row is an error."""
     empty = True
     try:
         for place, row in reader(path):
@@ -57,7 +57,7 @@ def _checked(path: Path, reader: Callable[[Path], Rows]) -> Rows:
 
 
 def _json_rows(path: Path) -> Rows:
-    """A list of objects, or one object in which one key holds such a list; else one object a line."""
+    """Read a list of objects, one object with such a list under one key, or one object per line."""
     if _is_json_lines(path):
         yield from _jsonl_rows(path)
         return
@@ -71,7 +71,7 @@ def _json_rows(path: Path) -> Rows:
         lists = [key for key, value in content.items() if isinstance(value, list)]
         if len(lists) != 1:
             found = f"lists under {', '.join(lists)}" if lists else f"the keys {', '.join(list(content)[:8])}"
-            raise DataError(f"{path} holds one object with {found}; expected a list of rows, or one key that holds it")
+            raise DataError(f"{path} is one object with {found}; expected a list of rows, or such a list under one key")
         content = content[lists[0]]
     if not isinstance(content, list):
         raise DataError(f"{path} holds {type(content).__name__}; expected a list of rows")
@@ -80,7 +80,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether a file has several lines with words, the first of which is a document of its own."""
+    """Whether a file has several lines with text, the first of which is a complete JSON document."""
     with path.open("rb") as lines:
         filled = (line for line in lines if line.strip())
         first, second = next(filled, b""), next(filled, None)
@@ -106,21 +106,21 @@ def _jsonl_rows(path: Path) -> Rows:
 
 
 def _unreadable(error: Exception) -> str:
-    """Say what JSON's grammar allows and Python's reader does not: a number without end, or nesting without end."""
+    """Describe what JSON allows and Python's parser rejects: a very long number, or very deep nesting."""
     if isinstance(error, RecursionError):
-        return "lists or objects are nested too deep to be read, expected rows of names with values"
+        return "lists or objects are nested too deeply to be read, expected rows of names with values"
     return f"a number is too long to be read, expected text in quotes ({_first_line(error)})"
 
 
 def _csv_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        csv.field_size_limit(2**31 - 1)  # 131,072 characters by default; a row that is too long is counted, not refused
+        csv.field_size_limit(2**31 - 1)  # 131,072 by default; a row that is too long is counted, not refused
         reader = csv.DictReader(lines, strict=True)
         try:
             for row in reader:
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
-            line = reader.reader.line_num  # DictReader's own counts the rows that went well
+            line = reader.reader.line_num  # DictReader's own number counts only complete rows
             raise DataError(f"{path}, line {line}: broken CSV, {error}") from error
 
 
@@ -135,7 +135,7 @@ def _parquet_rows(path: Path) -> Rows:
         for index, row in enumerate(rows):
             yield f"row {index}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no Parquet file: {error}") from error
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
 
 
 def _hub_rows(source: str, split: str, revision: str | None) -> Rows:
@@ -150,8 +150,8 @@ def _hub_rows(source: str, split: str, revision: str | None) -> Rows:
         ) from error
     except (OSError, ValueError, hub.HfHubHTTPError, RuntimeError) as error:
         raise DataError(
-            f"no dataset {source!r} (split {split!r}) to be had: {_first_line(error)}. Expected a hub id that can be "
-            f"reached, or a local file that ends in {', '.join(_READERS)}"
+            f"no dataset {source!r} (split {split!r}) could be loaded: {_first_line(error)}. Expected a hub id that "
+            f"can be reached, or a local file that ends in {', '.join(_READERS)}"
         ) from error
     for index, row in enumerate(rows):
         yield f"row {index}", row

@@ -1,4 +1,4 @@
-"""Limits for somebody else's code: a template can loop for ever, or ask for all the memory there is."""
+"""Limits for untrusted code: a template can loop forever, or allocate all memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when the block takes longer; in another thread than the main one there is no limit."""
+    """Raise TimeoutError when the block takes longer; outside the main thread there is no limit."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -33,7 +33,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(more: int) -> Iterator[None]:
-    """Raise MemoryError when the block takes `more` bytes beside what the process has; on Linux alone."""
+    """Raise MemoryError when the block allocates `more` bytes on top of what the process has; only on Linux."""
     if threading.current_thread() is not threading.main_thread() or sys.platform != "linux":
         yield
         return

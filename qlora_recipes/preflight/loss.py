@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_recipes.data.arrow_rows import Conversation
-from qlora_recipes.data.counts import spread
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
+from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
@@ -57,10 +57,12 @@ def _as_text(run: Run, ids: list[int]) -> str:
 
 def end_of_turn(run: Run) -> Check:
     """Every whole answer trains the token that ends it; without this the model never stops by itself."""
-    wrong, token = run.data.counts.without_end, run.data.template.end_token
+    figures, token = run.data.figures, run.data.template.end_token
+    ended = (figures["ends"] == figures["answers"]) & figures["last_is_end"]
+    wrong, first = count_and_first(run.data.train, ~figures["truncated"] & ~ended)
     return fail_unless(
-        not wrong.count,
-        f"{token} is missing in {wrong.count} rows, {wrong.first} first" if wrong.count else f"{token} in every answer",
+        not wrong,
+        f"{token} is missing in {wrong} rows, {first} first" if wrong else f"{token} in every answer",
         "Put the end-of-turn token inside the template's {% generation %} block.",
     )
 
@@ -70,7 +72,7 @@ def beginning_of_text(run: Run) -> Check:
     bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
     if bos is None or bos == end:
         return passed("the family uses none")
-    doubled, without = run.data.counts.doubled_bos, run.data.counts.without_bos
+    doubled, without = run.data.figures["doubled_bos"].sum(), (~run.data.figures["starts_with_bos"]).sum()
     fewest, most = run.data.template.bos_per_row
     return fail_unless(
         not doubled and not without,
@@ -84,7 +86,7 @@ def beginning_of_text(run: Run) -> Check:
 def rows_without_loss(run: Run) -> Check:
     """A row without a token in the loss costs time and teaches nothing."""
     lost = run.data.receipt.rows_dropped.get(TOO_LONG, 0)
-    empty = run.data.counts.without_loss
+    empty = int((run.data.figures["supervised"] == 0).sum())
     rows = lost + len(run.data.train)
     figure = f"{lost + empty:,} of {rows:,} rows have no answer within {run.data.receipt.max_length} tokens"
     advice = "Raise --max_length; these rows are left out."

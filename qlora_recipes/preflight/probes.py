@@ -36,7 +36,8 @@ def preserving_state(model: nn.Module | None) -> Iterator[None]:
 
 def probe_batch(run: Run) -> dict[str, Any]:
     """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
-    return collate(run, [_window(run.data.train[i].encoded) for i in run.data.counts.shortest])
+    shortest = numpy.argsort(run.data.figures["length"], kind="stable")[:2]
+    return collate(run, [_window(run.data.train[int(i)].encoded) for i in shortest])
 
 
 def _window(row: Encoded) -> Encoded:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from qlora_recipes.data.arrow_rows import Conversation
-from qlora_recipes.data.counts import spread
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.formatters import Message, Reason, RowError
 from qlora_recipes.preflight.checks import fail_unless, passed
+from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
@@ -29,7 +29,8 @@ _ROLES = ("system", "user", "assistant", "user", "assistant")
 def template_agrees(run: Run) -> Check:
     """The prompt that chat and lm-eval build is, token for token, what came before the answer in training."""
     # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
-    rows = spread(run.data.train, _ROWS, run.data.counts.whole & run.data.counts.plain)
+    figures = run.data.figures
+    rows = spread(run.data.train, _ROWS, ~figures["truncated"] & ~figures["control_text"])
     wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
@@ -92,7 +93,7 @@ def forged_turns(run: Run) -> Check:
     tokens = [f"words {token} words" for token in _added_tokens(run)]
     pieces = _template_pieces(run)
     forged = [text for text in tokens if _changes_structure(run.encoder, text)] + _forging(run, pieces)
-    as_text = int((~run.data.counts.plain).sum())
+    as_text = run.data.figures["control_text"].sum()
     dropped = run.data.receipt.rows_dropped.get(Reason.CONTROL_STRING, 0)
     return fail_unless(
         not forged,
@@ -150,9 +151,15 @@ def _question(text: str) -> list[Message]:
 
 def control_tokens(run: Run) -> Check:
     """Every row has the control tokens that its turns need, and no other."""
-    wrong, rows = run.data.counts.other_controls, len(run.data.train) + len(run.data.held_out)
+    data = run.data
+    counts = (
+        count_and_first(data.train, ~data.figures["controls_fit"]),
+        count_and_first(data.held_out, ~data.held_out_figures["controls_fit"]),
+    )
+    wrong, rows = sum(count for count, _ in counts), len(data.train) + len(data.held_out)
+    first = counts[0][1] or counts[1][1]
     return fail_unless(
-        not wrong.count,
-        f"{wrong.count} rows hold others, {wrong.first} first" if wrong.count else f"as many as turns in {rows:,} rows",
+        not wrong,
+        f"{wrong} rows hold others, {first} first" if wrong else f"as many as turns in {rows:,} rows",
         "Text in a message became a control token; `qlora-recipes inspect` shows it. Report this as a bug.",
     )

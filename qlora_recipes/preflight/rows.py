@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
+import numpy
+
+from qlora_recipes.data.arrow_rows import Conversation
+from qlora_recipes.data.figures import words
 from qlora_recipes.data.prepare import TOO_LONG
 from qlora_recipes.formatters import Reason
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
+_SHARED_WORDS = 8  # consecutive words that two texts almost never share by chance
+_HELD_OUT = 2_000  # held-out conversations to look for, since hashes of all their words are in memory
 _BARS = "▁▂▃▄▅▆▇█"
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], count: int, where: numpy.ndarray | None = None) -> list[Item]:
+    """Return at most `count` items at even distances, the first and the last included; nothing is random.
+
+    With `where`, one bool for each item, only items for which it is true are returned.
+    """
+    places = numpy.arange(len(items)) if where is None else numpy.flatnonzero(where)
+    if len(places) > count:
+        places = places[[round(i * (len(places) - 1) / (count - 1)) for i in range(count)]]
+    return [items[int(place)] for place in places]
+
+
+def count_and_first(rows: Sequence[Conversation], chosen: numpy.ndarray) -> tuple[int, str]:
+    """Return how many rows are chosen, and the place of the first of them."""
+    count = int(chosen.sum())
+    return count, rows[int(chosen.argmax())].place if count else ""
 
 
 def rows_dropped(run: Run) -> Check:
@@ -30,7 +55,7 @@ def rows_dropped(run: Run) -> Check:
 
 def row_lengths(run: Run) -> Check:
     """Show the number of tokens per row, from shortest to longest."""
-    lengths = sorted(run.data.counts.lengths.tolist())
+    lengths = sorted(run.data.figures["length"].tolist())
     return passed(f"{lengths[0]} {bars(lengths)} {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}")
 
 
@@ -44,7 +69,8 @@ def bars(lengths: Sequence[int], count: int = 12) -> str:
 
 def duplicates(run: Run) -> Check:
     """Conversations with the same words as another; each copy is one more epoch of that row."""
-    copies, rows = run.data.counts.duplicates, len(run.data.train)
+    rows = len(run.data.train)
+    copies = rows - len(numpy.unique(run.data.figures["words"]))
     return warn_unless(
         copies <= 0.01 * rows,
         f"{copies:,} of {rows:,} rows repeat another",
@@ -54,8 +80,8 @@ def duplicates(run: Run) -> Check:
 
 def short_answers(run: Run) -> Check:
     """Answers without a word, such as `-` or `...`, teach the model to say nothing."""
-    counts = run.data.counts
-    answers, empty, one = counts.answers, counts.wordless_answers, counts.one_word_answers
+    names = ("answers", "wordless_answers", "one_word_answers")
+    answers, empty, one = (int(run.data.figures[name].sum()) for name in names)
     return warn_unless(
         empty <= 0.001 * answers and one <= 0.2 * answers,
         f"{empty:,} of {answers:,} answers without a word, {one:,} of one word",
@@ -73,9 +99,24 @@ def held_out_rows(run: Run) -> Check:
 
 def contamination(run: Run) -> Check:
     """Count held-out conversations that training contains, by eight consecutive words or by whole short messages."""
-    known, searched = run.data.counts.known_held_out, run.data.counts.searched_held_out
+    held_out = [set(_shingles(row)) for row in spread(run.data.held_out, _HELD_OUT)]
+    expected: set[int] = set().union(*held_out)
+    seen: set[int] = set()
+    for row in run.data.train:
+        seen |= expected.intersection(_shingles(row))
+    known = sum(bool(parts) and len(parts & seen) > len(parts) / 2 for parts in held_out)
     return warn_unless(
-        known <= 0.05 * searched,
-        f"{known:,} of {searched:,} held-out conversations are known from training",
+        known <= 0.05 * len(held_out),
+        f"{known:,} of {len(held_out):,} held-out conversations are known from training",
         "Scores on them measure memory. Remove near-copies from the data.",
     )
+
+
+def _shingles(row: Conversation) -> Iterator[int]:
+    """Yield a hash of every eight consecutive words of each message, or of a shorter message as a whole."""
+    said = [words(message["content"]) for message in row.messages]
+    for before, current in zip([(), *said], said, strict=False):
+        # a short answer is recognized only together with its question
+        text = before + current if len(current) < _SHARED_WORDS else current
+        for start in range(max(1, len(text) - _SHARED_WORDS + 1)):
+            yield hash(text[start : start + _SHARED_WORDS])

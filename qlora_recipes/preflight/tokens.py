@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numpy
+
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
+from qlora_recipes.preflight.rows import count_and_first
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
 
 def padding_token(run: Run) -> Check:
     """A padding token inside a row would be mistaken for padding, and its answer would lose a token."""
-    token, found = run.tokenizer.pad_token, run.data.counts.with_padding
+    token = run.tokenizer.pad_token
+    count, first = count_and_first(run.data.train, run.data.figures["padding"])
     return fail_unless(
-        not found.count and run.tokenizer.pad_token_id != run.tokenizer.eos_token_id,
-        f"{token} occurs in {found.count} rows, {found.first} first"
-        if found.count
-        else f"{token} occurs in no row and ends none",
+        not count and run.tokenizer.pad_token_id != run.tokenizer.eos_token_id,
+        f"{token} occurs in {count} rows, {first} first" if count else f"{token} occurs in no row and ends none",
         "Set ModelSpec.pad_token to a token that no text contains.",
     )
 
@@ -24,7 +26,7 @@ def unknown_tokens(run: Run) -> Check:
     unknown = run.tokenizer.unk_token_id
     if unknown is None or unknown == run.tokenizer.eos_token_id:
         return passed("the vocabulary covers every byte")
-    count = run.data.counts.unknown_tokens
+    count = int(run.data.figures["unknown"].sum())
     return warn_unless(
         count <= 0.001 * run.data.receipt.tokens,
         f"{count:,} of {run.data.receipt.tokens:,} tokens",
@@ -35,7 +37,8 @@ def unknown_tokens(run: Run) -> Check:
 def embedding_covers_ids(run: Run) -> Check:
     """An id beyond the embedding crashes on a CPU and reads garbage on some GPUs."""
     rows = run.model.get_input_embeddings().weight.shape[0]
-    largest = run.data.counts.largest_id
+    data = run.data
+    largest = int(numpy.concatenate([data.figures["largest_id"], data.held_out_figures["largest_id"]]).max())
     return fail_unless(
         max(largest, run.tokenizer.pad_token_id) < rows,
         f"largest id {largest:,}, {rows:,} rows",

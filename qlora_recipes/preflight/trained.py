@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 from qlora_recipes.base.adapters import generate
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.arrow_rows import Conversation
-from qlora_recipes.data.counts import spread
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
 from qlora_recipes.preflight.prompts import template_agrees, template_sha256
+from qlora_recipes.preflight.rows import spread
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
@@ -124,7 +124,7 @@ def tokenizer_reloads(run: Run) -> Check:
     """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
     saved = AutoTokenizer.from_pretrained(run.folder.adapter)
     encoder = ConversationEncoder(saved, run.encoder.template)
-    rows = spread(run.data.train, 20, run.data.counts.whole)
+    rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
     wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
     plain = template_agrees(replace(run, prepared=replace(run.prepared, tokenizer=saved, encoder=encoder)))
     same_template = template_sha256(saved) == run.data.template.sha256
@@ -146,7 +146,7 @@ def tokenizer_reloads(run: Run) -> Check:
 
 def answers_end(run: Run) -> Check:
     """Ask held-out questions, written with their answers to answers.json; an empty answer does not count as one."""
-    rows = spread(run.data.held_out, _QUESTIONS, run.data.counts.held_out_whole)
+    rows = spread(run.data.held_out, _QUESTIONS, ~run.data.held_out_figures["truncated"])
     if not rows:
         return untested("no held-out row to ask")
     answers = _ask(run, rows)
