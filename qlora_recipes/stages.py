@@ -117,5 +117,5 @@ class Run:
 
 
 def _reached(part: _Part | None, name: str) -> _Part:
-    assert part is not None, f"the run has no {name} yet: this part of it is made at a later stage"
+    assert part is not None, f"the run has no {name} yet: that part of it is made later"
     return part

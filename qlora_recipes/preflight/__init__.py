@@ -108,8 +108,8 @@ AFTER_SAVING: Sequence[CheckFunction] = (
 
 def names(recipe: type[Recipe]) -> list[str]:
     """Return the name of every check that a run of the recipe makes."""
-    stages = (BEFORE_LOADING, BEFORE_TRAINING, recipe.checks, AFTER_TRAINING, AFTER_SAVING)
-    return [check.__name__ for stage in stages for check in stage]
+    lists = (BEFORE_LOADING, BEFORE_TRAINING, recipe.checks, AFTER_TRAINING, AFTER_SAVING)
+    return [check.__name__ for checks in lists for check in checks]
 
 
 __all__ = [

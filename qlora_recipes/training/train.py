@@ -112,7 +112,7 @@ class _Launch:
 
 
 def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
-    """Make one attempt: every stage of a run, from its settings to its receipt."""
+    """Make one attempt at a run, from its settings to its receipt."""
     folder = RunFolder(launch.settings.output_dir)
     checkpoint, passed_over = _find_start(launch, folder)
     run, checks = prepare_run(launch.settings, skip_checks=launch.skip_checks, console=launch.console)
