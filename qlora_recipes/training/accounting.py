@@ -43,7 +43,9 @@ def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor])
 
 def describe_training(trainer: RunTrainer) -> TrainingReceipt:
     """Return how far training got and how fast, over all its sessions; to be called when the last step is done."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    log = trainer.state.log_history
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    losses = losses or [entry["train_loss"] for entry in log if "train_loss" in entry]  # no step was logged: their mean
     tail = losses[-max(1, len(losses) // 10) :]
     seconds, count, total = trainer.seconds, trainer.count, _over_processes(trainer)
     return TrainingReceipt(

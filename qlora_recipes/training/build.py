@@ -119,7 +119,6 @@ def _sft_config(run: Run, folder: str) -> SFTConfig:
     settings = run.settings
     training = dict(settings.training)
     training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
-    training.setdefault("logging_first_step", True)  # the receipt has the first loss, however rarely one is logged
     packed = training.get("packing") or training.get("eval_packing")
     if not packed and training.setdefault("padding_free", run.model.config._attn_implementation == attention.NAME):
         training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
