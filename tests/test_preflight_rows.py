@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from preflight_runs import changed, read, verdict_of, with_data, with_rows
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data import arrow_rows
+from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
-from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.preflight import (
     BEFORE_LOADING,
@@ -54,23 +53,24 @@ def test_each_row_is_decoded_once(
     tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the file to the last check on rows; the few rows that some checks sample are looked up one at a time."""
-    decoded: Counter[tuple[int, int]] = Counter()
-    looked_up = 0
-    plain = arrow_rows._conversations
+    passes: list[int] = []
+    decoded: list[str] = []
+    iterate, decode = Rows.__iter__, arrow_rows._conversation
 
-    def counted(batch: Any, indices: Sequence[int]) -> Any:
-        nonlocal looked_up
-        looked_up += len(indices) == 1
-        if len(indices) > 1:
-            decoded.update((id(batch), i) for i in indices)
-        return plain(batch, indices)
+    def counted_pass(self: Rows) -> Iterator[Conversation]:
+        passes.append(len(self))
+        return iterate(self)
 
-    monkeypatch.setattr(arrow_rows, "_conversations", counted)
+    def counted_row(place: str, *columns: Any, **named: Any) -> Conversation:
+        decoded.append(place)
+        return decode(place, *columns, **named)
+
+    monkeypatch.setattr(Rows, "__iter__", counted_pass)
+    monkeypatch.setattr(arrow_rows, "_conversation", counted_row)
     run = read(recipe_for("llama2"), tiny("llama2"))
     run_checks(BEFORE_LOADING, run)
-    assert set(decoded.values()) == {1}
-    assert decoded.total() == len(run.data.train)
-    assert looked_up <= 50 + 200 + len(run.data.held_out)
+    assert passes == [len(run.data.train)]
+    assert len(decoded) <= len(run.data.train) + 50 + 200 + len(run.data.held_out)
 
 
 def test_bundled_rows_pass_everything(run: Run) -> None:

@@ -64,6 +64,7 @@ def test_places_say_where_a_row_stands(tmp_path: Path) -> None:
         ("a.json", b'{"a": 1}', "one object with the keys a"),
         ("a.json", b'{"a": [], "b": []}', "lists under a, b"),
         ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8: byte 7 is 0xe9"),
+        ("a.json", '[{"a": "é"}]'.encode("latin-1"), "is not UTF-8: byte 8 is 0xe9"),
         ("a.csv", b'a,b\n"x,1\n', "broken CSV"),
         ("a.csv", b"a,b\n", "has no rows"),
         ("a.parquet", b"PAR1", "is not a Parquet file"),

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
@@ -26,6 +25,7 @@ from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.errors import RecipesError, SetupError
 from qlora_recipes.formatters import Message
 
+_READ = 500  # rows decoded at once
 _SCHEMA = pyarrow.schema(
     {
         "place": pyarrow.string(),
@@ -55,12 +55,12 @@ class Conversation:
 class Rows(Sequence[Conversation]):
     """Conversations on disk; each is read again whenever it is asked for."""
 
-    def __init__(self, file: _RowFile, indices: numpy.ndarray) -> None:
-        self._file = file
-        self._indices = indices
+    def __init__(self, file: _RowFile, table: Dataset) -> None:
+        self._file = file  # held, since the file is removed with it
+        self._table = table
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._table)
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -68,26 +68,26 @@ class Rows(Sequence[Conversation]):
     def __getitem__(self, index: slice) -> Rows: ...
     def __getitem__(self, index: int | slice) -> Conversation | Rows:
         if isinstance(index, slice):
-            return Rows(self._file, self._indices[index])
-        return next(iter(Rows(self._file, self._indices[[index]])))
+            return Rows(self._file, self._table.select(range(len(self))[index]))
+        return _conversation(**self._table[index])
 
     def __iter__(self) -> Iterator[Conversation]:
-        for batch, indices in self._file.batches(self._indices):
-            yield from _conversations(batch, indices)
+        for batch in self._table.iter(_READ):
+            for row in zip(*batch.values(), strict=True):
+                yield _conversation(*row)
 
     def messages_as_json(self) -> Iterator[str]:
         """Yield the messages of each row as JSON, the way they are stored."""
-        for batch, indices in self._file.batches(self._indices):
-            yield from (batch.column("messages")[i].as_py() for i in indices)
+        for batch in self._table.select_columns("messages").iter(_READ):
+            yield from batch["messages"]
 
     def where(self, chosen: numpy.ndarray) -> Rows:
         """Return the rows for which `chosen`, one bool for each row, is true."""
-        return Rows(self._file, self._indices[chosen])
+        return Rows(self._file, self._table.select(numpy.flatnonzero(chosen)))
 
     def dataset(self) -> Dataset:
         """Return ids and labels as a dataset read from disk, which is valid only as long as these rows exist."""
-        table = Dataset.from_file(str(self._file.path))
-        return table.select_columns(["input_ids", "labels"]).select(self._indices)
+        return self._table.select_columns(["input_ids", "labels"])
 
 
 class _RowFile:
@@ -103,36 +103,11 @@ class _RowFile:
             for batch in batches:
                 stream.write_batch(_record_batch(batch))
 
-    def open(self) -> int:
-        """Map the file into memory and return its number of rows."""
-        self._batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path))).read_all().to_batches()
-        self._starts = numpy.cumsum([0, *map(len, self._batches)])
-        return int(self._starts[-1])
 
-    def batches(self, indices: numpy.ndarray) -> Iterator[tuple[pyarrow.RecordBatch, list[int]]]:
-        """Yield each batch that holds some of the rows, with the places of these rows in the batch."""
-        numbers = numpy.searchsorted(self._starts, indices, side="right") - 1  # of each row's batch
-        ends = numpy.flatnonzero(numpy.diff(numbers, append=-1)) + 1
-        for begin, end in pairwise([0, *ends]):
-            number = numbers[begin]
-            yield self._batches[number], (indices[begin:end] - self._starts[number]).tolist()
-
-
-def _conversations(batch: pyarrow.RecordBatch, indices: Sequence[int]) -> Iterator[Conversation]:
-    place, messages, ids, labels, lost, truncated = batch.columns
-    id_values, id_starts = ids.values.to_numpy(), ids.offsets.to_numpy()  # views of the file, not copies
-    label_values, label_starts = labels.values.to_numpy(), labels.offsets.to_numpy()
-    for i in indices:
-        yield Conversation(
-            place=place[i].as_py(),
-            messages=json.loads(messages[i].as_py()),
-            encoded=Encoded(
-                id_values[id_starts[i] : id_starts[i + 1]].tolist(),
-                label_values[label_starts[i] : label_starts[i + 1]].tolist(),
-            ),
-            supervised_lost=lost[i].as_py(),
-            truncated=truncated[i].as_py(),
-        )
+def _conversation(
+    place: str, messages: str, input_ids: list[int], labels: list[int], supervised_lost: int, truncated: bool
+) -> Conversation:
+    return Conversation(place, json.loads(messages), Encoded(input_ids, labels), supervised_lost, truncated)
 
 
 def _remove(folder: str, owner: int) -> None:
@@ -150,7 +125,7 @@ def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
         file = _RowFile()
         try:
             file.write(batches)
-            return Rows(file, numpy.arange(file.open()))
+            return Rows(file, Dataset.from_file(str(file.path)))
         except BaseException:
             file.remove()
             raise

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy
 from datasets import Dataset
 
 from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
-from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
+from qlora_recipes.data.encoding import ConversationEncoder, Rendered
 from qlora_recipes.data.figures import FIGURES, RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
@@ -57,15 +57,15 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
         SetupError: when the disk has no room for the encoded rows.
     """
     dropped: Counter[str] = Counter()
-    batches = [numpy.empty(0, FIGURES)]
+    measured = [numpy.empty(0, FIGURES)]
     formatted = _formatted(settings, dropped)
-    encoded = _encoded(formatted, encoder, settings.training["max_length"], dropped)
-    rows = write_rows(_measured(encoded, RowMeter(encoder), batches))
+    rows = write_rows(_encoded(formatted, encoder, settings.training["max_length"], dropped, measured))
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
         raise DataError(_nothing_usable(settings, dropped))
-    every = numpy.concatenate(batches)
+    every = numpy.concatenate(measured)
+    measured.clear()  # 67 bytes a row, which are in `every` now
     held_out = _held_out(every["question"], settings.data.held_out)
     train, figures = rows.where(~held_out), every[~held_out]
     return PreparedData(
@@ -114,17 +114,25 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
 
 
 def _encoded(
-    rows: Iterator[tuple[str, list[Message]]], encoder: ConversationEncoder, max_length: int, dropped: Counter[str]
+    rows: Iterator[tuple[str, list[Message]]],
+    encoder: ConversationEncoder,
+    max_length: int,
+    dropped: Counter[str],
+    measured: list[numpy.ndarray],
 ) -> Iterator[list[Conversation]]:
+    """Yield usable rows in batches, and append the figures of each batch to `measured`."""
+    meter = RowMeter(encoder)
     for batch in _rendered(rows, encoder, dropped):
         wholes = encoder.tokenize([rendered for _, _, rendered in batch])
-        conversations = [
-            _conversation(place, messages, whole, max_length)
-            for (place, messages, _), whole in zip(batch, wholes, strict=True)
-        ]
-        usable = [conversation for conversation in conversations if conversation.encoded.supervised]
-        if len(usable) < len(batch):
-            dropped[TOO_LONG] += len(batch) - len(usable)
+        usable = []
+        for (place, messages, _), whole in zip(batch, wholes, strict=True):
+            cut = whole.cut(max_length)
+            lost, truncated = whole.supervised - cut.supervised, len(whole.input_ids) > max_length
+            if cut.supervised:
+                usable.append(Conversation(place, messages, cut, lost, truncated))
+            else:
+                dropped[TOO_LONG] += 1
+        measured.append(meter.measure(usable))
         yield usable
 
 
@@ -146,25 +154,6 @@ def _rendered(
             yield batch
             batch, characters = [], 0
     if batch:
-        yield batch
-
-
-def _conversation(place: str, messages: list[Message], whole: Encoded, max_length: int) -> Conversation:
-    cut = whole.cut(max_length)
-    return Conversation(
-        place=place,
-        messages=messages,
-        encoded=cut,
-        supervised_lost=whole.supervised - cut.supervised,
-        truncated=len(whole.input_ids) > max_length,
-    )
-
-
-def _measured(
-    batches: Iterable[list[Conversation]], meter: RowMeter, figures: list[numpy.ndarray]
-) -> Iterator[list[Conversation]]:
-    for batch in batches:
-        figures.append(meter.measure(batch))
         yield batch
 
 

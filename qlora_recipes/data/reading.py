@@ -61,12 +61,7 @@ def _json_rows(path: Path) -> Rows:
     if _is_json_lines(path):
         yield from _jsonl_rows(path)
         return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON, {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_unreadable(error)}") from error
+    content = _parsed(path.read_text(encoding="utf-8-sig"), path)
     if isinstance(content, dict):
         lists = [key for key, value in content.items() if isinstance(value, list)]
         if len(lists) != 1:
@@ -97,19 +92,22 @@ def _jsonl_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}, column {error.colno}: broken JSON, {error.msg}") from error
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}, line {number}: {_unreadable(error)}") from error
+                yield f"line {number}", _parsed(line, path, number)
 
 
-def _unreadable(error: Exception) -> str:
-    """Describe what JSON allows and Python's parser rejects: a very long number, or very deep nesting."""
-    if isinstance(error, RecursionError):
-        return "lists or objects are nested too deeply to be read, expected rows of names with values"
-    return f"a number is too long to be read, expected text in quotes ({_first_line(error)})"
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """Return a JSON document, which is the whole file or one line of it."""
+    where = f"{path}, line {line}" if line else str(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line or error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: broken JSON, {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: lists or objects are nested too deeply, expected names with values") from error
+    except ValueError as error:
+        reason = f"a number is too long to be read, expected text in quotes ({_first_line(error)})"
+        raise DataError(f"{where}: {reason}") from error
 
 
 def _csv_rows(path: Path) -> Rows:

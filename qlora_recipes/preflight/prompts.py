@@ -45,9 +45,7 @@ def _prompt_agrees(run: Run, row: Conversation) -> bool:
     before = row.messages[:-1]
     prompt = run.encoder.encode_prompt(before)
     trained = row.encoded
-    starts_there = trained.input_ids[: len(prompt)] == prompt and all(
-        label != IGNORED for label in trained.labels[len(prompt) :]
-    )
+    starts_there = trained.input_ids[: len(prompt)] == prompt and IGNORED not in trained.labels[len(prompt) :]
     # lm-eval and chat render to text and encode it; no BOS is added where the text starts with one
     text = _rendered(run.tokenizer, before, add_generation_prompt=True)
     whole = _rendered(run.tokenizer, row.messages)
@@ -124,29 +122,23 @@ def _forging(run: Run, pieces: list[str]) -> list[str]:
     """
     tokens = _added_tokens(run)
     plain = any(not any(token in piece for token in tokens) for piece in pieces)
-    forges = _is_accepted if plain else _changes_structure
-    return [piece for piece in pieces if forges(run.encoder, piece)]
-
-
-def _is_accepted(encoder: ConversationEncoder, text: str) -> bool:
-    try:
-        encoder.encode(_question(text))
-    except RowError:
-        return False
-    return True
+    if plain:
+        return [piece for piece in pieces if _accepted_ids(run.encoder, piece) is not None]
+    return [piece for piece in pieces if _changes_structure(run.encoder, piece)]
 
 
 def _changes_structure(encoder: ConversationEncoder, text: str) -> bool:
     """Whether a question with this text is accepted and produces other control tokens than plain words do."""
+    ids = _accepted_ids(encoder, text)
+    return ids is not None and encoder.control_tokens(ids) != encoder.structure(("user", "assistant"))
+
+
+def _accepted_ids(encoder: ConversationEncoder, question: str) -> list[int] | None:
+    said = [{"role": "user", "content": question}, {"role": "assistant", "content": "words"}]
     try:
-        ids = encoder.encode(_question(text)).input_ids
+        return encoder.encode(said).input_ids
     except RowError:
-        return False
-    return encoder.control_tokens(ids) != encoder.structure(("user", "assistant"))
-
-
-def _question(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": "words"}]
+        return None
 
 
 def control_tokens(run: Run) -> Check:
