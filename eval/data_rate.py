@@ -126,7 +126,8 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
     from qlora_recipes.base.loading import load_tokenizer
     from qlora_recipes.data.encoding import ConversationEncoder
     from qlora_recipes.data.prepare import prepare
-    from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, run_checks
+    from qlora_recipes.preflight import BEFORE_LOADING, run_checks
+    from qlora_recipes.stages import Prepared, Run
 
     copies = folder / "copies.jsonl"
     write_copies(rows, count, copies)
@@ -136,7 +137,7 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
         settings = resolve(measured(recipe, rows, meter), model=tokenizer, dataset=str(copies))
         data = prepare(settings, encoder)
         meter.mark("split and counted")
-        run_checks(BEFORE_LOADING, ReadRun(settings, loaded, encoder, data))
+        run_checks(BEFORE_LOADING, Run(Prepared(settings, loaded, encoder, data)))
         meter.mark("checked")
     return {
         "marks": [asdict(mark) for mark in meter.marks],

@@ -1,4 +1,4 @@
-"""What the run stands on: package versions, git state, devices and threads."""
+"""The machine and what is installed on it: package versions, git state, threads and memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _RECORDED = (
 
 
 def check_versions() -> None:
-    """Refuse packages outside the ranges that setup.cfg states, which are those that were tested.
+    """Refuse packages outside the tested ranges, which setup.cfg states.
 
     Raises:
-        SetupError: naming each package, and the command that mends it.
+        SetupError: naming each package, and the command that fixes it.
     """
     if _version(_DISTRIBUTION) is None:
         raise SetupError(f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e .")
@@ -93,7 +93,7 @@ def is_sharded() -> bool:
 def usable_bytes(device_type: str, local_processes: int) -> int:
     """Return the memory that one process may plan with: a whole GPU, or its share of half the machine.
 
-    Of all there is and not of what is free, so that runs started one after the other are cut up alike.
+    Of all there is and not of what is free, so that runs started one after the other get the same plan.
     """
     if device_type == "cuda":
         import torch
@@ -118,7 +118,7 @@ def resident_bytes(device_type: str) -> int:
 
 
 def reset_peak(device_type: str) -> None:
-    """Have `peak_since_reset` begin anew."""
+    """Start `peak_since_reset` anew."""
     if device_type == "cuda":
         import torch
 

@@ -1,25 +1,27 @@
-"""What a check may look at: a run that grows from rows read, over a base loaded, to an adapter trained."""
+"""A run made of parts: rows prepared, model loaded, trainer built, adapter trained. All that a check may look at."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import PreparedData
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import AdapterReceipt, BaseReceipt
+from qlora_recipes.run.receipt import AdapterReceipt, BaseReceipt, MemoryReceipt
 from qlora_recipes.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
+
+_Part = TypeVar("_Part")
 
 
-@dataclass
-class ReadRun:
-    """A run with its rows read, encoded and split."""
+@dataclass(frozen=True)
+class Prepared:
+    """Settings, and the rows as read, encoded and split with them."""
 
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
@@ -27,30 +29,93 @@ class ReadRun:
     data: PreparedData
 
 
-@dataclass
-class LoadedRun(ReadRun):
-    """A run with its base loaded and an adapter attached."""
+@dataclass(frozen=True)
+class Loaded:
+    """The frozen base with a new adapter on it."""
 
     base: BaseReceipt
     model: PeftModel
     repairs: list[str]
-    """Upstream defects found and mended so far."""
+    """Upstream defects found and fixed so far."""
     base_bytes: int
     """Peak memory when the base was loaded."""
 
 
-@dataclass
-class ReadyRun(LoadedRun):
-    """A run with everything that its first step needs."""
-
-    trainer: SFTTrainer
-    non_weight_bytes: int = field(default=0, kw_only=True)
-    """Memory held right before the first step that is no weight: Python, libraries, rows."""
-
-
-@dataclass
-class TrainedRun(ReadyRun):
-    """A run after its last step."""
+@dataclass(frozen=True)
+class Trained:
+    """The adapter after the last step."""
 
     adapter: AdapterReceipt
     folder: RunFolder
+    memory: MemoryReceipt
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as far as it has come; reading a part that is not there yet is an AssertionError."""
+
+    prepared: Prepared
+    loaded: Loaded | None = None
+    built: SFTTrainer | None = None
+    trained: Trained | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.prepared.settings
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.prepared.tokenizer
+
+    @property
+    def encoder(self) -> ConversationEncoder:
+        return self.prepared.encoder
+
+    @property
+    def data(self) -> PreparedData:
+        return self.prepared.data
+
+    @property
+    def base(self) -> BaseReceipt:
+        return self._loaded.base
+
+    @property
+    def model(self) -> PeftModel:
+        return self._loaded.model
+
+    @property
+    def repairs(self) -> list[str]:
+        return self._loaded.repairs
+
+    @property
+    def base_bytes(self) -> int:
+        return self._loaded.base_bytes
+
+    @property
+    def trainer(self) -> SFTTrainer:
+        return _reached(self.built, "trainer")
+
+    @property
+    def adapter(self) -> AdapterReceipt:
+        return self._trained.adapter
+
+    @property
+    def folder(self) -> RunFolder:
+        return self._trained.folder
+
+    @property
+    def memory(self) -> MemoryReceipt:
+        return self._trained.memory
+
+    @property
+    def _loaded(self) -> Loaded:
+        return _reached(self.loaded, "loaded model")
+
+    @property
+    def _trained(self) -> Trained:
+        return _reached(self.trained, "trained adapter")
+
+
+def _reached(part: _Part | None, name: str) -> _Part:
+    assert part is not None, f"the run has no {name} yet: that part of it is made later"
+    return part

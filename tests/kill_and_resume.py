@@ -1,4 +1,4 @@
-"""Kill runs with SIGKILL at random moments, go on with them, and hold what comes out against the run that was let be.
+"""Kill runs with SIGKILL at random moments, resume them, and compare the results with those of an uninterrupted run.
 
     python tests/kill_and_resume.py --kills 30
 
@@ -208,7 +208,7 @@ def outcome(output: Path) -> dict[str, Any]:
 
 
 def kill_once(folder: Path, variant: str, place: str, reference: Session, chance: random.Random, number: int) -> dict:
-    """Kill a run once, and sometimes once more, go on with it to its end, and return how it compares."""
+    """Kill a run once, and sometimes once more, resume it to its end, and return how it compares."""
     output = folder / f"killed-{number}"
     sessions = [run(folder, variant, output, aim_at(place, reference, chance))]
     if sessions[0].killed and chance.random() < 0.25:

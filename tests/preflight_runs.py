@@ -8,8 +8,7 @@ from pathlib import Path
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.figures import RowMeter
-from qlora_recipes.data.prepare import PreparedData
-from qlora_recipes.preflight import ReadRun, ReadyRun, run_checks
+from qlora_recipes.preflight import Run, run_checks
 from qlora_recipes.recipe import Recipe
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check
@@ -17,20 +16,25 @@ from qlora_recipes.settings import resolve
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 
 
-def read(recipe: type[Recipe], model: Path, **options: object) -> ReadRun:
+def read(recipe: type[Recipe], model: Path, **options: object) -> Run:
     return prepare_rows(resolve(recipe, model=str(model), **options))
 
 
-def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> ReadyRun:
+def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> Run:
     loaded = load_model(read(recipe, model, output_dir=folder, **options))
-    return ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(folder)))
+    return replace(loaded, built=build_trainer(loaded, RunFolder(folder)))
+
+
+def changed(run: Run, **prepared: object) -> Run:
+    """Return the run with other settings, tokenizer, encoder or data."""
+    return replace(run, prepared=replace(run.prepared, **prepared))
 
 
 def verdict_of(check: Callable[..., Check], run: object) -> Check:
     return run_checks([check], run)[0]
 
 
-def with_rows(run: ReadRun, messages: Sequence[tuple[str, str]]) -> ReadRun:
+def with_rows(run: Run, messages: Sequence[tuple[str, str]]) -> Run:
     """Return the run with other conversations, of one question and answer each, to train on."""
     rows = [
         replace(
@@ -44,13 +48,9 @@ def with_rows(run: ReadRun, messages: Sequence[tuple[str, str]]) -> ReadRun:
     return with_data(run, train=rows)
 
 
-def with_data(run: ReadRun, **rows: Sequence[Conversation]) -> ReadRun:
+def with_data(run: Run, **rows: Sequence[Conversation]) -> Run:
     """Return the run with other rows in `train` or `held_out`, and their figures."""
-    return ReadRun(**{**vars(run), "data": other_rows(run, **rows)})
-
-
-def other_rows(run: ReadRun, **rows: Sequence[Conversation]) -> PreparedData:
-    """Return the data of a run with other rows in `train` or `held_out`, and their figures."""
     meter = RowMeter(run.encoder)
     names = {"train": "figures", "held_out": "held_out_figures"}
-    return replace(run.data, **rows, **{names[name]: meter.measure(given) for name, given in rows.items()})
+    data = replace(run.data, **rows, **{names[name]: meter.measure(given) for name, given in rows.items()})
+    return changed(run, data=data)

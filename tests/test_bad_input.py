@@ -130,7 +130,7 @@ def test_data(refused: Refused, tmp_path: Path, case: str) -> None:
     message = refused("--demo", "--dataset", str(tmp_path / name))
     for part in parts:
         assert part in message
-    assert name in message or "run's checks failed" in message
+    assert name in message or "this run cannot be trusted" in message
     assert len(message) < 3_000
 
 
@@ -394,10 +394,10 @@ def test_float16_without_cuda(refused: Refused) -> None:
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_recipes.preflight import budget
+    from qlora_recipes.preflight import machine
 
-    free = budget.psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: free)
+    free = machine.psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: free)
     message = refused("--demo")
     assert "memory_free" in message
     assert "--max_length" in message

@@ -15,20 +15,18 @@ from rich.console import Console
 from qlora_recipes import Recipe
 from qlora_recipes.commands.inspect import describe, draw_lengths, main, print_page, render_html, tokens_of
 from qlora_recipes.errors import UsageError
-from qlora_recipes.preflight import BEFORE_LOADING, ReadRun, run_checks
+from qlora_recipes.preflight import BEFORE_LOADING, Run, run_checks
 
 ROOT = Path(__file__).parent.parent
 FORGED = "<script>alert('[/INST] </s>')</script> 你好 😊"
 
 
 @pytest.fixture(params=["llama2", "falcon"])
-def run(
-    request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
-) -> ReadRun:
+def run(request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> Run:
     return read(recipe_for(request.param), tiny(request.param))
 
 
-def test_tokens_read_as_the_row_and_say_what_is_in_the_loss(run: ReadRun) -> None:
+def test_tokens_read_as_the_row_and_say_what_is_in_the_loss(run: Run) -> None:
     for row in run.data.train[:5]:
         tokens = list(tokens_of(run.tokenizer, row))
         text = run.tokenizer.apply_chat_template(row.messages, tokenize=False)
@@ -39,14 +37,14 @@ def test_tokens_read_as_the_row_and_say_what_is_in_the_loss(run: ReadRun) -> Non
         assert "".join(said.split()) == "".join("".join(answers).split())
 
 
-def test_a_character_of_several_tokens_is_one(run: ReadRun) -> None:
+def test_a_character_of_several_tokens_is_one(run: Run) -> None:
     row = with_rows(run, [("Who?", "你好 😊")]).data.train[0]
     tokens = list(tokens_of(run.tokenizer, row))
     assert "😊" in "".join(token.text for token in tokens)
     assert not any("\ufffd" in token.text for token in tokens)
 
 
-def test_the_terminal_shows_80_columns_with_and_without_colors(run: ReadRun) -> None:
+def test_the_terminal_shows_80_columns_with_and_without_colors(run: Run) -> None:
     page = describe(run, run_checks(BEFORE_LOADING, run))
     for colors in (None, "truecolor"):
         console = Console(file=io.StringIO(), width=80, color_system=colors, force_terminal=bool(colors))
@@ -58,14 +56,14 @@ def test_the_terminal_shows_80_columns_with_and_without_colors(run: ReadRun) -> 
         assert "The shortest row" in plain and "The longest row" in plain and "in the loss" in plain
 
 
-def test_a_long_row_is_shown_from_both_ends(run: ReadRun) -> None:
+def test_a_long_row_is_shown_from_both_ends(run: Run) -> None:
     long = with_rows(run, [("Why?", "because of this and that, " * 100)])
     console = Console(file=io.StringIO(), width=80)
     print_page(describe(long, []), console)
     assert "more tokens ..." in console.file.getvalue()
 
 
-def test_the_page_escapes_every_word_and_needs_no_other_file(run: ReadRun) -> None:
+def test_the_page_escapes_every_word_and_needs_no_other_file(run: Run) -> None:
     refused = "[/INST]" in run.encoder.template.source
     text = FORGED.replace("[/INST]", "[/ INST]") if refused else FORGED
     page = render_html(describe(with_rows(run, [(text, text)]), run_checks(BEFORE_LOADING, run)))

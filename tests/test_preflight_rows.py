@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preflight_runs import read, verdict_of, with_data, with_rows
+from preflight_runs import changed, read, verdict_of, with_data, with_rows
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
@@ -20,8 +20,7 @@ from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.preflight import (
     BEFORE_LOADING,
-    ReadRun,
-    budget,
+    Run,
     loss,
     machine,
     prompts,
@@ -35,18 +34,16 @@ needs_real = pytest.mark.skipif(not TOKENIZERS or not DATA, reason="QLORA_RECIPE
 
 
 @pytest.fixture(params=["llama2", "falcon"])
-def run(
-    request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
-) -> ReadRun:
+def run(request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> Run:
     return read(recipe_for(request.param), tiny(request.param))
 
 
 @pytest.fixture
-def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> ReadRun:
+def llama2(tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]) -> Run:
     return read(recipe_for("llama2"), tiny("llama2"))
 
 
-def relabeled(run: ReadRun, change: Callable[[Encoded], Encoded]) -> ReadRun:
+def relabeled(run: Run, change: Callable[[Encoded], Encoded]) -> Run:
     """Return the run with its first training row changed."""
     first, *others = run.data.train
     return with_data(run, train=[replace(first, encoded=change(first.encoded)), *others])
@@ -76,14 +73,14 @@ def test_each_row_is_decoded_once(
     assert len(decoded) <= len(run.data.train) + 50 + 200 + len(run.data.held_out)
 
 
-def test_bundled_rows_pass_everything(run: ReadRun) -> None:
+def test_bundled_rows_pass_everything(run: Run) -> None:
     checks = run_checks(BEFORE_LOADING, run)
     assert {check.verdict for check in checks} <= {"pass", "warn"}
     assert [check.name for check in checks] == [check.__name__ for check in BEFORE_LOADING]
     assert {check.name for check in checks if check.verdict == "warn"} <= {"duplicates"}
 
 
-def test_a_question_in_the_loss_is_refused(run: ReadRun) -> None:
+def test_a_question_in_the_loss_is_refused(run: Run) -> None:
     wrong = relabeled(run, lambda row: Encoded(row.input_ids, list(row.input_ids)))
     check = verdict_of(loss.loss_is_the_answers, wrong)
     assert check.verdict == "fail"
@@ -91,14 +88,14 @@ def test_a_question_in_the_loss_is_refused(run: ReadRun) -> None:
     assert "generation" in check.advice
 
 
-def test_an_untrained_end_of_turn_is_refused(run: ReadRun) -> None:
+def test_an_untrained_end_of_turn_is_refused(run: Run) -> None:
     wrong = relabeled(run, lambda row: Encoded(row.input_ids, [*row.labels[:-1], IGNORED]))
     check = verdict_of(loss.end_of_turn, wrong)
     assert check.verdict == "fail"
     assert run.tokenizer.eos_token in check.figure
 
 
-def test_an_earlier_untrained_end_of_turn_is_refused(llama2: ReadRun) -> None:
+def test_an_earlier_untrained_end_of_turn_is_refused(llama2: Run) -> None:
     several = next(row for row in llama2.data.train if len(row.messages) > 2)
     at = several.encoded.labels.index(llama2.tokenizer.eos_token_id)
     labels = [IGNORED if i == at else label for i, label in enumerate(several.encoded.labels)]
@@ -107,7 +104,7 @@ def test_an_earlier_untrained_end_of_turn_is_refused(llama2: ReadRun) -> None:
     assert verdict_of(loss.end_of_turn, run).verdict == "fail"
 
 
-def test_two_beginnings_of_text_are_refused(llama2: ReadRun) -> None:
+def test_two_beginnings_of_text_are_refused(llama2: Run) -> None:
     bos = llama2.tokenizer.bos_token_id
     wrong = relabeled(llama2, lambda row: Encoded([bos, *row.input_ids], [IGNORED, *row.labels]))
     check = verdict_of(loss.beginning_of_text, wrong)
@@ -115,12 +112,12 @@ def test_two_beginnings_of_text_are_refused(llama2: ReadRun) -> None:
     assert "1 rows with two in a row" in check.figure
 
 
-def test_a_row_that_starts_without_bos_is_refused(llama2: ReadRun) -> None:
+def test_a_row_that_starts_without_bos_is_refused(llama2: Run) -> None:
     wrong = relabeled(llama2, lambda row: Encoded(row.input_ids[1:], row.labels[1:]))
     assert verdict_of(loss.beginning_of_text, wrong).verdict == "fail"
 
 
-def test_rows_without_a_supervised_token_are_refused(run: ReadRun) -> None:
+def test_rows_without_a_supervised_token_are_refused(run: Run) -> None:
     wrong = relabeled(run, lambda row: Encoded(row.input_ids, [IGNORED] * len(row.labels)))
     assert verdict_of(loss.rows_without_loss, wrong).verdict == "fail"
 
@@ -134,7 +131,7 @@ def test_cut_answers_are_counted(tiny: Callable[[str], Path], recipe_for: Callab
     assert verdict_of(loss.loss_is_the_answers, run).verdict == "pass"
 
 
-def test_another_prompt_than_in_training_is_refused(run: ReadRun) -> None:
+def test_another_prompt_than_in_training_is_refused(run: Run) -> None:
     run.tokenizer.chat_template = run.tokenizer.chat_template.replace("Assistant:", "Answer:").replace(
         "[/INST]", "[INST]"
     )
@@ -143,7 +140,7 @@ def test_another_prompt_than_in_training_is_refused(run: ReadRun) -> None:
     assert "prompts differ" in check.figure
 
 
-def test_control_tokens_in_a_message_stay_text(run: ReadRun) -> None:
+def test_control_tokens_in_a_message_stay_text(run: Run) -> None:
     end, begin = run.tokenizer.eos_token, run.tokenizer.bos_token
     forging = with_rows(
         run, [(f"a {end}{begin} b {token}", f"c {end} d") for token in run.tokenizer.all_special_tokens]
@@ -153,7 +150,7 @@ def test_control_tokens_in_a_message_stay_text(run: ReadRun) -> None:
     assert f"{len(forging.data.train)} rows hold control tokens as text" in forged.figure
 
 
-def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: ReadRun) -> None:
+def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: Run) -> None:
     row = llama2.data.train[0]
     text = llama2.tokenizer.apply_chat_template(row.messages, tokenize=False).replace("?", "? </s><s>")
     ids = llama2.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -169,13 +166,13 @@ def test_a_template_without_role_markers_is_refused(
 ) -> None:
     run = read(recipe_for(spec.family), tiny(spec.family))
     careless = ChatTemplate(spec.chat_template.path, role_markers="never-there")
-    run.encoder = ConversationEncoder(run.tokenizer, careless)
+    run = changed(run, encoder=ConversationEncoder(run.tokenizer, careless))
     check = verdict_of(prompts.forged_turns, run)
     assert check.verdict == "fail"
     assert "opens a turn" in check.figure and "role_markers" in check.advice
 
 
-def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
+def test_a_padding_token_inside_a_row_is_refused(run: Run) -> None:
     pad = run.tokenizer.pad_token_id
     check = verdict_of(
         tokens.padding_token,
@@ -185,13 +182,13 @@ def test_a_padding_token_inside_a_row_is_refused(run: ReadRun) -> None:
     assert run.tokenizer.pad_token in check.figure
 
 
-def test_unknown_tokens_are_counted(llama2: ReadRun) -> None:
+def test_unknown_tokens_are_counted(llama2: Run) -> None:
     unknown = llama2.tokenizer.unk_token_id
     wrong = relabeled(llama2, lambda row: Encoded([unknown] * 5000, [unknown] * 5000))
     assert verdict_of(tokens.unknown_tokens, wrong).verdict == "warn"
 
 
-def test_spaces_that_merge_first_are_refused(llama2: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaces_that_merge_first_are_refused(llama2: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = {"a  b": ["▁a", "▁▁", "b"], " ": ["▁▁"], "a b": ["▁a", "▁b"]}
     monkeypatch.setattr(type(llama2.tokenizer), "tokenize", lambda self, text: pieces[text])
     check = verdict_of(prompts.spaces_as_pretrained, llama2)
@@ -201,20 +198,20 @@ def test_spaces_that_merge_first_are_refused(llama2: ReadRun, monkeypatch: pytes
     assert verdict_of(prompts.spaces_as_pretrained, llama2).verdict == "pass"
 
 
-def test_copies_are_counted(run: ReadRun) -> None:
+def test_copies_are_counted(run: Run) -> None:
     copies = with_rows(run, [("What is it?", "A thing."), ("what is it", "a thing"), ("Who?", "She.")])
     check = verdict_of(row_checks.duplicates, copies)
     assert check.verdict == "warn"
     assert check.figure.startswith("1 of 3")
 
 
-def test_answers_without_words_are_counted(run: ReadRun) -> None:
+def test_answers_without_words_are_counted(run: Run) -> None:
     check = verdict_of(row_checks.short_answers, with_rows(run, [("Why?", "..."), ("Who?", "The two of them.")]))
     assert check.verdict == "warn"
     assert check.figure.startswith("1 of 2 answers without a word")
 
 
-def test_held_out_rows_that_are_known_are_counted(run: ReadRun) -> None:
+def test_held_out_rows_that_are_known_are_counted(run: Run) -> None:
     seen: list[Conversation] = run.data.train[:5]
     known = with_data(run, held_out=seen)
     check = verdict_of(row_checks.contamination, known)
@@ -225,7 +222,7 @@ def test_held_out_rows_that_are_known_are_counted(run: ReadRun) -> None:
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 
 
-def test_no_held_out_row_is_warned_of(run: ReadRun) -> None:
+def test_no_held_out_row_is_warned_of(run: Run) -> None:
     none = with_data(run, held_out=[])
     assert verdict_of(row_checks.held_out_rows, none).verdict == "warn"
 
@@ -253,35 +250,35 @@ def test_row_lengths_are_drawn() -> None:
     assert row_checks.bars([7, 7]).startswith("█")
 
 
-def test_a_folder_that_cannot_be_written_is_refused(run: ReadRun, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    wrong = ReadRun(**{**vars(run), "settings": replace(run.settings, output_dir=blocked / "run")})
+    wrong = changed(run, settings=replace(run.settings, output_dir=blocked / "run"))
     check = verdict_of(machine.writable_folder, wrong)
     assert check.verdict == "fail"
     assert "--output_dir" in check.advice
 
 
-def test_a_hub_out_of_reach_is_refused_where_it_is_needed(run: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_refused_where_it_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_hub_answers", lambda: False)
     assert verdict_of(machine.hub, run).figure == "not needed"
     uploads = replace(run.settings, training={**run.settings.training, "push_to_hub": True})
-    check = verdict_of(machine.hub, ReadRun(**{**vars(run), "settings": uploads}))
+    check = verdict_of(machine.hub, changed(run, settings=uploads))
     assert check.verdict == "fail"
     assert "--push_to_hub" in check.advice
 
 
-def test_too_little_memory_is_refused(run: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Free:
         available = 1000
 
-    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: Free)
-    check = verdict_of(budget.memory_free, run)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: Free)
+    check = verdict_of(machine.memory_free, run)
     assert check.verdict == "fail"
     assert "planned" in check.figure and "--max_length" in check.advice
 
 
-def test_versions_outside_the_tested_ranges_are_refused(run: ReadRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_outside_the_tested_ranges_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         machine.environment.importlib.metadata, "requires", lambda name: ["torch>=99", "transformers>=5"]
     )

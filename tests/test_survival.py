@@ -1,4 +1,4 @@
-"""A run that was stopped, damaged or starved goes on to the same bits, or says what is wrong and loses nothing."""
+"""A run that was stopped, damaged or starved is resumed to the same bits, or says what is wrong and loses nothing."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_random_kills_end_the_same() -> None:
         (dict(lora=dict(r=8)), "lora.r: was 4, now 8"),
     ],
 )
-def test_another_run_is_not_gone_on_with(runs: Runs, tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_another_run_is_not_resumed(runs: Runs, tmp_path: Path, change: dict[str, Any], named: str) -> None:
     folder = RunFolder(runs.folder / "whole")
     choices = dict(model=str(runs.model), dataset=runs.recipe.dataset.source, output_dir=folder.path) | change
     choices["training"] = STEPS | choices.get("training", {})
@@ -374,12 +374,12 @@ def test_other_weights_or_rows_under_the_same_names_are_another_run(runs: Runs, 
         journal.refuse_another({**identity, key: "other"})
 
 
-def test_a_finished_run_has_nothing_to_go_on_with(runs: Runs) -> None:
-    with pytest.raises(RunFolderError, match="finished run; nothing is left"):
+def test_a_finished_run_has_nothing_to_resume(runs: Runs) -> None:
+    with pytest.raises(RunFolderError, match="finished run; there is nothing to resume"):
         runs.train("whole", resume=True)
 
 
-def test_a_folder_of_other_files_is_not_gone_on_with(runs: Runs, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_not_resumed(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="holds other files"):
         find_checkpoint(RunFolder(tmp_path), runs.settings("whole"))
@@ -387,9 +387,15 @@ def test_a_folder_of_other_files_is_not_gone_on_with(runs: Runs, tmp_path: Path)
 
 def test_a_folder_whose_start_is_unreadable_is_refused(runs: Runs) -> None:
     folder = runs.copy("unreadable")
-    folder.started.write_text("{")
-    with pytest.raises(RunFolderError, match=r"started\.json cannot be read"):
-        find_checkpoint(folder, runs.settings("unreadable"))
+    content = json.loads(folder.started.read_text())
+    for text, named in {
+        "{": r"started\.json is damaged",
+        json.dumps({**content, "run": "llama2"}): r"started\.json, key run: .*got 'llama2'",
+        json.dumps({**content, "resumes": [{"at": "now"}]}): r"started\.json, key resumes\.0\.from_step",
+    }.items():
+        folder.started.write_text(text)
+        with pytest.raises(RunFolderError, match=named):
+            find_checkpoint(folder, runs.settings("unreadable"))
 
 
 def test_leftovers_of_a_killed_write_do_not_keep_a_run_from_being_replaced(runs: Runs) -> None:

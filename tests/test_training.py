@@ -117,8 +117,18 @@ def test_the_receipt_says_what_was_trained(runs: Train) -> None:
     assert receipt.precision == "nf4"
     assert receipt.seed == 0
     assert receipt.versions["trl"]
-    assert {check.verdict for check in receipt.checks} <= {"pass", "warn", "off"}
+    assert {check.verdict for check in receipt.checks} <= {"pass", "warn", "untested"}
     assert folder.loss_plot.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("logging", [dict(logging_steps=50), dict(logging_strategy="no")])
+def test_a_run_that_logs_no_loss_has_the_mean_of_its_steps(runs: Train, logging: dict[str, Any]) -> None:
+    receipt, every = runs(**logging).receipt(), runs().receipt()
+    losses = [json.loads(line).get("loss") for line in runs().metrics.read_text().splitlines()]
+    mean = sum(loss for loss in losses if loss) / 3
+    assert receipt.training.first_loss == receipt.training.final_loss == pytest.approx(mean)
+    assert receipt.adapter.final_sha256 == every.adapter.final_sha256
+    assert next(check for check in receipt.checks if check.name == "loss_fell").verdict == "untested"
 
 
 @pytest.mark.parametrize("family", ["llama2", "falcon"])

@@ -74,7 +74,7 @@ def load_base(
     _check_device(precision, dtype, device)
     config = _from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made = _repair_architecture(config)
-    base = _from_hub(
+    base, loading = _from_hub(
         AutoModelForCausalLM.from_pretrained,
         model,
         revision,
@@ -84,12 +84,14 @@ def load_base(
         use_safetensors=True,  # a pickle can run code when it is opened
         attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
     if repairs.keep_4bit_gradients(base):
         made.append("keep_4bit_gradients")
     base.requires_grad_(False)
     base.config.use_cache = False
     receipt = describe_base(base, config, precision, model=model, revision=revision, dtype=dtype)
+    receipt.missing_keys = sorted(loading["missing_keys"])
     _check_quantized(receipt, precision)
     return base, receipt, made
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_recipes.data.prepare import Conversation
-    from qlora_recipes.preflight import ReadRun
+    from qlora_recipes.preflight import Run
     from qlora_recipes.run.receipt import Check
 
 USAGE = """usage: qlora-recipes inspect RECIPE [--html FILE] [any flag of the recipe]
@@ -119,7 +119,7 @@ def _take_html(words: Sequence[str]) -> tuple[list[str], Path | None]:
     return words[:at] + words[at + 2 :], file
 
 
-def describe(run: ReadRun, checks: list[Check]) -> Page:
+def describe(run: Run, checks: list[Check]) -> Page:
     """Return what is shown of the rows of a run."""
     lengths = [len(row.encoded.input_ids) for row in run.data.train]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

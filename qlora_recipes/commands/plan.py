@@ -19,6 +19,7 @@ from qlora_recipes.memory.sizes import adapter_parameters, parameter_count, size
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.recipe import load_recipe
+from qlora_recipes.run.display import figures_table
 from qlora_recipes.settings import Settings
 
 _LABELS = {
@@ -105,10 +106,7 @@ def _run_table(settings: Settings, work: Workload) -> Table:
         "adapter": f"rank {work.rank} on {', '.join(work.targets)}: {trained:,} weights",
         "run folder": str(settings.output_dir),
     }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, figure in rows.items():
-        table.add_row(name, Text(figure, overflow="fold"))
-    return table
+    return figures_table(rows)
 
 
 def _steps(settings: Settings) -> str:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from qlora_recipes.comparison.escape import plain
 from qlora_recipes.comparison.findings import Contrast, LossCurve, Report
 from qlora_recipes.comparison.paired import Comparison
+from qlora_recipes.run.display import running_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +81,8 @@ def loss_plot(losses: Sequence[LossCurve]) -> Markup:
         label = None if curve.precision in labeled else plain(curve.precision)
         labeled.add(curve.precision)
         axes.plot(
-            curve.steps, _smooth(curve.losses), color=colors[curve.precision], linewidth=1.4, alpha=0.85, label=label,
-            linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
+            curve.steps, running_mean(curve.losses, 20), color=colors[curve.precision], linewidth=1.4, alpha=0.85,
+            label=label, linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -110,12 +111,6 @@ def error_plot(report: Report) -> Markup | None:
 
 def _colors(names: Sequence[str]) -> Mapping[str, str]:
     return {name: _ARMS[i % len(_ARMS)] for i, name in enumerate(dict.fromkeys(names))}
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Average each value with those before it, over a twentieth of all."""
-    window = max(1, len(values) // 20)
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:

@@ -1,4 +1,4 @@
-"""What a person sees while runs are scored: one bar of ours, in the place of lm-eval's four and its log."""
+"""What a person sees while runs are scored: one bar, in place of lm-eval's four and its log."""
 
 from __future__ import annotations
 
@@ -11,41 +11,25 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from qlora_recipes.run.display import progress_bar
 
 _DRAWING = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
 
 
 class Bar:
-    """How far a task is; nothing where nobody looks."""
+    """How far a task is; nothing is drawn but on a terminal."""
 
     def __init__(self, name: str, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn(escape(name)),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = progress_bar(name, console)
         self._row = self._progress.add_task(name, total=None)
 
     def start(self, total: int) -> None:
-        """Say how many requests there are, once that is known."""
+        """Set how many requests there are, once that is known."""
         self._progress.reset(self._row, total=total)
 
     def advance(self, requests: int) -> None:
-        """Say that so many more are done."""
+        """Count so many more requests as done."""
         self._progress.advance(self._row, requests)
 
     def __enter__(self) -> Bar:
@@ -58,10 +42,10 @@ class Bar:
 
 @contextmanager
 def silence_lm_eval() -> Iterator[None]:
-    """Silence lm-eval's bars and its log below errors; what of it matters is counted and written down."""
+    """Silence lm-eval's bars and its log below errors; what matters of them is counted and recorded."""
     log = logging.getLogger("lm_eval")
     level = log.level
-    drawing = [sys.modules[name] for name in _DRAWING if hasattr(sys.modules.get(name), "tqdm")]
+    drawing: list[Any] = [sys.modules[name] for name in _DRAWING if hasattr(sys.modules.get(name), "tqdm")]
     bars = [module.tqdm for module in drawing]
     log.setLevel(logging.ERROR)
     for module, bar in zip(drawing, bars, strict=True):

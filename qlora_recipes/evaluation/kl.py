@@ -7,18 +7,14 @@ original weights are read from their file one matrix at a time.
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
-from transformers.utils import cached_file
 
+from qlora_recipes.base.checkpoint import layer_errors, weight_files
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.kl_files import (
@@ -33,12 +29,6 @@ from qlora_recipes.evaluation.kl_files import (
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredBase, RestoredRun, restore_base, restore_run
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.settings import model_location
-
-if TYPE_CHECKING:
-    from torch import nn
-
-_WEIGHTS = "model.safetensors"
 
 
 def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable[[str], None] = lambda _: None) -> None:
@@ -115,36 +105,6 @@ def _compare(run: RestoredRun, folder: Path) -> Divergence:
 
 def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -> None:
     if precision_named(key.precision).quantized and not read_quantization_error(folder):
-        write_quantization_error(folder, base.sha256, list(quantization_error(base.model, key)))
-
-
-@torch.no_grad()
-def quantization_error(model: nn.Module, key: BaseKey) -> Iterator[LayerError]:
-    """Yield the relative error of every quantized layer, held against the weights in the checkpoint's own file."""
-    files = _weight_files(key)
-    for name, module in model.named_modules():
-        if not _quantized(module) or f"{name}.weight" not in files:
-            continue
-        with safe_open(files[f"{name}.weight"], framework="pt") as checkpoint:
-            original = checkpoint.get_tensor(f"{name}.weight").to(getattr(torch, key.dtype)).float()
-        stored = dequantize_module_weight(module).float().cpu()
-        yield LayerError(name, float((stored - original).norm() / original.norm()))
-
-
-def _quantized(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and (getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8)
-
-
-def _weight_files(key: BaseKey) -> Mapping[str, str]:
-    """Return tensor name to the safetensors file that holds it."""
-    location, revision = model_location(key.model), key.revision or "main"
-    index = cached_file(
-        location, f"{_WEIGHTS}.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    if index is None:
-        single = cached_file(location, _WEIGHTS, revision=revision)
-        with safe_open(single, framework="pt") as checkpoint:
-            return dict.fromkeys(checkpoint.keys(), single)
-    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    return {name: str(Path(index).parent / shard) for name, shard in shards.items()}
+        files = weight_files(key.model, key.revision)
+        errors = layer_errors(base.model, files, getattr(torch, key.dtype))  # of whole layers, not of a sample
+        write_quantization_error(folder, base.sha256, [LayerError(*error) for error in errors])

@@ -1,7 +1,8 @@
 """What is checked of a run, and when: the lists below are the preflight.
 
-A check is a function of the run that returns a `Check`; its own name is the check's. `fail_unless` and `warn_unless`
-make one. A recipe adds checks of its own with `checks = (my_check,)`; they get a `ReadyRun`.
+A check is a function of the `Run` that returns a `Check`; its own name is the check's. `fail_unless` and `warn_unless`
+make one. A recipe adds its own with `checks = (my_check,)`; they are made before training. A check that fails before
+training stops the run before anything is written; one that fails afterwards leaves a folder without a receipt.
 """
 
 from __future__ import annotations
@@ -9,32 +10,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_recipes.preflight import (
-    answers,
-    budget,
-    dtypes,
     gradient,
     launch,
     loss,
     machine,
-    packing,
     prompts,
     rows,
-    steps,
-    storage,
     tokens,
     trained,
+    weights,
 )
-from qlora_recipes.preflight.running import CheckFunction, check_names, refuse_failed, run_checks
-from qlora_recipes.preflight.table import print_checks, tally
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.preflight.checks import (
+    CheckFunction,
+    check_names,
+    fail_unless,
+    passed,
+    print_checks,
+    refuse_failed,
+    run_checks,
+    tally,
+    untested,
+    warn_unless,
+)
 from qlora_recipes.recipe import Recipe
-from qlora_recipes.stages import LoadedRun, ReadRun, ReadyRun, TrainedRun
+from qlora_recipes.stages import Run
 
 BEFORE_LOADING: Sequence[CheckFunction] = (
     machine.versions,
     machine.writable_folder,
     machine.hub,
-    budget.memory_free,
+    machine.memory_free,
     rows.rows_dropped,
     rows.row_lengths,
     rows.duplicates,
@@ -53,34 +58,34 @@ BEFORE_LOADING: Sequence[CheckFunction] = (
     tokens.padding_token,
     tokens.unknown_tokens,
 )
-"""Made on a ReadRun: what can be refused before minutes go into loading a base."""
+"""Made on a run whose rows are prepared: what can be refused before minutes go into loading a base."""
 
 BEFORE_TRAINING: Sequence[CheckFunction] = (
     tokens.embedding_covers_ids,
     tokens.context_length,
     tokens.generation_stops,
     loss.trainer_keeps_the_loss,
-    steps.steps,
-    launch.processes,
-    launch.wrapper,
+    launch.steps,
+    launch.num_processes,
+    launch.distributed_type,
     launch.device,
     launch.mixed_precision,
     machine.disk_space,
-    storage.quantized_linears,
-    budget.base_bytes,
-    storage.checkpoint_names,
-    storage.quantization_error,
-    dtypes.base_dtype,
-    dtypes.compute_dtype,
-    dtypes.adapter_dtype,
-    dtypes.optimizer_state_dtype,
+    weights.quantized_linears,
+    machine.base_bytes,
+    weights.checkpoint_names,
+    weights.quantization_error,
+    weights.base_dtype,
+    weights.compute_dtype,
+    weights.adapter_dtype,
+    weights.optimizer_state_dtype,
     gradient.gradient,
     gradient.gradient_after_evaluation,
     gradient.starting_loss,
     gradient.adapter_starts_at_base,
-    packing.packing_leak,
+    gradient.packing_leak,
 )
-"""Made on a ReadyRun: everything that the first step needs is there."""
+"""Made on a run with its model and trainer: everything that the first step needs is there."""
 
 AFTER_TRAINING: Sequence[CheckFunction] = (
     trained.losses_finite,
@@ -89,22 +94,22 @@ AFTER_TRAINING: Sequence[CheckFunction] = (
     trained.loss_fell,
     trained.optimizer_state_kept,
     trained.base_unchanged,
-    budget.peak_as_planned,
+    machine.peak_as_planned,
 )
-"""Made on a TrainedRun, before anything of it is saved."""
+"""Made on a trained run, before its adapter is saved."""
 
 AFTER_SAVING: Sequence[CheckFunction] = (
     trained.adapter_reloads,
     trained.tokenizer_reloads,
-    answers.answers_end,
+    trained.answers_end,
 )
-"""Made on a TrainedRun whose adapter lies in its folder."""
+"""Made on a trained run whose adapter is in its folder; they decide whether there will be a receipt."""
 
 
 def names(recipe: type[Recipe]) -> list[str]:
     """Return the name of every check that a run of the recipe makes."""
-    stages = (BEFORE_LOADING, BEFORE_TRAINING, recipe.checks, AFTER_TRAINING, AFTER_SAVING)
-    return [check.__name__ for stage in stages for check in stage]
+    lists = (BEFORE_LOADING, BEFORE_TRAINING, recipe.checks, AFTER_TRAINING, AFTER_SAVING)
+    return [check.__name__ for checks in lists for check in checks]
 
 
 __all__ = [
@@ -113,10 +118,7 @@ __all__ = [
     "BEFORE_LOADING",
     "BEFORE_TRAINING",
     "CheckFunction",
-    "LoadedRun",
-    "ReadRun",
-    "ReadyRun",
-    "TrainedRun",
+    "Run",
     "check_names",
     "fail_unless",
     "names",
@@ -125,5 +127,6 @@ __all__ = [
     "refuse_failed",
     "run_checks",
     "tally",
+    "untested",
     "warn_unless",
 ]

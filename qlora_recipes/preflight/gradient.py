@@ -1,21 +1,27 @@
-"""One batch forward and backward: what trains is the adapter, all of it, and an evaluation changes nothing."""
+"""One batch forward and backward: the adapter trains, all of it and alone, and no conversation sees another."""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
+from trl.trainer.sft_config import SFTConfig
 
-from qlora_recipes.preflight.probes import forward, gradients, logits, probe_batch
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.data.encoding import Encoded
+from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
+from qlora_recipes.preflight.probes import collate, forward, gradients, logits, probe_batch
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadyRun
+from qlora_recipes.stages import Run
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
-_NOISE = 1e-3  # GPUs add in another order each time; the defect looked for halves the gradient
+# Of a norm, or of how far a changed conversation's own logits move: GPUs add in another order each time. The defect
+# that moves the gradient halves it; a leak between conversations measured 0.1 and more.
+_NOISE = 1e-3
+_TOKENS = 300  # of each of two packed conversations: together more than those that attention tells apart by a mask
 
 
-def gradient(run: ReadyRun) -> Check:
+def gradient(run: Run) -> Check:
     """Every adapter tensor has a finite gradient, and nothing else has one."""
     found = gradients(run, probe_batch(run))
     trained = {name: found[name] for name, weight in run.model.named_parameters() if weight.requires_grad}
@@ -39,24 +45,24 @@ def _norm(found: dict[str, torch.Tensor | None]) -> float:
     return math.sqrt(sum(float(value.float().square().sum()) for value in found.values() if value is not None))
 
 
-def gradient_after_evaluation(run: ReadyRun) -> Check:
+def gradient_after_evaluation(run: Run) -> Check:
     """An evaluation pass in between leaves the gradient as it was; on some CPUs it repacks 4-bit weights."""
     batch = probe_batch(run)
     before = gradients(run, batch)
     logits(run, batch)
     after = gradients(run, batch)
-    pairs = [(before[name], after[name]) for name in before if before[name] is not None]
-    lost = any(after is None for _, after in pairs)
+    pairs = [(first, after[name]) for name, first in before.items() if first is not None]
+    lost = any(second is None for _, second in pairs)
     moved = _norm({str(i): first - second for i, (first, second) in enumerate(pairs) if second is not None})
     share = 1.0 if lost else moved / max(_norm(before), 1e-12)
     return fail_unless(
         share <= _NOISE,
         f"moved by {share:.2g} of its norm",
-        "repairs.keep_4bit_gradients mends it for bitsandbytes' Linear4bit; until then train without evaluation.",
+        "repairs.keep_4bit_gradients fixes it for bitsandbytes' Linear4bit; until then train without evaluation.",
     )
 
 
-def starting_loss(run: ReadyRun) -> Check:
+def starting_loss(run: Run) -> Check:
     """A pretrained model is better than chance from the start; one with weights that did not load is not."""
     run.model.train()
     with torch.no_grad():
@@ -68,13 +74,50 @@ def starting_loss(run: ReadyRun) -> Check:
     return warn_unless(loss < 0.9 * chance, figure, "Is this a pretrained model, and its own tokenizer?")
 
 
-def adapter_starts_at_base(run: ReadyRun) -> Check:
+def adapter_starts_at_base(run: Run) -> Check:
     """Before the first step the adapter changes nothing, so that what is learned starts from the base."""
     if run.settings.lora.get("init_lora_weights", True) not in (True, "gaussian"):
-        return passed("not by this init_lora_weights")
+        return untested("this init_lora_weights starts elsewhere on purpose")
     batch = probe_batch(run)
     with_adapter = logits(run, batch)
     with run.model.disable_adapter():
         without = logits(run, batch)
     moved = float((with_adapter - without).abs().max())
     return fail_unless(moved == 0, f"logits moved by {moved:.2g}", "Take init_lora_weights out of the recipe.")
+
+
+def packing_leak(run: Run) -> Check:
+    """Change one packed conversation, and watch the logits of the next."""
+    if not run.trainer.padding_free:
+        return _not_packed(run)
+    first, second = (_repeated(run.data.train[i % len(run.data.train)].encoded.input_ids) for i in (0, 1))
+    start = len(first)
+    changed = [*first[:1], *reversed(first[1:])]  # words in another order: the same length, other keys and values
+    plain, moved = (logits(run, collate(run, [_row(part), _row(second)]))[0] for part in (first, changed))
+    leak = float((plain[start:] - moved[start:]).abs().max())
+    own = float((plain[:start] - moved[:start]).abs().max())
+    repaired = ", after separate_packed_falcon" if "separate_packed_falcon" in run.repairs else ""
+    return fail_unless(
+        leak <= _NOISE * own,
+        f"{leak:.2g} in the next conversation's logits, {own:.2g} in its own{repaired}",
+        "Repair the mask, which ignores position_ids, in base/repairs.py, or set --packing false --padding_free false.",
+    )
+
+
+def _repeated(ids: list[int]) -> list[int]:
+    return (ids * math.ceil(_TOKENS / len(ids)))[:_TOKENS]
+
+
+def _row(ids: list[int]) -> Encoded:
+    return Encoded(ids, ids)
+
+
+def _not_packed(run: Run) -> Check:
+    args = cast(SFTConfig, run.trainer.args)
+    if not args.packing:
+        return passed("not packed; one conversation a row")
+    return warn_unless(
+        False,
+        f"packing_strategy {args.packing_strategy} lays conversations end to end, without a mask between",
+        "Set --packing_strategy bfd, which keeps them apart.",
+    )

@@ -1,77 +1,45 @@
-"""What was asked for at the launch is what the accelerator really holds."""
+"""What was asked for at the launch is what the accelerator really has, and the run is long enough to learn."""
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from typing import cast
 
 import torch
+from datasets import Dataset
 
-from qlora_recipes.preflight.verdicts import fail_unless, warn_unless
+from qlora_recipes.preflight.checks import fail_unless, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadyRun
+from qlora_recipes.stages import Run
 
-_LAUNCHERS = {
-    *("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"),
-    *("launch.py", "accelerate_cli.py"),  # what `python -m` makes of the last two
-}
 _PRECISION = {"bfloat16": "bf16", "float16": "fp16"}
+_FEW_STEPS = 10
+_SEVERAL = "several"
 
 
-def processes(run: ReadyRun) -> Check:
+def num_processes(run: Run) -> Check:
     """`accelerate launch --cpu --num_processes 2` trains one process and says nothing."""
     got = run.trainer.accelerator.num_processes
-    asked = _asked_processes()
+    asked = asked_processes()
     return fail_unless(
-        asked in (None, got),
-        f"{got}" if asked is None else f"{got} of {asked} asked for",
+        asked in (None, str(got)) or (asked == _SEVERAL and got > 1),
+        f"{got}" if asked in (None, str(got)) else f"{got} of {asked} asked for",
         "On GPUs launch with --multi_gpu; on CPUs with: torchrun --nproc_per_node N recipes/....py",
     )
 
 
-def _asked_processes() -> int | None:
-    """Return the number of processes asked for, by a launcher above this process or by its environment."""
-    words = launch_words()
-    if words is not None:
-        return _of_accelerate(words)
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+def asked_processes() -> str | None:
+    """Return the number of processes that the launcher was asked for, as its environment tells it; None without one.
+
+    `accelerate launch` sets MASTER_ADDR whenever it was asked for more than one (accelerate 1.15, utils/launch.py), and
+    WORLD_SIZE only where it starts them.
+    """
+    under_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    return os.environ.get("WORLD_SIZE", _SEVERAL if under_accelerate else None)
 
 
-def launch_words() -> Sequence[str] | None:
-    """Return the flags of the `accelerate launch` that this process runs under, or None."""
-    import psutil
-
-    for process in psutil.Process().parents():
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        for i, word in enumerate(words[:4]):
-            if Path(word).name in _LAUNCHERS:
-                return [other for other in words[i + 1 :] if other != "launch"]
-    return None
-
-
-def _of_accelerate(words: Sequence[str]) -> int | None:
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-
-    flags = _flags(words)
-    if flags.num_processes is not None:
-        return flags.num_processes
-    file = flags.config_file or (default_config_file if Path(default_config_file).is_file() else None)
-    return load_config_from_file(file).num_processes if file else None
-
-
-def _flags(words: Sequence[str]) -> argparse.Namespace:
-    """Read a launcher's flags up to the script, with the launcher's own parser."""
-    from accelerate.commands.launch import launch_command_parser
-
-    return launch_command_parser().parse_args(list(words))
-
-
-def wrapper(run: ReadyRun) -> Check:
+def distributed_type(run: Run) -> Check:
     """FSDP that was asked for on a CPU becomes DDP without a word."""
     got = str(run.trainer.accelerator.distributed_type.value)
     asked = [
@@ -86,8 +54,8 @@ def wrapper(run: ReadyRun) -> Check:
     )
 
 
-def device(run: ReadyRun) -> Check:
-    """A GPU that lies idle while a CPU trains is rarely meant."""
+def device(run: Run) -> Check:
+    """A GPU that is idle while a CPU trains is rarely meant."""
     got = run.trainer.args.device
     base = next(run.model.parameters()).device
     if base.type != got.type:
@@ -98,11 +66,25 @@ def device(run: ReadyRun) -> Check:
     )
 
 
-def mixed_precision(run: ReadyRun) -> Check:
+def mixed_precision(run: Run) -> Check:
     """The autocast of the accelerator is the run's dtype; ACCELERATE_MIXED_PRECISION can say otherwise."""
     got, expected = run.trainer.accelerator.mixed_precision, _PRECISION[run.settings.dtype]
     return fail_unless(
         got == expected,
         got if got == expected else f"{got}, expected {expected}",
         "Leave mixed_precision out of the launcher's flags and config; --dtype decides.",
+    )
+
+
+def steps(run: Run) -> Check:
+    """A run of a few steps, or one that ends while the learning rate still rises, hardly learns."""
+    args = run.trainer.args
+    rows = len(cast(Dataset, run.trainer.train_dataset))
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.trainer.accelerator.num_processes
+    total = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
+    warm_up = args.get_warmup_steps(total)
+    return warn_unless(
+        total >= _FEW_STEPS and warm_up < total / 2,
+        f"{total:,} of {batch} rows each, {warm_up:,} of them warm-up",
+        "Few steps hardly learn: lower --gradient_accumulation_steps, or raise --num_train_epochs.",
     )

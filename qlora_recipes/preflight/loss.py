@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG
+from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first, spread
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun, ReadyRun
+from qlora_recipes.stages import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,7 @@ _DECODED_ROWS = 200  # decoding all of 10,000 rows would take seconds
 _CUT_SHARE = 0.01  # of the supervised tokens; one or two long rows in a thousand are harmless
 
 
-def loss_is_the_answers(run: ReadRun) -> Check:
+def loss_is_the_answers(run: Run) -> Check:
     """The tokens in the loss, turned back into text, are the assistant's messages: no question, no role name."""
     rows = spread(run.data.train, _DECODED_ROWS)
     wrong = [row.place for row in rows if not _supervises_answers(run, row)]
@@ -35,7 +35,7 @@ def loss_is_the_answers(run: ReadRun) -> Check:
     )
 
 
-def _supervises_answers(run: ReadRun, row: Conversation) -> bool:
+def _supervises_answers(run: Run, row: Conversation) -> bool:
     supervised = [label for label in row.encoded.labels if label not in (IGNORED, run.tokenizer.eos_token_id)]
     said = "".join(message["content"] for message in row.messages if message["role"] == "assistant")
     # encoded and decoded again, since some tokenizers normalize what they encode
@@ -46,12 +46,12 @@ def _supervises_answers(run: ReadRun, row: Conversation) -> bool:
     return got == expected
 
 
-def _as_text(run: ReadRun, ids: list[int]) -> str:
+def _as_text(run: Run, ids: list[int]) -> str:
     """Decode ids, without any white space."""
     return "".join(cast(str, run.tokenizer.decode(ids)).split())
 
 
-def end_of_turn(run: ReadRun) -> Check:
+def end_of_turn(run: Run) -> Check:
     """Every whole answer trains the token that ends it; without this the model never stops by itself."""
     figures, token = run.data.figures, run.data.template.end_token
     ended = (figures["ends"] == figures["answers"]) & figures["last_is_end"]
@@ -63,7 +63,7 @@ def end_of_turn(run: ReadRun) -> Check:
     )
 
 
-def beginning_of_text(run: ReadRun) -> Check:
+def beginning_of_text(run: Run) -> Check:
     """Two BOS tokens in a row come from a template that writes one and a tokenizer that adds one."""
     bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
     if bos is None or bos == end:
@@ -79,7 +79,7 @@ def beginning_of_text(run: ReadRun) -> Check:
     )
 
 
-def rows_without_loss(run: ReadRun) -> Check:
+def rows_without_loss(run: Run) -> Check:
     """A row without a token in the loss costs time and teaches nothing."""
     lost = run.data.receipt.rows_dropped.get(TOO_LONG, 0)
     empty = int((run.data.figures["supervised"] == 0).sum())
@@ -91,7 +91,7 @@ def rows_without_loss(run: ReadRun) -> Check:
     return warn_unless(lost <= _CUT_SHARE * rows, figure, advice)
 
 
-def answers_cut(run: ReadRun) -> Check:
+def answers_cut(run: Run) -> Check:
     """Tokens of the answers beyond `max_length`; the end-of-turn token is among them."""
     receipt = run.data.receipt
     whole = receipt.supervised_tokens + receipt.supervised_tokens_lost
@@ -103,7 +103,7 @@ def answers_cut(run: ReadRun) -> Check:
     )
 
 
-def trainer_keeps_the_loss(run: ReadyRun) -> Check:
+def trainer_keeps_the_loss(run: Run) -> Check:
     """What SFTTrainer made of the rows (packed, truncated, labeled) still has every token and every label."""
     rows = cast("Dataset", run.trainer.train_dataset)
     tokens = supervised = 0

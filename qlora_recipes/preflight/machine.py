@@ -1,4 +1,4 @@
-"""What the run stands on: versions, disk, memory, folders and the hub."""
+"""What the machine gives a run: package versions, folders, disk, the hub, and the memory that was planned for."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import cast
+
+import psutil
+import torch
+from accelerate import PartialState
+from datasets import Dataset
 
 from qlora_recipes import environment
-from qlora_recipes.preflight.verdicts import fail_unless, passed
+from qlora_recipes.errors import ModelError
+from qlora_recipes.memory import estimate
+from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import model_location
-from qlora_recipes.stages import ReadRun, ReadyRun
+from qlora_recipes.stages import Run
 
 _CHECKPOINT_PARTS = 3  # float32 weights and Adam's two moments of the same size
 _HUB_SECONDS = 3
+_OWN_GROWTH = 2**30  # of a process as it runs: what is imported late, kernels, buffers of threads
+_LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a precision of fewer bits."
 
 
-def versions(run: ReadRun) -> Check:
-    """Package versions outside the tested ranges are refused with the command that mends them."""
+def versions(run: Run) -> Check:
+    """Package versions outside the tested ranges are refused with the command that fixes them."""
     environment.check_versions()
     found = environment.versions()
     return passed(
@@ -27,7 +37,7 @@ def versions(run: ReadRun) -> Check:
     )
 
 
-def writable_folder(run: ReadRun) -> Check:
+def writable_folder(run: Run) -> Check:
     """The run folder, or the nearest folder above it, takes new files."""
     folder = _existing(run.settings.output_dir)
     return fail_unless(
@@ -42,7 +52,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def disk_space(run: ReadyRun) -> Check:
+def disk_space(run: Run) -> Check:
     """The adapter and its checkpoints fit, with a reserve of a tenth of a GiB."""
     adapter = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad) * 4
     need = adapter * (1 + _CHECKPOINT_PARTS * _checkpoints(run)) + 2**30 // 10
@@ -54,19 +64,20 @@ def disk_space(run: ReadyRun) -> Check:
     )
 
 
-def _checkpoints(run: ReadyRun) -> int:
-    """How many checkpoints lie on the disk at once; one more than are kept, since the old one goes last."""
+def _checkpoints(run: Run) -> int:
+    """Return how many checkpoints are on the disk at once; one more than are kept, since the old one goes last."""
     args = run.trainer.args
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":
         return 0
-    steps = args.max_steps if args.max_steps > 0 else len(run.trainer.train_dataset) * args.num_train_epochs
+    rows = len(cast(Dataset, run.trainer.train_dataset))
+    steps = args.max_steps if args.max_steps > 0 else rows * args.num_train_epochs
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     made = args.num_train_epochs if strategy == "epoch" else steps / max(every, 1)
     return min(int(made) + 1, (args.save_total_limit or 10**6) + 1)
 
 
-def hub(run: ReadRun) -> Check:
+def hub(run: Run) -> Check:
     """The hub is asked for only where the run needs it: a model or rows by id, or an upload at the end."""
     upload = bool(run.settings.training.get("push_to_hub"))
     by_id = [
@@ -76,9 +87,11 @@ def hub(run: ReadRun) -> Check:
         return passed("not needed")
     reachable = _hub_answers()
     if upload:
-        advice = "Mend the network, or leave --push_to_hub out."
-        return fail_unless(reachable, "reachable" if reachable else "out of reach, and expected at the end", advice)
-    return passed("reachable" if reachable else f"out of reach; {' and '.join(by_id)} came from the cache")
+        advice = "Check the network, or leave --push_to_hub out."
+        return fail_unless(
+            reachable, "reachable" if reachable else "cannot be reached, and is needed at the end", advice
+        )
+    return passed("reachable" if reachable else f"cannot be reached; {' and '.join(by_id)} came from the cache")
 
 
 def _hub_answers() -> bool:
@@ -93,3 +106,52 @@ def _hub_answers() -> bool:
         return True  # it answers
     except OSError:
         return False
+
+
+# ---- Memory: what the plan promises, what there is, and what the run really takes ----
+
+
+def memory_free(run: Run) -> Check:
+    """The planned peak fits into what is free before the base is loaded."""
+    device = PartialState().device
+    try:
+        planned = estimate.plan(run.settings, device=device.type).training
+    except ModelError as error:
+        return untested(f"no plan: {error}")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    figure = f"{_size(planned.total)} planned, {_size(free)} free"
+    if planned.base > free:
+        return fail_unless(False, f"{figure}, {_size(planned.base)} for the base alone", _LOWER)
+    return warn_unless(planned.total <= free, figure, _LOWER)
+
+
+def base_bytes(run: Run) -> Check:
+    """The base takes the memory that its precision promises."""
+    try:
+        planned = estimate.plan(run.settings).training.base
+    except ModelError as error:
+        return untested(f"{_size(run.base.bytes)}, and no plan: {error}")
+    return warn_unless(
+        abs(run.base.bytes - planned) <= 0.02 * planned,
+        f"{_size(run.base.bytes)}, {_size(planned)} planned",
+        "Something is stored in another dtype than planned; run.json counts bytes by storage.",
+    )
+
+
+def peak_as_planned(run: Run) -> Check:
+    """Training took the memory that was planned for it, or less: rows are seldom all as long as they may be."""
+    taken, planned = run.memory.training_bytes, run.memory.planned_bytes
+    if planned is None:
+        return untested("there is no plan for this model")
+    figure = f"{_size(taken)}, {_size(planned)} planned"
+    if taken <= 1.1 * planned + _OWN_GROWTH and 1.1 * planned < _OWN_GROWTH:
+        return untested(f"{figure}; a process may grow by {_size(_OWN_GROWTH)} of its own, more than that plan")
+    return warn_unless(
+        taken <= 1.1 * planned + _OWN_GROWTH,
+        figure,
+        "Plan with more room than that; run.json has the settings that the plan was made for.",
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

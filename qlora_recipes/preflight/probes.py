@@ -1,20 +1,40 @@
-"""Small batches of the run's own rows, and one pass of them through the model as training makes it."""
+"""Small batches of the run's own rows, one pass of them through the model as in training, and no trace of it left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy
 import torch
+from torch import nn
 
 from qlora_recipes.data.encoding import IGNORED, Encoded
-from qlora_recipes.stages import ReadyRun
+from qlora_recipes.stages import Run
 
 PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
 
 
-def probe_batch(run: ReadyRun) -> dict[str, Any]:
+@contextlib.contextmanager
+def preserving_state(model: nn.Module | None) -> Iterator[None]:
+    """Let a probe draw random numbers, run passes and change modes without changing the training that follows."""
+    modes = {module: module.training for module in model.modules()} if model is not None else {}
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():  # every device's generators
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        for module, training in modes.items():
+            module.training = training
+        if model is not None:
+            model.zero_grad(set_to_none=True)
+
+
+def probe_batch(run: Run) -> dict[str, Any]:
     """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
     shortest = numpy.argsort(run.data.figures["length"], kind="stable")[:2]
     return collate(run, [_window(run.data.train[int(i)].encoded) for i in shortest])
@@ -26,27 +46,28 @@ def _window(row: Encoded) -> Encoded:
     return Encoded(row.input_ids[start : start + PROBE_TOKENS], row.labels[start : start + PROBE_TOKENS])
 
 
-def collate(run: ReadyRun, rows: Sequence[Encoded]) -> dict[str, Any]:
+def collate(run: Run, rows: Sequence[Encoded]) -> dict[str, Any]:
     """Return rows as the trainer's collator hands them to the model, on its device."""
     batch = run.trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     device = run.trainer.args.device
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def forward(run: ReadyRun, batch: dict[str, Any]) -> Any:
+def forward(run: Run, batch: dict[str, Any]) -> Any:
     """Return the model's output for a batch, under the autocast of training."""
     with run.trainer.compute_loss_context_manager():
         return run.model(**batch, use_cache=False)
 
 
 @torch.no_grad()
-def logits(run: ReadyRun, batch: dict[str, Any]) -> torch.Tensor:
+def logits(run: Run, batch: dict[str, Any]) -> torch.Tensor:
     """Return float32 logits in evaluation mode, [rows, positions, vocabulary]."""
     run.model.eval()
-    return forward(run, batch).logits.float()
+    found: torch.Tensor = forward(run, batch).logits
+    return found.float()
 
 
-def gradients(run: ReadyRun, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor | None]:
     """Return name to gradient of every weight, None where there is none, after one pass in training mode."""
     torch.manual_seed(0)  # the same dropout in every probe; put back by `preserving_state`
     run.model.train()

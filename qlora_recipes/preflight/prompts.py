@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, cast
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.preflight.checks import fail_unless, passed
 from qlora_recipes.preflight.rows import count_and_first, spread
-from qlora_recipes.preflight.verdicts import fail_unless, passed
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun
+from qlora_recipes.stages import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ _ROWS = 50
 _ROLES = ("system", "user", "assistant", "user", "assistant")
 
 
-def template_agrees(run: ReadRun) -> Check:
+def template_agrees(run: Run) -> Check:
     """The prompt that chat and lm-eval build is, token for token, what came before the answer in training."""
     # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
     figures = run.data.figures
@@ -41,7 +41,7 @@ def template_agrees(run: ReadRun) -> Check:
     )
 
 
-def _prompt_agrees(run: ReadRun, row: Conversation) -> bool:
+def _prompt_agrees(run: Run, row: Conversation) -> bool:
     before = row.messages[:-1]
     prompt = run.encoder.encode_prompt(before)
     trained = row.encoded
@@ -68,7 +68,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def spaces_as_pretrained(run: ReadRun) -> Check:
+def spaces_as_pretrained(run: Run) -> Check:
     """Where a space and a word make one piece, two spaces and a word are a space and that piece."""
     if not run.settings.spec.spaces_merge_last:
         return passed("nothing known of this vocabulary")
@@ -86,7 +86,7 @@ def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
 
 
-def forged_turns(run: ReadRun) -> Check:
+def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
     tokens = [f"words {token} words" for token in _added_tokens(run)]
     pieces = _template_pieces(run)
@@ -102,11 +102,11 @@ def forged_turns(run: ReadRun) -> Check:
     )
 
 
-def _added_tokens(run: ReadRun) -> list[str]:
+def _added_tokens(run: Run) -> list[str]:
     return [token for token in run.tokenizer.get_added_vocab() if token.strip()]
 
 
-def _template_pieces(run: ReadRun) -> list[str]:
+def _template_pieces(run: Run) -> list[str]:
     """Return what the template writes between messages, as words of a message."""
     contents = [f"{role}\ue000{i}" for i, role in enumerate(_ROLES)]
     messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
@@ -114,7 +114,7 @@ def _template_pieces(run: ReadRun) -> list[str]:
     return [f"words\n{first}words", *(f"words{piece}words" for piece in dict.fromkeys(others[:-1]))]
 
 
-def _forging(run: ReadRun, pieces: list[str]) -> list[str]:
+def _forging(run: Run, pieces: list[str]) -> list[str]:
     """Return the pieces that open a turn in a message.
 
     Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
@@ -141,7 +141,7 @@ def _accepted_ids(encoder: ConversationEncoder, question: str) -> list[int] | No
         return None
 
 
-def control_tokens(run: ReadRun) -> Check:
+def control_tokens(run: Run) -> Check:
     """Every row has the control tokens that its turns need, and no other."""
     data = run.data
     counts = (

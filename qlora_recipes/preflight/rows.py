@@ -12,9 +12,9 @@ from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.figures import words
 from qlora_recipes.data.prepare import TOO_LONG
 from qlora_recipes.formatters import Reason
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun
+from qlora_recipes.stages import Run
 
 _SHARED_WORDS = 8  # consecutive words that two texts almost never share by chance
 _HELD_OUT = 2_000  # held-out conversations to look for, since hashes of all their words are in memory
@@ -39,7 +39,7 @@ def count_and_first(rows: Sequence[Conversation], chosen: numpy.ndarray) -> tupl
     return count, rows[int(chosen.argmax())].place if count else ""
 
 
-def rows_dropped(run: ReadRun) -> Check:
+def rows_dropped(run: Run) -> Check:
     """Count rows that could not be used, by reason; rows_without_loss counts those that are too long."""
     receipt = run.data.receipt
     counts = Counter({reason: count for reason, count in receipt.rows_dropped.items() if reason != TOO_LONG})
@@ -53,7 +53,7 @@ def rows_dropped(run: ReadRun) -> Check:
     return warn_unless(dropped <= 0.01 * receipt.rows_in, figure, advice)
 
 
-def row_lengths(run: ReadRun) -> Check:
+def row_lengths(run: Run) -> Check:
     """Show the number of tokens per row, from shortest to longest."""
     lengths = sorted(run.data.figures["length"].tolist())
     return passed(f"{lengths[0]} {bars(lengths)} {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}")
@@ -67,7 +67,7 @@ def bars(lengths: Sequence[int], count: int = 12) -> str:
     return "".join(_BARS[-(-counts[i] * (len(_BARS) - 1) // top)] for i in range(count))
 
 
-def duplicates(run: ReadRun) -> Check:
+def duplicates(run: Run) -> Check:
     """Conversations with the same words as another; each copy is one more epoch of that row."""
     rows = len(run.data.train)
     copies = rows - len(numpy.unique(run.data.figures["words"]))
@@ -78,7 +78,7 @@ def duplicates(run: ReadRun) -> Check:
     )
 
 
-def short_answers(run: ReadRun) -> Check:
+def short_answers(run: Run) -> Check:
     """Answers without a word, such as `-` or `...`, teach the model to say nothing."""
     names = ("answers", "wordless_answers", "one_word_answers")
     answers, empty, one = (int(run.data.figures[name].sum()) for name in names)
@@ -89,7 +89,7 @@ def short_answers(run: ReadRun) -> Check:
     )
 
 
-def held_out_rows(run: ReadRun) -> Check:
+def held_out_rows(run: Run) -> Check:
     """Without rows kept from training, a falling loss cannot be told from memorization."""
     count = len(run.data.held_out)
     return warn_unless(
@@ -97,7 +97,7 @@ def held_out_rows(run: ReadRun) -> Check:
     )
 
 
-def contamination(run: ReadRun) -> Check:
+def contamination(run: Run) -> Check:
     """Count held-out conversations that training contains, by eight consecutive words or by whole short messages."""
     held_out = [set(_shingles(row)) for row in spread(run.data.held_out, _HELD_OUT)]
     expected: set[int] = set().union(*held_out)

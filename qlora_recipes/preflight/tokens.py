@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy
 
+from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import ReadRun, ReadyRun
+from qlora_recipes.stages import Run
 
 
-def padding_token(run: ReadRun) -> Check:
+def padding_token(run: Run) -> Check:
     """A padding token inside a row would be mistaken for padding, and its answer would lose a token."""
     token = run.tokenizer.pad_token
     count, first = count_and_first(run.data.train, run.data.figures["padding"])
@@ -21,7 +21,7 @@ def padding_token(run: ReadRun) -> Check:
     )
 
 
-def unknown_tokens(run: ReadRun) -> Check:
+def unknown_tokens(run: Run) -> Check:
     """All characters that the tokenizer has no token for become the same token."""
     unknown = run.tokenizer.unk_token_id
     if unknown is None or unknown == run.tokenizer.eos_token_id:
@@ -34,7 +34,7 @@ def unknown_tokens(run: ReadRun) -> Check:
     )
 
 
-def embedding_covers_ids(run: ReadyRun) -> Check:
+def embedding_covers_ids(run: Run) -> Check:
     """An id beyond the embedding crashes on a CPU and reads garbage on some GPUs."""
     rows = run.model.get_input_embeddings().weight.shape[0]
     data = run.data
@@ -46,7 +46,7 @@ def embedding_covers_ids(run: ReadyRun) -> Check:
     )
 
 
-def context_length(run: ReadyRun) -> Check:
+def context_length(run: Run) -> Check:
     """Positions beyond those of pretraining raise no error and mean nothing to the model."""
     positions = getattr(run.model.config, "max_position_embeddings", None)
     longest = run.settings.training["max_length"]
@@ -57,7 +57,7 @@ def context_length(run: ReadyRun) -> Check:
     )
 
 
-def generation_stops(run: ReadyRun) -> Check:
+def generation_stops(run: Run) -> Check:
     """Generation stops at the token that ends answers in training."""
     stops = run.model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]

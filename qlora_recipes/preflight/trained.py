@@ -1,35 +1,43 @@
-"""What was trained: the adapter moved and is finite, the base did not, and what lies on disk is the same again."""
+"""After training: the adapter moved and is finite, the base did not move, and what was saved reloads and answers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer
 
+from qlora_recipes.base.adapters import generate
 from qlora_recipes.base.loading import base_sha256
+from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
 from qlora_recipes.preflight.prompts import template_agrees, template_sha256
 from qlora_recipes.preflight.rows import spread
-from qlora_recipes.preflight.verdicts import fail_unless, passed, warn_unless
+from qlora_recipes.run.files import write_json
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import TrainedRun
+from qlora_recipes.stages import Run
 
 _RELOADED = "reloaded"
 _FEW_LOSSES = 10
+_QUESTIONS = 4
+_NEW_TOKENS = 64
 
 
-def adapter_finite(run: TrainedRun) -> Check:
+def adapter_finite(run: Run) -> Check:
     """No weight is NaN or infinite."""
     return fail_unless(
         run.adapter.all_finite,
         f"all {run.adapter.parameters:,} weights" if run.adapter.all_finite else "NaN or infinite weights",
-        "Lower --learning_rate; metrics.jsonl shows where grad_norm left the ground.",
+        "Lower --learning_rate; see grad_norm in metrics.jsonl for the step where it blew up.",
     )
 
 
-def adapter_changed(run: TrainedRun) -> Check:
+def adapter_changed(run: Run) -> Check:
     """B starts at zero and moves at once; A has no gradient before B has moved, which takes a few steps."""
     unchanged = run.adapter.unchanged
     stuck = [name for name in unchanged if "lora_A" not in name]
@@ -38,7 +46,7 @@ def adapter_changed(run: TrainedRun) -> Check:
     return fail_unless(False, figure, advice) if stuck else warn_unless(not unchanged, figure, advice)
 
 
-def losses_finite(run: TrainedRun) -> Check:
+def losses_finite(run: Run) -> Check:
     """No logged loss or gradient norm is NaN or infinite; one such step spoils every weight."""
     logged = [
         (entry["step"], name) for entry in run.trainer.state.log_history
@@ -53,19 +61,21 @@ def losses_finite(run: TrainedRun) -> Check:
     )
 
 
-def loss_fell(run: TrainedRun) -> Check:
+def loss_fell(run: Run) -> Check:
     """The last tenth of the logged losses is below the first tenth."""
     losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    if len(losses) < 2:
+        return untested(f"{len(losses)} of the steps logged a loss; give --logging_steps 1")
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     advice = "Train longer: a few losses are mostly noise." if len(losses) < _FEW_LOSSES else "Lower --learning_rate."
     return warn_unless(last < first, f"{first:.3f} to {last:.3f} over {len(losses)} logged steps", advice)
 
 
-def base_unchanged(run: TrainedRun) -> Check:
+def base_unchanged(run: Run) -> Check:
     """The stored bytes of the base are those that were loaded."""
     if _sharded(run):
-        return passed("not looked at: the base is sharded over processes")
+        return untested("the base is sharded over processes")
     now = base_sha256(run.model)
     return fail_unless(
         now == run.base.sha256,
@@ -74,9 +84,10 @@ def base_unchanged(run: TrainedRun) -> Check:
     )
 
 
-def optimizer_state_kept(run: TrainedRun) -> Check:
+def optimizer_state_kept(run: Run) -> Check:
     """Every adapter weight has a finite optimizer state, which a weight that the optimizer never saw has not."""
-    states = getattr(run.trainer.optimizer, "optimizer", run.trainer.optimizer).state
+    optimizer = cast(Any, run.trainer.optimizer)  # accelerate wraps it
+    states = getattr(optimizer, "optimizer", optimizer).state
     parts = [part for state in states.values() for part in state.values() if torch.is_tensor(part)]
     trained = sum(weight.requires_grad for weight in run.model.parameters())
     finite = all(bool(torch.isfinite(part.float()).all()) for part in parts)
@@ -87,14 +98,14 @@ def optimizer_state_kept(run: TrainedRun) -> Check:
     )
 
 
-def _sharded(run: TrainedRun) -> bool:
+def _sharded(run: Run) -> bool:
     return str(run.trainer.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED")
 
 
-def adapter_reloads(run: TrainedRun) -> Check:
+def adapter_reloads(run: Run) -> Check:
     """The adapter in the run folder gives the logits of the one in memory, to the last bit."""
     if _sharded(run):
-        return passed("not looked at: the base is sharded over processes")
+        return untested("the base is sharded over processes")
     batch = probe_batch(run)
     trained = logits(run, batch)
     run.model.load_adapter(str(run.folder.adapter), _RELOADED)
@@ -109,13 +120,13 @@ def adapter_reloads(run: TrainedRun) -> Check:
     )
 
 
-def tokenizer_reloads(run: TrainedRun) -> Check:
+def tokenizer_reloads(run: Run) -> Check:
     """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
     saved = AutoTokenizer.from_pretrained(run.folder.adapter)
     encoder = ConversationEncoder(saved, run.encoder.template)
     rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
     wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
-    plain = template_agrees(TrainedRun(**{**vars(run), "tokenizer": saved, "encoder": encoder}))
+    plain = template_agrees(replace(run, prepared=replace(run.prepared, tokenizer=saved, encoder=encoder)))
     same_template = template_sha256(saved) == run.data.template.sha256
     holds = not wrong and same_template and plain.verdict == "pass"
     figure = f"{len(rows)} rows give the training ids"
@@ -128,3 +139,49 @@ def tokenizer_reloads(run: TrainedRun) -> Check:
     return fail_unless(
         holds, figure, "Put what the tokenizer needs into ModelSpec.tokenizer, so that it is saved with it."
     )
+
+
+# ---- Greedy answers to a few held-out questions ----
+
+
+def answers_end(run: Run) -> Check:
+    """Ask held-out questions, written with their answers to answers.json; an empty answer does not count as one."""
+    rows = spread(run.data.held_out, _QUESTIONS, ~run.data.held_out_figures["truncated"])
+    if not rows:
+        return untested("no held-out row to ask")
+    answers = _ask(run, rows)
+    if run.trainer.accelerator.is_main_process:
+        write_json(run.folder.answers, answers)
+    empty = sum(not answer["answer"] for answer in answers)
+    ended = sum(bool(answer["ended"] and answer["answer"]) for answer in answers)
+    return warn_unless(
+        ended > 0,
+        f"{ended} of {len(answers)} within {_NEW_TOKENS} tokens{f', {empty} without a word' if empty else ''}; "
+        f"the first: {_short(answers[0]['answer'])!r}",
+        "Train longer, or look at answers.json: the model may just have long answers to give.",
+    )
+
+
+def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
+    """Answer all questions in one batch, in the arithmetic of training."""
+    run.model.eval()
+    prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]
+    end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
+    with run.trainer.compute_loss_context_manager():
+        answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
+    return [_answered(run, row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def _answered(run: Run, row: Conversation, new: list[int]) -> dict[str, object]:
+    return {
+        "place": row.place,
+        "question": row.messages[-2]["content"],
+        "answer": str(run.tokenizer.decode(new, skip_special_tokens=True)).strip(),
+        "expected": row.messages[-1]["content"],
+        "ended": new[-1:] == [run.tokenizer.eos_token_id],
+    }
+
+
+def _short(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 60 else line[:57] + "..."

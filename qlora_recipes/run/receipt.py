@@ -84,6 +84,8 @@ class BaseReceipt:
     """Hash over the stored bytes of the base."""
     storage: str = "packed"
     """Whether 4-bit weights were dequantized for every product (`packed`), or once and kept beside (`expanded`)."""
+    missing_keys: list[str] = field(default_factory=list)
+    """Weights that are not in the checkpoint: they are random."""
 
 
 @dataclass
@@ -151,7 +153,7 @@ class Check:
 
     name: str
     verdict: str
-    """pass, warn, fail or off."""
+    """pass, untested, warn, fail or off."""
     figure: str
     advice: str = ""
     """What to do when it is not a pass."""

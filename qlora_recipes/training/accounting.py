@@ -1,13 +1,16 @@
-"""What a training was, counted after the fact: the sections of the receipt that only its end can fill in."""
+"""What training did, counted when it has ended: the adapter's, training's and memory's sections of the receipt."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from accelerate import PartialState
 from jinja2 import Environment, PackageLoader
+from transformers import PreTrainedModel
+from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
 from qlora_recipes.base.adapters import ADAPTER, WEIGHTS, adapted_modules, adapter_sha256, adapter_tensors
@@ -15,14 +18,14 @@ from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
-from qlora_recipes.preflight import ReadyRun
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, Receipt, TrainingReceipt
+from qlora_recipes.stages import Run
 from qlora_recipes.training.trainer import RunTrainer, TokenCount
 
 
-def describe_adapter(run: ReadyRun, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
-    """Return the adapter as it is now, beside what it was before the first step."""
+def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
+    """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
     return AdapterReceipt(
@@ -38,11 +41,13 @@ def describe_adapter(run: ReadyRun, initial: str, before: Mapping[str, torch.Ten
     )
 
 
-def describe_training(trainer: RunTrainer, seconds: float) -> TrainingReceipt:
-    """Return how far the training went and how fast, over every session of it."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def describe_training(trainer: RunTrainer) -> TrainingReceipt:
+    """Return how far training got and how fast, over all its sessions; to be called when the last step is done."""
+    log = trainer.state.log_history
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    losses = losses or [entry["train_loss"] for entry in log if "train_loss" in entry]  # no step was logged: their mean
     tail = losses[-max(1, len(losses) // 10) :]
-    count, total = trainer.count, _over_processes(trainer)
+    seconds, count, total = trainer.seconds, trainer.count, _over_processes(trainer)
     return TrainingReceipt(
         steps=trainer.state.global_step,
         micro_batches=count.micro_batches,
@@ -54,34 +59,34 @@ def describe_training(trainer: RunTrainer, seconds: float) -> TrainingReceipt:
         padding_share=1 - total.real / total.positions,
         tokens_per_second=total.real / seconds,
         seconds=seconds,
-        packed=bool(trainer.args.packing),
+        packed=bool(cast(SFTConfig, trainer.args).packing),
         processes=trainer.accelerator.num_processes,
         device=_device_name(trainer.args.device),
-        attention=trainer.model.config._attn_implementation,
+        attention=cast(PreTrainedModel, trainer.model).config._attn_implementation,
     )
 
 
-def describe_memory(run: ReadyRun) -> MemoryReceipt:
-    """Return the peak memory of this session."""
+def describe_memory(run: Run, held: int) -> MemoryReceipt:
+    """Return the peak memory of this session, and without the bytes held before the first step besides weights."""
     device = run.trainer.args.device.type
     return MemoryReceipt(
         peak_bytes=max(environment.peak_bytes(device), run.base_bytes),
         base_bytes=run.base_bytes,
-        training_bytes=environment.peak_since_reset(device) - run.non_weight_bytes,
+        training_bytes=environment.peak_since_reset(device) - held,
         planned_bytes=_planned(run, device),
     )
 
 
 def non_weight_bytes(model: torch.nn.Module) -> int:
-    """Return the memory that this process holds now beside the weights of a model."""
+    """Return the memory in bytes that this process holds now besides the weights of a model."""
     kept = (getattr(module, EXPANDED, None) for module in model.modules())
     tensors = [tensor for _, tensor in stored_tensors(model)] + [tensor for tensor in kept if tensor is not None]
     tensors += [weight for weight in model.parameters() if weight.requires_grad]
     device = tensors[0].device.type
-    return environment.resident_bytes(device) - sum(tensor.nbytes for tensor in tensors)
+    return environment.resident_bytes(device) - sum(int(tensor.nbytes) for tensor in tensors)
 
 
-def _planned(run: ReadyRun, device: str) -> int | None:
+def _planned(run: Run, device: str) -> int | None:
     try:
         return estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
     except ModelError:
@@ -89,7 +94,7 @@ def _planned(run: ReadyRun, device: str) -> int | None:
 
 
 def write_model_card(folder: RunFolder, receipt: Receipt) -> None:
-    """Write the card of the adapter, with the figures of its receipt."""
+    """Write the adapter's model card, with the figures of its receipt."""
     templates = Environment(loader=PackageLoader("qlora_recipes.training", "."), keep_trailing_newline=True)
     card = templates.get_template("model_card.md.jinja").render(run=receipt, adapter_name=ADAPTER)
     (folder.adapter / "README.md").write_text(card, encoding="utf-8")

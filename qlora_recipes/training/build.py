@@ -1,15 +1,17 @@
-"""A run, made step by step out of its settings: rows read, base loaded, trainer built. Writes nothing."""
+"""The parts of a run before its first step: rows prepared, base loaded, trainer built. Writes nothing."""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
+from dataclasses import replace
+from typing import cast
 
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
@@ -23,30 +25,30 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
-from qlora_recipes.preflight import LoadedRun, ReadRun
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
+from qlora_recipes.stages import Loaded, Prepared, Run
 from qlora_recipes.training.trainer import RunTrainer
 
 
-def prepare_rows(settings: Settings) -> ReadRun:
+def prepare_rows(settings: Settings) -> Run:
     """Return a run with its rows read and encoded.
 
     Raises:
-        RecipesError: when the tokenizer or the rows cannot be had, or no row can be used.
+        RecipesError: when the tokenizer or the rows cannot be loaded, or no row can be used.
     """
     environment.share_threads(PartialState().num_processes)
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
     encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
-    return ReadRun(settings, tokenizer, encoder, prepare(settings, encoder))
+    return Run(Prepared(settings, tokenizer, encoder, prepare(settings, encoder)))
 
 
-def load_model(run: ReadRun) -> LoadedRun:
-    """Return a run with its base loaded and counted, and a new adapter on it.
+def load_model(run: Run) -> Run:
+    """Return the run with its base loaded and counted, and a new adapter on it.
 
     Raises:
-        RecipesError: when the base cannot be had, or is not stored as the precision says.
+        RecipesError: when the base cannot be loaded, or is not stored as the precision says.
     """
     settings, device = run.settings, PartialState().device
     base, receipt, made = load_base(
@@ -62,16 +64,19 @@ def load_model(run: ReadRun) -> LoadedRun:
         receipt.storage = "expanded"
     base_bytes = environment.peak_bytes(device.type)
     model = attach(base, settings.lora, settings.seed)
-    made = [*run.tokenizer.repairs, *made]
-    return LoadedRun(**vars(run), base=receipt, model=model, repairs=made, base_bytes=base_bytes)
+    return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
 
 
-def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
-    """Return the SFTTrainer of a run, with float32 adapter weights whatever the base."""
+def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
+    """Return the trainer of a run, with float32 adapter weights whatever the base is stored as.
+
+    Raises:
+        UsageError: when SFTConfig refuses the settings, or they need held-out rows and none were kept.
+    """
     held_out = _held_out(run)
     score_supervised_tokens()
     with (
-        repairs.float32_adapter(run.model) as cast,
+        repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),
         tempfile.TemporaryDirectory() as aside,  # the Trainer makes its output folder at once; nothing is written yet
     ):
@@ -80,7 +85,7 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
         trainer = RunTrainer(
             model=run.model,
             args=_sft_config(run, aside),
-            train_dataset=PreparedData.dataset(run.data.train),
+            train_dataset=PreparedData.dataset(cast(Rows, run.data.train)),
             eval_dataset=PreparedData.dataset(held_out) if held_out else None,
             processing_class=run.tokenizer,
             callbacks=_early_stopping(run.settings),
@@ -89,19 +94,19 @@ def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
     trainer.args.output_dir = str(folder.checkpoints)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         fuse_lora_layers(run.model)
-    if cast:
+    if repaired:
         run.repairs.append("float32_adapter")
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _held_out(run: LoadedRun) -> Rows | None:
-    """Return the rows to evaluate on while training, where that is asked for."""
+def _held_out(run: Run) -> Rows | None:
+    """Return the rows to evaluate on during training, or None where that was not asked for."""
     if run.settings.training.get("eval_strategy", "no") == "no":
         return None
     if not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
-    return run.data.held_out
+    return cast(Rows, run.data.held_out)
 
 
 def _early_stopping(settings: Settings) -> list[TrainerCallback]:
@@ -109,7 +114,7 @@ def _early_stopping(settings: Settings) -> list[TrainerCallback]:
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
-def _sft_config(run: LoadedRun, folder: str) -> SFTConfig:
+def _sft_config(run: Run, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
     settings = run.settings
     training = dict(settings.training)
@@ -121,7 +126,7 @@ def _sft_config(run: LoadedRun, folder: str) -> SFTConfig:
         training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
     if training.get("load_best_model_at_end") and training.get("eval_strategy", "no") == "no":
         raise UsageError(
-            "the best checkpoint, and early stopping, go by the held-out loss: give --eval_strategy steps "
+            "the best checkpoint and early stopping are chosen by the held-out loss: give --eval_strategy steps "
             "--eval_steps N, and --save_strategy steps with a --save_steps that N divides"
         )
     try:
@@ -133,7 +138,7 @@ def _sft_config(run: LoadedRun, folder: str) -> SFTConfig:
             use_cpu=PartialState().device.type == "cpu",
             disable_tqdm=True,  # the display is ours
             logging_nan_inf_filter=False,  # or a NaN is logged as a loss of 0.0
-            restore_callback_states_from_checkpoint=True,  # early stopping's patience goes on where it was
+            restore_callback_states_from_checkpoint=True,  # early stopping's patience continues where it was
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(f"SFTConfig refuses these settings: {error}") from error

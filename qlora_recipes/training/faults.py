@@ -1,4 +1,4 @@
-"""What the machine does to a run (no disk, no permission, no memory) as errors that say what stands and what to do."""
+"""A full disk, a folder without permission or a lack of memory, as errors that say what is kept and how to fix it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_recipes.memory import estimate
 from qlora_recipes.settings import Settings
 
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
-_OF_THE_DISK = {
+_DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE,
 }  # fmt: skip
@@ -25,7 +25,7 @@ _NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory"
 
 
 class MemoryExhaustedError(SetupError):
-    """The device, or the machine, has no memory left for a step."""
+    """The device or the machine has too little memory for a step."""
 
 
 @contextmanager
@@ -33,14 +33,14 @@ def machine_faults(settings: Settings) -> Iterator[None]:
     """Turn what libraries raise for a full disk, a folder that takes no files or a lack of memory into our errors.
 
     Raises:
-        SetupError: saying what was got, what stands and the fix.
+        SetupError: saying what went wrong, what is kept and the fix.
     """
     try:
         yield
     except RecipesError:
         raise
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         raise SetupError(_cannot_write(settings, f"{error.strerror}: {error.filename or 'a file'}")) from error
     except Exception as error:
@@ -69,7 +69,7 @@ def _no_memory(settings: Settings, reason: str) -> str:
         advice = f"give --auto_find_batch_size, which halves it and doubles --{_ACCUMULATION}; {advice}"
     return (
         f"out of memory with {batch} rows of up to {rows} tokens at a time ({reason}). {_planned(settings)}"
-        f"The checkpoints that were finished are kept. To mend it, {advice}"
+        f"The checkpoints that were finished are kept. To fix it, {advice}"
     )
 
 
@@ -83,7 +83,7 @@ def _planned(settings: Settings) -> str:
 
 
 def halve_batch(settings: Settings) -> Settings | None:
-    """Return settings of as many rows a step in twice the passes, or None where not asked for or not possible."""
+    """Return settings with half the batch and twice the accumulation; None where not asked for or not possible."""
     batch = settings.training.get(_BATCH, 8)
     if not settings.training.get("auto_find_batch_size") or batch < 2 or batch % 2:
         return None
@@ -93,5 +93,5 @@ def halve_batch(settings: Settings) -> Settings | None:
 
 
 def batch_of(settings: Settings) -> str:
-    """Return the batch as receipts tell it."""
+    """Return the batch in words, such as `8 rows x 2 passes`."""
     return f"{settings.training.get(_BATCH, 8)} rows x {settings.training.get(_ACCUMULATION, 1)} passes"

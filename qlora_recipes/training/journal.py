@@ -1,30 +1,30 @@
-"""What a run was started as, and every time it was gone on with: `--resume` goes on with that run and with no other."""
+"""What a run was started as, and every time it was resumed: `--resume` continues that run and no other."""
 
 from __future__ import annotations
 
 import datetime
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
 
 from qlora_recipes import environment
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.preflight import LoadedRun
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Resume
 from qlora_recipes.settings import AUTO_FIELDS, Settings, public
+from qlora_recipes.stages import Run
 
-# Settings that decide what is kept and shown of a run, and nothing of its weights.
+# Settings that decide what is saved and shown of a run, and change none of its weights.
 _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
 
 
 def settings_identity(settings: Settings) -> dict[str, Any]:
-    """Return what must be equal for a run to be gone on with, as far as it is known before anything is loaded."""
+    """Return what must be equal for a run to be resumed, as far as it is known before anything is loaded."""
     training = {name: value for name, value in public(settings.training).items() if not name.startswith(_FREE)}
     return _plain(
         {
@@ -40,7 +40,7 @@ def settings_identity(settings: Settings) -> dict[str, Any]:
     )
 
 
-def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[str, Any]:
+def run_identity(asked: Settings, run: Run, initial_sha256: str) -> dict[str, Any]:
     """Return all that must be equal: the settings, and what they made of the data, the base and the adapter."""
     return {
         **settings_identity(asked),
@@ -53,34 +53,47 @@ def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[s
 
 
 def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
-    """Return settings with what they leave open as it was when the run in a folder started, on whatever machine."""
-    was = Journal(folder).identity
-    names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was["training"].keys()
+    """Return settings whose automatic fields are those that the run in a folder was started with, on any machine."""
+    was = Journal(folder).identity.get("training", {})
+    names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
     return replace(
         settings,
-        training={**settings.training, **{name: was["training"][name] for name in names}},
+        training={**settings.training, **{name: was[name] for name in names}},
         auto_fields=frozenset(),
     )
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content as JSON gives it back."""
-    return json.loads(json.dumps(content, default=str))
+    """Return the content as it is when read back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return plain
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+@dataclass(frozen=True)
+class _Started:
+    """What `started.json` holds."""
+
+    started: str
+    """UTC, ISO 8601."""
+    run: dict[str, Any]
+    """What the run is: see `run_identity`."""
+    versions: dict[str, str]
+    resumes: list[Resume]
+
+
 class Journal:
-    """The file `started.json` of a run folder."""
+    """The file `started.json` of a run folder; reading one that is missing, damaged or edited is a RunFolderError."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Write down what a new run is."""
-        self._write({"started": _now(), "run": identity, "versions": environment.versions(), "resumes": []})
+        """Record what a new run is."""
+        self._write(_Started(_now(), dict(identity), environment.versions(), []))
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
         """Raise when the folder holds a run that differs in what `identity` names.
@@ -92,53 +105,46 @@ class Journal:
         if found:
             lines = "\n".join(f"  {name}: was {_short(was)}, now {_short(now)}" for name, was, now in found)
             raise RunFolderError(
-                f"{self.folder.path} holds another run, and --resume goes on with the same one only. They differ in\n"
+                f"{self.folder.path} holds another run, and --resume continues only the same one. They differ in\n"
                 f"{lines}\nGive the flags that it was started with, or another --output_dir"
             )
 
     def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
-        """Write down that the run is gone on with from a step, and return what was written."""
+        """Record that the run is resumed from a step, and return what was recorded."""
         content, now = self._read(), environment.versions()
-        changed = {
-            name: f"{was} -> {now.get(name)}" for name, was in content["versions"].items() if was != now.get(name)
-        }
+        changed = {name: f"{was} -> {now.get(name)}" for name, was in content.versions.items() if was != now.get(name)}
         resume = Resume(_now(), step, reason, dict(passed_over), changed)
-        self._write({**content, "resumes": [*content["resumes"], asdict(resume)]})
+        self._write(replace(content, resumes=[*content.resumes, resume]))
         return resume
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the run is."""
-        return self._read()["run"]
+        return self._read().run
 
     @property
     def started(self) -> str:
         """When the run took its folder, UTC in ISO 8601."""
-        return self._read()["started"]
+        return self._read().started
 
     @property
     def resumes(self) -> list[Resume]:
-        """Every time that the run was gone on with."""
-        return [Resume(**entry) for entry in self._read()["resumes"]]
+        """Every time that the run was resumed."""
+        return self._read().resumes
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> _Started:
+        fix = "It is unknown which run to resume: give --output_dir another folder, or --overwrite to start again here"
         try:
-            content = json.loads(self.folder.started.read_text(encoding="utf-8"))
-            if not {"started", "run", "versions", "resumes"} <= content.keys():
-                raise ValueError("a key is missing")
-        except (OSError, ValueError, AttributeError) as error:
-            raise RunFolderError(
-                f"{self.folder.started} cannot be read ({type(error).__name__}), so nobody can tell whether this is "
-                "the run to go on with. Give --output_dir another folder, or --overwrite to start again in this one"
-            ) from error
-        return content
+            return read_record(self.folder.started, _Started, fix=fix)
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.folder.started} is missing. {fix}") from None
 
-    def _write(self, content: Mapping[str, Any]) -> None:
-        write_json(self.folder.started, content)
+    def _write(self, content: _Started) -> None:
+        write_json(self.folder.started, asdict(content))
 
 
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield each dotted name in `now` whose value is another one than in `was`."""
+    """Yield each dotted name in `now` whose value differs from that in `was`."""
     if isinstance(was, dict) and isinstance(now, dict) and name in ("", "lora", "training"):
         for key in now if not name else sorted(was.keys() | now.keys()):
             yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
@@ -152,15 +158,15 @@ def _short(value: Any) -> str:
 
 
 def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint | None, dict[str, str]]:
-    """Return the newest intact checkpoint of a run and the faults of those passed over; None to start at step 0.
+    """Return the newest intact checkpoint of a run and the faults of the newer ones; None to start at step 1.
 
     Raises:
-        RunFolderError: for a folder that holds a finished run, another run, or no checkpoint but damaged ones.
+        RunFolderError: for a folder that holds a finished run, another run, or only damaged checkpoints.
     """
     if folder.finished:
-        raise RunFolderError(f"{folder.path} holds a finished run; nothing is left to go on with. Leave --resume out")
+        raise RunFolderError(f"{folder.path} holds a finished run; there is nothing to resume. Leave --resume out")
     if not folder.started.exists():
-        folder.check_free()  # of a run that ended before its first step nothing is there
+        folder.check_free()  # a run that ended before its first step left nothing
         return None, {}
     Journal(folder).refuse_another(settings_identity(settings))
     found, passed_over = newest_intact(folder.checkpoints)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite ends the run, with the rows that it came from; nothing of it is saved."""
+"""A NaN or infinite loss or gradient ends the run and shows the rows that it came from; nothing of it is saved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from qlora_recipes.data.prepare import Conversation
+from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def refuse(
     shown = "\n".join(f"  {places.get(tuple(ids), 'a row')}: {_text(ids, tokenizer)}" for ids in rows[:_SHOWN])
     more = f"\n  and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     raise DivergenceError(
-        f"the {what} of step {step} is {value}, expected a finite number; nothing of this step is kept, and the "
-        "checkpoints before it stand. Lower --learning_rate, lengthen --warmup_steps, or look at the rows of its batch "
-        f"on this process:\n{shown}{more}"
+        f"the {what} of step {step} is {value}, expected a finite number; nothing of this step is saved, and the "
+        "checkpoints before it are kept. Lower --learning_rate, lengthen --warmup_steps, or look at the rows of its "
+        f"batch on this process:\n{shown}{more}"
     )
 
 
@@ -57,5 +57,5 @@ def conversations(batch: Mapping[str, Any]) -> Iterator[list[int]]:
 
 
 def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    text = repr(tokenizer.decode(ids[:_WIDTH]))
+    text = repr(tokenizer.decode(list(ids[:_WIDTH])))
     return text if len(text) <= _WIDTH else text[:_WIDTH] + "..."

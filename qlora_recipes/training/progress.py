@@ -9,30 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_recipes.run.display import progress_bar, running_mean
 from qlora_recipes.run.files import write_text
 from qlora_recipes.run.receipt import Resume
 
 
 class ProgressDisplay(TrainerCallback):
-    """A bar with step, loss, tokens/s and time left; nothing where nobody looks."""
+    """A bar with step, loss, tokens/s and time left; nothing is drawn but on a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        loss, speed = TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[speed]} tokens/s")
+        self.progress = progress_bar("training", console, loss, speed)
         self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -63,13 +54,13 @@ class ProgressDisplay(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every logged step as one JSON line; a resumed run first forgets what came after its checkpoint."""
+    """Writes every logged step as one JSON line; a resumed run first drops what came after its checkpoint."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        write_text(self.file, "".join(_line(entry["step"], entry) for entry in state.log_history))
+        write_text(self.file, "".join(_line(int(entry["step"]), entry) for entry in state.log_history))
 
     def on_log(
         self,
@@ -89,13 +80,13 @@ def _line(step: int, logs: Mapping[str, Any]) -> str:
 
 
 def print_resume(resume: Resume, console: Console) -> None:
-    """Say where a run is gone on with, and what was passed over."""
+    """Print from which step a run is resumed, and which checkpoints were passed over."""
     for name, fault in resume.passed_over.items():
         console.print(Text(f"passed over {name}: {fault}"))
     for name, change in resume.versions_changed.items():
-        console.print(Text(f"{name} {change} since the run was started: the same bits cannot be promised"))
+        console.print(Text(f"{name} {change} since the run was started: bit-identical results cannot be promised"))
     because = f" ({resume.reason})" if resume.reason else ""
-    console.print(Text(f"going on after step {resume.from_step}{because}"))
+    console.print(Text(f"resuming after step {resume.from_step}{because}"))
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> None:
@@ -107,10 +98,11 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    steps = [row["step"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, linewidth=1, label="each logged step")
-    axes.plot(*zip(*_running_mean(train), strict=True), color="tab:blue", label="running mean")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each logged step")
+    axes.plot(steps, running_mean(losses, 10), color="tab:blue", label="running mean")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out rows")
     axes.set(xlabel="step", ylabel="loss (nats per supervised token)", title=title)
@@ -118,12 +110,3 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     axes.legend()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
-
-
-def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each point with those before it, over a tenth of the run."""
-    window = max(1, len(points) // 10)
-    losses = [loss for _, loss in points]
-    return [
-        (step, sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window)) for i, (step, _) in enumerate(points)
-    ]

@@ -1,12 +1,11 @@
-"""What a finished run says of itself on the terminal, from its receipt."""
+"""The lines of a finished run's receipt that are printed at its end."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from qlora_recipes.preflight.table import tally
+from qlora_recipes.preflight import tally
+from qlora_recipes.run.display import figures_table
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import MemoryReceipt, Receipt
 
@@ -34,11 +33,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         "resumed": ", ".join(f"after step {resume.from_step}" for resume in run.resumes),
         "written to": str(folder.path),
     }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, figure in rows.items():
-        if figure:
-            table.add_row(name, Text(figure))
-    (console or Console()).print(table)
+    (console or Console()).print(figures_table(rows))
 
 
 def _step(run: Receipt) -> str:
@@ -49,5 +44,5 @@ def _step(run: Receipt) -> str:
 
 def _memory(memory: MemoryReceipt) -> str:
     planned = memory.planned_bytes
-    own = f", {memory.training_bytes / 2**30:.2f} of them the training's"
+    own = f", {memory.training_bytes / 2**30:.2f} of it used by training"
     return f"{memory.peak_bytes / 2**30:.2f} GiB peak{own}" + (f", {planned / 2**30:.2f} planned" if planned else "")

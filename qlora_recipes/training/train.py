@@ -1,4 +1,4 @@
-"""Train one run: prepare, load, verify, hand it to SFTTrainer, verify what came out, write the run folder."""
+"""Train one run: prepare, check, train with SFTTrainer, check what came out, write the run folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from rich.console import Console
@@ -17,13 +17,13 @@ from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import adapter_sha256, adapter_tensors
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
-from qlora_recipes.preflight import ReadyRun, TrainedRun
 from qlora_recipes.run.checkpoints import Checkpoint
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import AdapterReceipt, Check, Receipt, SettingsReceipt, TrainingReceipt
+from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, TrainingReceipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
+from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training.accounting import (
     describe_adapter,
     describe_memory,
@@ -39,39 +39,6 @@ from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_l
 from qlora_recipes.training.trainer import RunTrainer
 
 
-def prepare_run(
-    settings: Settings, *, skip_checks: Sequence[str] = (), console: Console | None = None
-) -> tuple[ReadyRun, list[Check]]:
-    """Do everything that comes before the first step, print what was checked of it, and write nothing.
-
-    Raises:
-        RecipesError: for anything that would make the run fail or mean something else than it says.
-    """
-    preflight.check_names(skip_checks, preflight.names(settings.recipe))
-    read = prepare_rows(settings)
-    checks = preflight.run_checks(preflight.BEFORE_LOADING, read, skip_checks)
-    _refuse_failed(checks, "Before loading the base", console)  # which takes minutes
-    loaded = load_model(read)
-    run = ReadyRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(settings.output_dir)))
-    own = [*preflight.BEFORE_TRAINING, *settings.recipe.checks]
-    checks += preflight.run_checks(own, run, skip_checks)
-    _show(checks, "Before training", console)
-    preflight.refuse_failed(checks)
-    return run, checks
-
-
-def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None) -> None:
-    """Show the checks when one of them failed, and raise."""
-    if any(check.verdict == "fail" for check in checks):
-        _show(checks, title, console)
-    preflight.refuse_failed(checks)
-
-
-def _show(checks: Sequence[Check], title: str, console: Console | None) -> None:
-    if PartialState().is_main_process:
-        preflight.print_checks(checks, title, console or Console())
-
-
 def train(
     settings: Settings,
     *,
@@ -81,12 +48,14 @@ def train(
     skip_checks: Sequence[str] = (),
     console: Console | None = None,
 ) -> RunFolder:
-    """Train one run and return its folder, which has a receipt when and only when everything in it is proven.
+    """Train one run and return its folder, which has a receipt only if every check passed or was skipped.
 
-    `skip_checks` names checks to go without; the receipt says which.
+    `skip_checks` names checks to leave out; the receipt says which. Where memory runs out and `auto_find_batch_size` is
+    set, the run is tried again with half the batch.
 
     Raises:
-        RecipesError: for anything that would make the run fail or mean something else than it says.
+        RecipesError: for anything that would make the run fail, or be something other than it claims. A check that
+            fails before training leaves nothing behind; one that fails afterwards leaves a folder without a receipt.
     """
     console = console or Console()
     settings = finalize_settings(settings, resume=resume, console=console)
@@ -103,19 +72,8 @@ def train(
         launch = replace(launch, settings=smaller, overwrite=False, resume=True, reason=reason)
 
 
-def machine() -> Machine:
-    """Return what this process of a run has to itself."""
-    state = PartialState()
-    return Machine(
-        device=state.device.type,
-        bytes=int(USABLE * environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
-        processes=state.num_processes,
-        sharded=environment.is_sharded(),
-    )
-
-
 def finalize_settings(settings: Settings, *, resume: bool = False, console: Console | None = None) -> Settings:
-    """Return the settings with nothing left open: as the run in the folder has them, or fitted to this machine."""
+    """Return the settings with every automatic field set: as the run to resume has it, or fitted to this machine."""
     folder = RunFolder(settings.output_dir)
     if resume and folder.started.exists():
         settings = restore_batch(settings, folder)
@@ -124,6 +82,17 @@ def finalize_settings(settings: Settings, *, resume: bool = False, console: Cons
     if settings.auto_fields and PartialState().is_main_process and (figures := describe(found, here)):
         (console or Console()).print(Text(f"fitted to this machine: {figures}"))
     return found
+
+
+def machine() -> Machine:
+    """Return what one process of a run can use of this machine."""
+    state = PartialState()
+    return Machine(
+        device=state.device.type,
+        bytes=int(USABLE * environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
+        processes=state.num_processes,
+        sharded=environment.is_sharded(),
+    )
 
 
 @dataclass(frozen=True)
@@ -143,31 +112,68 @@ class _Launch:
 
 
 def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
+    """Make one attempt at a run, from its settings to its receipt."""
     folder = RunFolder(launch.settings.output_dir)
-    checkpoint, passed_over = _where_to_start(launch, folder)
+    checkpoint, passed_over = _find_start(launch, folder)
     run, checks = prepare_run(launch.settings, skip_checks=launch.skip_checks, console=launch.console)
+
     initial = adapter_sha256(run.model)
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
-    run.non_weight_bytes = non_weight_bytes(run.model)
+
+    held = non_weight_bytes(run.model)
     environment.reset_peak(PartialState().device.type)
-    seconds = _run_steps(launch, run, folder, signals, checkpoint)
-    adapter = describe_adapter(run, initial, before)
-    training = describe_training(run.trainer, seconds)
-    checks += _prove(TrainedRun(**vars(run), adapter=adapter, folder=folder), launch)
+    training = _run_steps(launch, run, folder, signals, checkpoint)
+    memory = describe_memory(run, held)
+    run = replace(run, trained=Trained(describe_adapter(run, initial, before), folder, memory))
+
+    checks += _check_and_save(run, launch)
     if PartialState().is_main_process:
-        adapter.bytes = saved_bytes(folder)
-        _write_results(folder, run, _receipt(launch, run, journal, adapter, training, checks))
+        run.adapter.bytes = saved_bytes(folder)
+        _write_results(run, _receipt(launch, run, journal, training, checks))
     PartialState().wait_for_everyone()
     return folder
 
 
-def _where_to_start(launch: _Launch, folder: RunFolder) -> tuple[Checkpoint | None, dict[str, str]]:
-    """Return the checkpoint to go on from, if any, and the damaged ones passed over; refuse a folder that is taken."""
+def _find_start(launch: _Launch, folder: RunFolder) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Return the checkpoint to resume from, if any, and the damaged ones passed over; refuse a folder that is taken."""
     if launch.resume:
         return find_checkpoint(folder, launch.asked)
     folder.check_free(overwrite=launch.overwrite)
     return None, {}
+
+
+def prepare_run(
+    settings: Settings, *, skip_checks: Sequence[str] = (), console: Console | None = None
+) -> tuple[Run, list[Check]]:
+    """Do everything that comes before the first step, print what was checked of it, and write nothing.
+
+    Raises:
+        RecipesError: for anything that would make the run fail, or be something other than it claims.
+    """
+    preflight.check_names(skip_checks, preflight.names(settings.recipe))
+    run = prepare_rows(settings)
+    checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
+    _refuse_failed(checks, "Before loading the base", console)  # which takes minutes
+
+    run = load_model(run)
+    run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
+    checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
+    _show(checks, "Before training", console)
+    preflight.refuse_failed(checks)
+    return run, checks
+
+
+def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None) -> None:
+    """Show the checks when one of them failed, and raise."""
+    if any(check.verdict == "fail" for check in checks):
+        _show(checks, title, console)
+    preflight.refuse_failed(checks)
+
+
+def _show(checks: Sequence[Check], title: str, console: Console | None) -> None:
+    if PartialState().is_main_process:
+        preflight.print_checks(checks, title, console or Console())
 
 
 def _open_journal(
@@ -177,7 +183,7 @@ def _open_journal(
     checkpoint: Checkpoint | None,
     passed_over: Mapping[str, str],
 ) -> Journal:
-    """Claim the folder for a new run, or make sure that it is this run's and write down that it is gone on with."""
+    """Claim the folder for a new run, or make sure that it holds this run and record that it is resumed."""
     journal, main = Journal(folder), PartialState().is_main_process
     if launch.resume and folder.started.exists():
         journal.refuse_another(identity)
@@ -188,16 +194,16 @@ def _open_journal(
         folder.claim(overwrite=launch.overwrite)
         journal.begin(identity)
         if launch.resume:
-            launch.console.print(Text(f"nothing to go on with in {folder.path}: starting with the first step"))
+            launch.console.print(Text(f"no checkpoint to resume in {folder.path}; starting from step 1"))
     PartialState().wait_for_everyone()
     return journal
 
 
 def _run_steps(
-    launch: _Launch, run: ReadyRun, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
-) -> float:
-    """Train, and return the seconds that it took."""
-    trainer, display = run.trainer, ProgressDisplay(launch.console)
+    launch: _Launch, run: Run, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
+) -> TrainingReceipt:
+    """Train to the last step, and return what was done."""
+    trainer, display = cast(RunTrainer, run.trainer), ProgressDisplay(launch.console)
     trainer.signals = signals
     if PartialState().is_main_process:
         trainer.add_callback(display)
@@ -205,32 +211,37 @@ def _run_steps(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except Stopped as stopped:
-        _say_how_to_go_on(stopped, folder)
+        _print_how_to_resume(stopped, folder)
         raise
     except pickle.UnpicklingError as error:
         raise RunFolderError(
             f"{checkpoint.path if checkpoint else folder.path} holds more than tensors and numbers, and none of it was "
-            "run: it is not a checkpoint of this package. Remove it to go on from the one before it"
+            "run: it is not a checkpoint of this package. Remove it to resume from the one before it"
         ) from error
     finally:
         display.progress.stop()
-    return trainer.seconds
+    return describe_training(trainer)
 
 
-def _say_how_to_go_on(stopped: Stopped, folder: RunFolder) -> None:
+def _print_how_to_resume(stopped: Stopped, folder: RunFolder) -> None:
     if PartialState().is_main_process and stopped.step is not None:
         where = f"{folder.path} has the checkpoint of step {stopped.step}"
-        print(f"stopped by {stopped.signal.name}: {where}; the same command with --resume goes on", file=sys.stderr)
+        print(f"stopped by {stopped.signal.name}: {where}; resume with the same command and --resume", file=sys.stderr)
 
 
-def _receipt(
-    launch: _Launch,
-    run: ReadyRun,
-    journal: Journal,
-    adapter: AdapterReceipt,
-    training: TrainingReceipt,
-    checks: list[Check],
-) -> Receipt:
+def _check_and_save(run: Run, launch: _Launch) -> list[Check]:
+    """Check what was trained, save it, and check what was saved; raise where one fails, before there is a receipt."""
+    checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
+    _refuse_failed(checks, "After training", launch.console)
+    run.trainer.save_model(str(run.folder.adapter))  # gathers a sharded adapter; writes tokenizer and template too
+    PartialState().wait_for_everyone()
+    checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
+    _show(checks, "After training", launch.console)
+    preflight.refuse_failed(checks)
+    return checks
+
+
+def _receipt(launch: _Launch, run: Run, journal: Journal, training: TrainingReceipt, checks: list[Check]) -> Receipt:
     settings = launch.settings
     return Receipt(
         recipe=settings.name,
@@ -250,35 +261,19 @@ def _receipt(
         data=run.data.receipt,
         template=run.data.template,
         base=run.base,
-        adapter=adapter,
+        adapter=run.adapter,
         training=training,
-        memory=describe_memory(run),
+        memory=run.memory,
         repairs=run.repairs,
         checks=checks,
         resumes=journal.resumes,
     )
 
 
-def _write_results(folder: RunFolder, run: ReadyRun, receipt: Receipt) -> None:
-    """Write what a finished run has beside its adapter, and last its receipt."""
-    title = f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}"
-    plot_loss(folder.metrics, folder.loss_plot, title)
+def _write_results(run: Run, receipt: Receipt) -> None:
+    """Write what a finished run has besides its adapter, and last its receipt."""
+    folder = run.folder
+    plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
     write_model_card(folder, receipt)
     write_json(folder.held_out, [{"place": row.place, "messages": row.messages} for row in run.data.held_out])
     folder.write_receipt(receipt)
-
-
-def _prove(run: TrainedRun, launch: _Launch) -> list[Check]:
-    """Check what was trained, save it, and check what was saved; raises where one fails, and no receipt is written."""
-    checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
-    _refuse_failed(checks, "After training", launch.console)
-    _save_adapter(run.trainer, run.folder)
-    PartialState().wait_for_everyone()
-    checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
-    _show(checks, "After training", launch.console)
-    preflight.refuse_failed(checks)
-    return checks
-
-
-def _save_adapter(trainer: RunTrainer, folder: RunFolder) -> None:
-    trainer.save_model(str(folder.adapter))  # gathers a sharded adapter; writes the tokenizer and its template too

@@ -20,7 +20,7 @@ from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.preflight.preserving import preserving_state
+from qlora_recipes.preflight.probes import preserving_state
 from qlora_recipes.run import checkpoints
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.signals import Stopped, StopSignals

@@ -32,9 +32,9 @@ from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
 from qlora_recipes.precision import precision_named
-from qlora_recipes.preflight import ReadRun
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings, resolve
+from qlora_recipes.stages import Run
 from qlora_recipes.training import build
 from qlora_recipes.training.accounting import non_weight_bytes
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
@@ -83,17 +83,18 @@ def settings_of(spec: Specification) -> Settings:
     return replace(settings, training={**settings.training, **batch}, auto_fields=frozenset(("batch", "checkpointing")))
 
 
-def leave_out(arm: str, read: ReadRun) -> None:
-    """Fit a run to the machine, and undo one piece of the fast path in this process."""
+def leave_out(arm: str, read: Run) -> Run:
+    """Return a run fitted to the machine, with one piece of the fast path undone in this process."""
+    settings = read.settings
     if arm == "without_fitting":
-        read.settings = replace(read.settings, storage="packed", auto_fields=frozenset())
-    read.settings = fit_to_memory(read.settings, machine())
+        settings = replace(settings, storage="packed", auto_fields=frozenset())
+    settings = fit_to_memory(settings, machine())
     if arm == "without_storage":
-        read.settings = replace(read.settings, storage="packed")
+        settings = replace(settings, storage="packed")
     if arm == "without_packing":
-        read.settings.training["padding_free"] = False
+        settings.training["padding_free"] = False
     if arm == "without_attention":
-        read.settings.training["padding_free"] = True
+        settings.training["padding_free"] = True
         loading.attention = SimpleNamespace(NAME="sdpa")
     if arm == "without_output_layer":
         build.score_supervised_tokens = lambda: None
@@ -101,6 +102,7 @@ def leave_out(arm: str, read: ReadRun) -> None:
         build.fuse_lora_layers = lambda model: 0
     if arm == "without_threads":
         torch.set_num_threads(1)  # as `accelerate launch` leaves a CPU run
+    return replace(read, prepared=replace(read.prepared, settings=settings))
 
 
 def _shared(spec: Specification) -> dict[str, Any]:
@@ -121,9 +123,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
     """Return the trainer of an arm."""
     read = prepare_rows(settings_of(spec))
     if arm == "recipe" or arm in WITHOUT:
-        leave_out(arm, read)
-        run = load_model(read)
-        return build_trainer(run, RunFolder(Path(folder)))
+        return build_trainer(load_model(leave_out(arm, read)), RunFolder(Path(folder)))
     rows = [row.encoded for row in read.data.train]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
     stored, cpu = precision_named(spec.precision), not torch.cuda.is_available()

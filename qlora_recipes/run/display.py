@@ -1,0 +1,49 @@
+"""What several rooms show a person in the same way: a progress bar, a table of figures, a smoothed curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+
+def progress_bar(name: str, console: Console, *columns: ProgressColumn) -> Progress:
+    """Return a bar with a name, a count, columns of its own and the time left; nothing is drawn but on a terminal."""
+    return Progress(
+        TextColumn(escape(name)),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def figures_table(figures: Mapping[str, str]) -> Table:
+    """Return a table of one line a figure, its name before it; a figure without text is left out."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, figure in figures.items():
+        if figure:
+            table.add_row(name, Text(figure, overflow="fold"))
+    return table
+
+
+def running_mean(values: Sequence[float], share: int) -> list[float]:
+    """Average each value with those before it, over one `share`-th of all."""
+    window = max(1, len(values) // share)
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
