@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.run.files import read_record, write_json
-from qlora_recipes.run.receipt import SCHEMA_VERSION, Receipt
+from qlora_recipes.precision import DTYPES, PRECISIONS
+from qlora_recipes.run.files import read_lines, read_record, write_json
+from qlora_recipes.run.receipt import SCHEMA_VERSION, LoggedStep, Receipt
 
 RECEIPT = "run.json"
 STARTED = "started.json"
@@ -77,17 +79,34 @@ class RunFolder:
         """
         file = self.path / RECEIPT
         try:
-            receipt = read_record(file, Receipt, fix=_FIX)
+            receipt = read_record(file, Receipt, fix=_FIX, schema=SCHEMA_VERSION)
         except FileNotFoundError:
             raise RunFolderError(
                 f"{self.path} holds no finished run: {RECEIPT} is missing. Expected a folder that training wrote, "
                 "such as runs/llama2_guanaco-demo/nf4-seed0"
             ) from None
-        if receipt.schema_version != SCHEMA_VERSION:
+        for key, got, known in (("precision", receipt.precision, PRECISIONS), ("dtype", receipt.dtype, DTYPES)):
+            if got not in known:
+                raise RunFolderError(f"{file}, key {key}: got {got!r}, expected one of {', '.join(known)}. {_FIX}")
+        try:
+            re.compile(receipt.template.role_markers)
+        except (re.error, RecursionError, OverflowError) as error:
             raise RunFolderError(
-                f"{file}, key schema_version: got {receipt.schema_version}, expected {SCHEMA_VERSION}. {_FIX}"
-            )
+                f"{file}, key template.role_markers: got no regular expression ({error}), expected the one of the "
+                f"chat template. {_FIX}"
+            ) from error
         return receipt
+
+    def logged_steps(self) -> list[LoggedStep]:
+        """Return the logged steps of the training; none where there is no such file.
+
+        Raises:
+            RunFolderError: for a line that is damaged, naming it.
+        """
+        try:
+            return read_lines(self.metrics, LoggedStep, fix=_FIX)
+        except FileNotFoundError:
+            return []
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Write `run.json`, whole or not at all."""

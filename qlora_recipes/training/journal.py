@@ -1,12 +1,12 @@
-"""What a run was started as, and every time it was gone on with: `--resume` goes on with that run and with no other."""
+"""What a run was started as, and every time it was resumed: `--resume` continues that run and no other."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 
@@ -14,17 +14,22 @@ from qlora_recipes import environment
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.preflight import LoadedRun
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.differences import MISSING, differences, shortened
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import Resume
+from qlora_recipes.run.receipt import Resume, Started
 from qlora_recipes.settings import AUTO_FIELDS, Settings, public
 
+_FIX = (
+    "Without it nothing shows that this is the run to resume: give --output_dir another folder, or --overwrite to "
+    "start again in this one"
+)
 # Settings that decide what is kept and shown of a run, and nothing of its weights.
 _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
 
 
 def settings_identity(settings: Settings) -> dict[str, Any]:
-    """Return what must be equal for a run to be gone on with, as far as it is known before anything is loaded."""
+    """Return what must be equal for a run to be resumed, as far as it is known before anything is loaded."""
     training = {name: value for name, value in public(settings.training).items() if not name.startswith(_FREE)}
     return _plain(
         {
@@ -53,7 +58,7 @@ def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[s
 
 
 def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
-    """Return settings with what they leave open as it was when the run in a folder started, on whatever machine."""
+    """Return settings with their auto fields as they were when the run in a folder started, on whatever machine."""
     was = Journal(folder).identity
     names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was["training"].keys()
     return replace(
@@ -65,7 +70,7 @@ def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content as JSON gives it back."""
-    return json.loads(json.dumps(content, default=str))
+    return cast(dict[str, Any], json.loads(json.dumps(content, default=str)))
 
 
 def _now() -> str:
@@ -80,7 +85,7 @@ class Journal:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Write down what a new run is."""
-        self._write({"started": _now(), "run": identity, "versions": environment.versions(), "resumes": []})
+        self._write(Started(_now(), dict(identity), environment.versions()))
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
         """Raise when the folder holds a run that differs in what `identity` names.
@@ -88,67 +93,53 @@ class Journal:
         Raises:
             RunFolderError: naming every difference.
         """
-        found = list(_differences(self.identity, identity))
-        if found:
-            lines = "\n".join(f"  {name}: was {_short(was)}, now {_short(now)}" for name, was, now in found)
+        was = self.identity
+        pairs = differences({key: was.get(key, MISSING) for key in identity}, identity)
+        found = [(key, *(MISSING if value is None else value for value in values)) for key, *values in pairs]
+        lines = [f"  {key}: was {shortened(a)}, now {shortened(b)}" for key, a, b in sorted(found) if a != b]
+        if lines:
             raise RunFolderError(
-                f"{self.folder.path} holds another run, and --resume goes on with the same one only. They differ in\n"
-                f"{lines}\nGive the flags that it was started with, or another --output_dir"
+                f"{self.folder.path} holds another run, and --resume continues the same one only. They differ in\n"
+                + "\n".join(lines)
+                + "\nGive the flags that it was started with, or another --output_dir"
             )
 
     def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
-        """Write down that the run is gone on with from a step, and return what was written."""
+        """Write down that the run is resumed from a step, and return what was written."""
         content, now = self._read(), environment.versions()
-        changed = {
-            name: f"{was} -> {now.get(name)}" for name, was in content["versions"].items() if was != now.get(name)
-        }
+        changed = {name: f"{was} -> {now.get(name)}" for name, was in content.versions.items() if was != now.get(name)}
         resume = Resume(_now(), step, reason, dict(passed_over), changed)
-        self._write({**content, "resumes": [*content["resumes"], asdict(resume)]})
+        self._write(replace(content, resumes=[*content.resumes, resume]))
         return resume
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the run is."""
-        return self._read()["run"]
+        return self._read().run
 
     @property
     def started(self) -> str:
         """When the run took its folder, UTC in ISO 8601."""
-        return self._read()["started"]
+        return self._read().started
 
     @property
     def resumes(self) -> list[Resume]:
-        """Every time that the run was gone on with."""
-        return [Resume(**entry) for entry in self._read()["resumes"]]
+        """Every time that the run was resumed."""
+        return self._read().resumes
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Started:
+        file = self.folder.started
         try:
-            content = json.loads(self.folder.started.read_text(encoding="utf-8"))
-            if not {"started", "run", "versions", "resumes"} <= content.keys():
-                raise ValueError("a key is missing")
-        except (OSError, ValueError, AttributeError) as error:
-            raise RunFolderError(
-                f"{self.folder.started} cannot be read ({type(error).__name__}), so nobody can tell whether this is "
-                "the run to go on with. Give --output_dir another folder, or --overwrite to start again in this one"
-            ) from error
+            content = read_record(file, Started, fix=_FIX)
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{file} is missing. {_FIX}") from error
+        for key in ("lora", "training"):
+            if not isinstance(got := content.run.get(key), dict):
+                raise RunFolderError(f"{file}, key run.{key}: got {got!r:.60}, expected an object. {_FIX}")
         return content
 
-    def _write(self, content: Mapping[str, Any]) -> None:
-        write_json(self.folder.started, content)
-
-
-def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield each dotted name in `now` whose value is another one than in `was`."""
-    if isinstance(was, dict) and isinstance(now, dict) and name in ("", "lora", "training"):
-        for key in now if not name else sorted(was.keys() | now.keys()):
-            yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif was != now:
-        yield name, was, now
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    def _write(self, content: Started) -> None:
+        write_json(self.folder.started, asdict(content))
 
 
 def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint | None, dict[str, str]]:
@@ -158,7 +149,7 @@ def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint |
         RunFolderError: for a folder that holds a finished run, another run, or no checkpoint but damaged ones.
     """
     if folder.finished:
-        raise RunFolderError(f"{folder.path} holds a finished run; nothing is left to go on with. Leave --resume out")
+        raise RunFolderError(f"{folder.path} holds a finished run; nothing is left to resume. Leave --resume out")
     if not folder.started.exists():
         folder.check_free()  # of a run that ended before its first step nothing is there
         return None, {}
