@@ -388,7 +388,7 @@ def test_a_folder_of_other_files_is_not_gone_on_with(runs: Runs, tmp_path: Path)
 def test_a_folder_whose_start_is_unreadable_is_refused(runs: Runs) -> None:
     folder = runs.copy("unreadable")
     folder.started.write_text("{")
-    with pytest.raises(RunFolderError, match=r"started\.json cannot be read"):
+    with pytest.raises(RunFolderError, match=r"started\.json is damaged: invalid JSON"):
         find_checkpoint(folder, runs.settings("unreadable"))
 
 

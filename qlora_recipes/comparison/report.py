@@ -17,11 +17,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from qlora_recipes.comparison.escape import markdown, plain
-from qlora_recipes.comparison.findings import Report, from_json
+from qlora_recipes.comparison.findings import SCHEMA_VERSION, Report
 from qlora_recipes.comparison.plots import error_plot, forest_plot, loss_plot
 from qlora_recipes.comparison.sentences import interval, signed
-from qlora_recipes.errors import ComparisonError, RunFolderError
-from qlora_recipes.run.files import write_text
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.run.files import read_record, write_text
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "index.html"
 
@@ -48,10 +48,16 @@ def check_report_folder(folder: Path) -> None:
 
 
 def read_report(folder: Path) -> Report | None:
-    """Return the report in a folder, or None where there is none that can be read."""
+    """Return the report in a folder, or None where there is none.
+
+    Raises:
+        RunFolderError: when it is damaged or of another schema; it says which margins were given before.
+    """
     try:
-        return from_json(json.loads((folder / JSON).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, ComparisonError):
+        return read_record(
+            folder / JSON, Report, fix="Remove it or give --output another folder", schema=SCHEMA_VERSION
+        )
+    except FileNotFoundError:
         return None
 
 
@@ -63,7 +69,7 @@ def render_json(report: Report) -> str:
 def render_html(report: Report) -> str:
     """Return one self-contained page."""
     environment = _environment(autoescape=True, finalize=_visible)
-    css = Markup(environment.loader.get_source(environment, "report.css")[0])
+    css = Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.jinja").render(
         report=report,
         css=css,

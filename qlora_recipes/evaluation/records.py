@@ -166,7 +166,9 @@ def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
     if result.task != task:
         raise RunFolderError(f"{file}, key task: got {result.task!r}, expected {task!r}. {_FIX}")
     if result.metric not in result.metrics:
-        raise RunFolderError(f"{file}, key metrics: got {', '.join(result.metrics)}, expected {result.metric!r}. {_FIX}")
+        raise RunFolderError(
+            f"{file}, key metrics: got {', '.join(result.metrics)}, expected {result.metric!r}. {_FIX}"
+        )
     docs = decode_lines(content, DocRecord, source=docs_file, fix=_FIX)
     if result.kind == "bits_per_byte" and not all(doc.bits is not None and doc.bytes for doc in docs):
         raise RunFolderError(f"{docs_file}: got documents without bits or bytes, which {task} is scored in. {_FIX}")

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.run.files import write_json
@@ -22,7 +23,7 @@ MANIFEST = "manifest.json"
 WRITING = ".writing"
 """Folder beside the checkpoints in which the next one is made."""
 _DELETING = ".deleting-"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "training_args.bin")
 
 
@@ -34,7 +35,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(_NAME.fullmatch(self.path.name)[1])
+        return int(self.path.name.rpartition("-")[2])
 
     def fault(self, *, hashes: bool = True) -> str | None:
         """Return what is wrong with it, or None; without `hashes` only names and sizes are looked at."""
@@ -57,7 +58,7 @@ def _files(folder: Path) -> Iterator[Path]:
     )
 
 
-def _missing(listed: dict[str, dict], found: dict[str, Path]) -> str | None:
+def _missing(listed: dict[str, dict[str, Any]], found: dict[str, Path]) -> str | None:
     if not listed:
         return f"its {MANIFEST} lists no files"
     if missing := sorted(listed.keys() - found.keys()):
@@ -68,7 +69,7 @@ def _missing(listed: dict[str, dict], found: dict[str, Path]) -> str | None:
     return f"{pickled[0]} is a pickle, which can run code when it is opened" if pickled else None
 
 
-def _damage(listed: dict[str, dict], found: dict[str, Path], hashes: bool) -> Iterator[str]:
+def _damage(listed: dict[str, dict[str, Any]], found: dict[str, Path], hashes: bool) -> Iterator[str]:
     for name, entry in listed.items():
         size = found[name].stat().st_size
         if size != entry["bytes"]:

@@ -82,7 +82,7 @@ def _decode(content: bytes, kind: type[Record], source: str, fix: str) -> Record
     import pydantic
 
     try:
-        record = _adapter(kind).validate_json(content)
+        record: Record | None = _adapter(kind).validate_json(content)
     except pydantic.ValidationError as error:
         raise RunFolderError(f"{source}{_fault(error)}. {fix}") from error
     if record is None:
@@ -91,7 +91,7 @@ def _decode(content: bytes, kind: type[Record], source: str, fix: str) -> Record
 
 
 @cache
-def _adapter(kind: type[Record]) -> TypeAdapter[Record | None]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

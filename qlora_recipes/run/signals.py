@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A queue that tells every process of a job, and a launcher that passes on what it was told, mean one and the same.
 _ECHO_SECONDS = 0.5
@@ -39,7 +40,7 @@ class StopSignals:
         self.loop_runs = False
         """Whether somebody looks at `received` soon; elsewhere nothing is left to save, and a signal stops at once."""
         self._at = 0.0
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
