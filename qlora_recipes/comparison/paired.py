@@ -1,11 +1,10 @@
 """Paired statistics: did one arm match its baseline, document by document?
 
-Numbers in, frozen dataclasses out; this module knows nothing of files, models or lm-eval. In every pair
-`a` is the arm under test and `b` its baseline, so a negative difference is a loss. Scores of several seeds
-come as `(seeds, documents)`, of one as `(documents,)`; the margin is in the units of the scores, so one
-point of 0/1 accuracy is 0.01. The tests are scipy's and statsmodels', but for one: the t interval of clustered
-documents (CR2) and its degrees of freedom are written here, from Bell and McCaffrey (2002), on statsmodels' HC2.
-Bad input raises `ComparisonError`.
+Numbers in, frozen dataclasses out; this module knows nothing of files, models or lm-eval. In every pair `a` is the arm
+under test and `b` its baseline, so a negative difference is a loss. Scores of several seeds come as
+`(seeds, documents)`, of one as `(documents,)`; the margin is in the units of the scores, so one point of 0/1 accuracy
+is 0.01. The tests are scipy's and statsmodels', but for one: the t interval of clustered documents (CR2) and its
+degrees of freedom are written here, from Bell and McCaffrey (2002). Bad input raises `ComparisonError`.
 """
 
 from __future__ import annotations
@@ -300,10 +299,8 @@ def flips(
     if odd := set(a.tolist() + b.tolist()) - {0.0, 1.0}:
         raise ComparisonError(f"got the score {min(odd)}, expected 0 for wrong or 1 for right; use accuracy")
     table = [[int(np.sum((b == from_b) & (a == to_a))) for to_a in (1, 0)] for from_b in (1, 0)]
-    other = None
-    if answers_a is not None and answers_b is not None:
-        both_wrong = zip((a == 0) & (b == 0), answers_a, answers_b, strict=True)
-        other = sum(wrong and one != another for wrong, one, another in both_wrong)
+    both_wrong = zip((a == 0) & (b == 0), *answers, strict=True)
+    other = sum(1 for wrong, *chosen in both_wrong if wrong and chosen[0] != chosen[1]) if answers else None
     return Flips(table[0][1], table[1][0], other, len(a), float(mcnemar(table, exact=True).pvalue))
 
 

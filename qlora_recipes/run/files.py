@@ -81,8 +81,9 @@ def _check_schema(content: bytes, schema: int, source: str, fix: str) -> None:
 def _decode(content: bytes, kind: type[Record], source: str, fix: str) -> Record:
     import pydantic
 
+    hashable: Any = kind  # mypy takes no type[Record] for it
     try:
-        record: Record | None = _adapter(kind).validate_json(content)
+        record: Record | None = _adapter(hashable).validate_json(content)
     except pydantic.ValidationError as error:
         raise RunFolderError(f"{source}{_fault(error)}. {fix}") from error
     if record is None:
