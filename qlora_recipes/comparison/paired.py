@@ -244,13 +244,7 @@ def _documents_for_a_verdict(readings: list[_Reading], n: int, margin: float) ->
     return max(needed_documents(sd, margin, power=0.95), math.ceil(n * widest / margin))
 
 
-def needed_documents(
-    sd: float,
-    margin: float,
-    difference: float = 0.0,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> int:
+def needed_documents(sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8) -> int:
     """Say how many documents it takes to show equivalence when the true difference is `difference`.
 
     `sd` is that of one document's difference. The number is ((z(1 - alpha) + z((1 + power) / 2)) sd /

@@ -122,12 +122,11 @@ def restore_run(
         CheckError: when tokenizer, base or adapter are not what the receipt says, or the adapter does nothing.
         ModelError: when there is no adapter, or one for another base.
     """
-    receipt = folder.receipt()
+    receipt, held_out = folder.receipt(), read_held_out(folder)
     tokenizer = load_run_tokenizer(folder, receipt, other_template=other_template)
     encoder = ConversationEncoder(tokenizer, _template(folder, receipt))
     if key.precision == receipt.precision:
         _check_same("base", base.sha256, receipt.base.sha256, _BASE_ADVICE)
-    held_out = read_held_out(folder)
     if not adapter:
         yield RestoredRun(
             folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256, None, None
