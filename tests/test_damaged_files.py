@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from fake_runs import answers, make_run
 
 from qlora_recipes import cli
 from qlora_recipes.commands import chat, merge
-from qlora_recipes.commands.recipe_cli import run_command
+from qlora_recipes.commands.recipe_cli import run_command, settings_from
+from qlora_recipes.errors import RunFolderError
 from qlora_recipes.evaluation import harness
 from qlora_recipes.evaluation.kl_files import Divergence, LayerError, write_divergence, write_quantization_error
 from qlora_recipes.evaluation.loaded import RestoredBase
@@ -22,6 +24,7 @@ from qlora_recipes.experiments.benchmark import command as benchmark
 from qlora_recipes.experiments.benchmark.plan import plan_benchmark, record_margin
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.training.journal import restore_batch
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 PRECISIONS = ["nf4", "bf16"]
@@ -239,3 +242,11 @@ def test_scores_other_than_the_hash_are_refused(root: Path, capsys: pytest.Captu
     path.write_text(path.read_text().replace('"score": 0.0', '"score": 1.0', 1))
     said = refusal("compare", root, capsys)
     assert f"{path} is not the one that standin_choice.json was written with" in said
+
+
+def test_a_batch_that_is_none_is_not_restored(root: Path) -> None:
+    settings = replace(settings_from(load_recipe(RECIPE), {"demo": True}), auto_fields=frozenset({"batch"}))
+    run = {"lora": {}, "training": {"per_device_train_batch_size": "many"}}
+    (root / STARTED_FILE).write_text(json.dumps({**STARTED, "run": run}))
+    with pytest.raises(RunFolderError, match="key run.training.per_device_train_batch_size: got 'many', expected int"):
+        restore_batch(settings, RunFolder(root / "started"))

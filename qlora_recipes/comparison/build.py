@@ -1,4 +1,4 @@
-"""From evaluated runs to everything a report says of them. Runs in, one record out; no models and no rendering."""
+"""From evaluated runs to everything a report says about them. Runs in, one record out; no models, no rendering."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_recipes.errors import ComparisonError
 from qlora_recipes.precision import PRECISIONS
 
 FEWEST_DOCUMENTS = 20
-"""Fewer per task leave an interval of some 20 points at best, which is no ground for any sentence."""
+"""Fewer per task leave an interval of some 20 points at best, which supports no verdict."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Criteria:
     limited: bool
     verdict: Sequence[str]
     """Tasks that the overall verdict is over."""
-    beside: Sequence[str]
+    secondary: Sequence[str]
     """Other tasks whose differences are shown in points."""
 
 
@@ -68,7 +68,7 @@ def criteria_for(reference: AlignedScores, margin: float) -> Criteria:
 
 def mean_scores(aligned: AlignedScores, criteria: Criteria) -> dict[str, float]:
     """Return task to score in points, the mean over documents and seeds."""
-    return {task: float(POINTS * aligned.scores(task).mean()) for task in (*criteria.verdict, *criteria.beside)}
+    return {task: float(POINTS * aligned.scores(task).mean()) for task in (*criteria.verdict, *criteria.secondary)}
 
 
 def contrast(a: AlignedScores, b: AlignedScores, seeds: Sequence[int], criteria: Criteria) -> Contrast:
@@ -105,7 +105,7 @@ def _scores(a: AlignedScores, b: AlignedScores, task: str) -> TaskScores:
 
 def _task_contrasts(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> list[TaskContrast]:
     found = {}
-    for task in (*criteria.verdict, *criteria.beside):
+    for task in (*criteria.verdict, *criteria.secondary):
         scores = _scores(a, b, task)
         found[task] = compare(
             scores.a, scores.b, margin=criteria.margin, clusters=scores.clusters, limited=criteria.limited

@@ -96,8 +96,8 @@ def compare(
     excludes zero. *Inconclusive*: the rest. A `limited` run is never equivalent.
 
     Documents are averaged over seeds, and their mean has a t interval with CR2 standard errors by cluster.
-    Where few documents differ a score test for rare events stands beside it, and with several seeds a t
-    interval over their means. The widest interval and the largest p-values are reported.
+    Where few documents differ, a score test for rare events is added, and with several seeds a t interval
+    over their means. The widest interval and the largest p-values are reported.
     """
     return _judge([_sample(TaskScores(scores_a, scores_b, clusters))], margin, limited)
 

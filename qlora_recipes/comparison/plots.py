@@ -83,7 +83,7 @@ def loss_plot(losses: Sequence[LossCurve]) -> Markup:
             curve.steps, _smooth(curve.losses), color=colors[curve.precision], linewidth=1.4, alpha=0.85, label=label,
             linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.locator_params(axis="x", integer=True)
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
     if labeled:

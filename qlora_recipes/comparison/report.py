@@ -1,7 +1,7 @@
-"""A comparison on paper: `index.html`, `report.md` and `report.json`, from one record and nothing else.
+"""A comparison as files: `index.html`, `report.md` and `report.json`, from one record and nothing else.
 
-The HTML file is whole in itself: its plots are inline, it runs no script and loads nothing. Text of models and data is
-escaped by the template engine, and what cannot be seen in it is shown as a symbol.
+The HTML file is self-contained: its plots are inline, it runs no script and loads nothing. Text from models and data is
+escaped by the template engine, and invisible characters are shown as symbols.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_report(folder: Path) -> Report | None:
 
 
 def render_json(report: Report) -> str:
-    """Return the record as JSON; every number in it is finite."""
+    """Return the record as JSON; every number is finite."""
     return json.dumps(asdict(report), indent=1, allow_nan=False) + "\n"  # ASCII: a lone surrogate has no UTF-8
 
 
@@ -94,7 +94,7 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environ
 
 
 def _visible(value: Any) -> Any:
-    """Markup passes; of anything else the characters that are not seen become symbols, and Jinja escapes the rest."""
+    """Markup passes; in anything else invisible characters become symbols, and Jinja escapes the rest."""
     return value if isinstance(value, Markup) else plain(value)
 
 

@@ -98,7 +98,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured in one task, before the facts of the run are put beside it."""
+    """What was measured in one task, before the facts of the run are added."""
 
     docs: list[DocRecord]
     metrics: dict[str, float]

@@ -124,7 +124,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file aside, sync it, and rename it into place, so that a reader never sees half of it."""
+    """Write a file under another name, sync it, and rename it, so that a reader never sees half of it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8") as stream:
         stream.write(text)

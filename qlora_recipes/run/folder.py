@@ -23,7 +23,7 @@ _OWN = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, and what lies where in it."""
+    """The folder of one run, and where its files are."""
 
     path: Path
 
@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def started(self) -> Path:
-        """What the run was started as, and when it was gone on with."""
+        """What the run was started as, and every time it was resumed."""
         return self.path / STARTED
 
     @property
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def answers(self) -> Path:
-        """Greedy answers to a few held-out questions, right after training."""
+        """Greedy answers to a few held-out questions, written right after training."""
         return self.path / "answers.json"
 
     @property
@@ -113,7 +113,7 @@ class RunFolder:
         write_json(self.path / RECEIPT, asdict(receipt))
 
     def check_free(self, *, overwrite: bool = False) -> None:
-        """Refuse a folder that holds something already, unless that is a run and `overwrite` is set.
+        """Refuse a folder that is not empty, unless it holds a run and `overwrite` is set.
 
         Raises:
             RunFolderError: naming what is there.
@@ -122,11 +122,11 @@ class RunFolder:
             is_run = self.path.is_dir() and {_owner(entry.name) for entry in self.path.iterdir()} <= _OWN
             if not (overwrite and is_run):
                 what = "a finished run" if self.finished else "an unfinished run" if is_run else "other files"
-                hint = "or --overwrite to replace it" if is_run else "since nothing of it may be lost"
+                hint = "or --overwrite to replace it" if is_run else "so that nothing in this one is lost"
                 raise RunFolderError(f"{self.path} holds {what}. Give --output_dir another folder, {hint}")
 
     def claim(self, *, overwrite: bool = False) -> None:
-        """Make the folder for a new run, in the place of an old one when `overwrite` is set."""
+        """Make the folder for a new run, replacing an old one when `overwrite` is set."""
         self.check_free(overwrite=overwrite)
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)

@@ -140,7 +140,7 @@ class MemoryReceipt:
     base_bytes: int
     """Peak before the first step, with the base loaded."""
     training_bytes: int
-    """The peak without what was held beside the weights right before the first step: Python, libraries, rows."""
+    """The peak without what was held besides the weights right before the first step: Python, libraries, rows."""
     planned_bytes: int | None
     """What the plan said of that; None where the run has no plan."""
 

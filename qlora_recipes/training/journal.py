@@ -11,7 +11,8 @@ from typing import Any, cast
 from accelerate import PartialState
 
 from qlora_recipes import environment
-from qlora_recipes.errors import RunFolderError
+from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.fields import fields_of
 from qlora_recipes.preflight import LoadedRun
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
 from qlora_recipes.run.differences import MISSING, differences, shortened
@@ -24,7 +25,7 @@ _FIX = (
     "Without it nothing shows that this is the run to resume: give --output_dir another folder, or --overwrite to "
     "start again in this one"
 )
-# Settings that decide what is kept and shown of a run, and nothing of its weights.
+# Settings that decide what is kept and shown of a run, but not its weights.
 _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
 
 
@@ -58,14 +59,18 @@ def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[s
 
 
 def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
-    """Return settings with their auto fields as they were when the run in a folder started, on whatever machine."""
-    was = Journal(folder).identity
-    names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was["training"].keys()
-    return replace(
-        settings,
-        training={**settings.training, **{name: was["training"][name] for name in names}},
-        auto_fields=frozenset(),
-    )
+    """Return settings with their auto fields as they were when the run in a folder started, on whatever machine.
+
+    Raises:
+        RunFolderError: when `started.json` is damaged, naming the key.
+    """
+    was = Journal(folder).identity["training"]
+    names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
+    try:
+        restored = {name: fields_of("SFTConfig")[name].check(was[name]) for name in names}
+    except UsageError as error:
+        raise RunFolderError(f"{folder.started}, key run.training.{error}. {_FIX}") from error
+    return replace(settings, training={**settings.training, **restored}, auto_fields=frozenset())
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +89,7 @@ class Journal:
         self.folder = folder
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Write down what a new run is."""
+        """Record what a new run is."""
         self._write(Started(_now(), dict(identity), environment.versions()))
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
@@ -105,7 +110,7 @@ class Journal:
             )
 
     def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
-        """Write down that the run is resumed from a step, and return what was written."""
+        """Record that the run is resumed from a step, and return what was recorded."""
         content, now = self._read(), environment.versions()
         changed = {name: f"{was} -> {now.get(name)}" for name, was in content.versions.items() if was != now.get(name)}
         resume = Resume(_now(), step, reason, dict(passed_over), changed)
