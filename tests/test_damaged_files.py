@@ -193,14 +193,20 @@ def test_whole_files_are_no_error(root: Path, capsys: pytest.CaptureFixture[str]
     assert "report:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("file", "command"), [(file, command) for file in READERS for command in READERS[file]])
-@pytest.mark.parametrize("damage", BYTES)
+@pytest.mark.parametrize(
+    ("file", "command", "damage"),
+    [
+        (file, command, damage)
+        for file in READERS
+        for command in READERS[file]
+        for damage in BYTES
+        if (file, damage) != (METRICS, "empty")  # a run that logged nothing has an empty one
+    ],
+)
 def test_damage_names_the_file(
     root: Path, capsys: pytest.CaptureFixture[str], file: str, command: str, damage: str
 ) -> None:
     path = root / file
-    if (file, damage) == (METRICS, "empty"):
-        pytest.skip("a run that logged nothing has an empty one")
     path.write_bytes(BYTES[damage](path.read_bytes()))
     assert str(path) in refusal(command, root, capsys)
 
@@ -209,8 +215,6 @@ def test_damage_names_the_file(
 def test_a_folder_in_the_place_of_a_file_is_named(
     root: Path, capsys: pytest.CaptureFixture[str], file: str, command: str
 ) -> None:
-    if (file, command) == (RUN, "benchmark"):
-        pytest.skip("without the file the run is not finished, and training refuses the folder")
     (root / file).unlink()
     (root / file).mkdir()
     assert f"{root / file} cannot be read: Is a directory. " in refusal(command, root, capsys)
@@ -248,5 +252,5 @@ def test_a_batch_that_is_none_is_not_restored(root: Path) -> None:
     settings = replace(settings_from(load_recipe(RECIPE), {"demo": True}), auto_fields=frozenset({"batch"}))
     run = {"lora": {}, "training": {"per_device_train_batch_size": "many"}}
     (root / STARTED_FILE).write_text(json.dumps({**STARTED, "run": run}))
-    with pytest.raises(RunFolderError, match="key run.training.per_device_train_batch_size: got 'many', expected int"):
+    with pytest.raises(RunFolderError, match=r"key run\.training\.per_device_\w+: got 'many', expected int"):
         restore_batch(settings, RunFolder(root / "started"))

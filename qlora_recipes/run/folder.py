@@ -69,7 +69,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has its receipt, which is written last."""
-        return (self.path / RECEIPT).is_file()
+        return (self.path / RECEIPT).exists()
 
     def receipt(self) -> Receipt:
         """Return the receipt.

@@ -54,7 +54,7 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Finish the block first; a signal that came in it, or that a library swallowed before, takes effect after it."""
+        """Finish the block first; a signal that came in it, or that a library swallowed before, ends after it."""
         self.loop_runs = True
         try:
             yield
