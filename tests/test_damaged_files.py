@@ -75,7 +75,6 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
 }
 EDITS: list[tuple[str, str, Any]] = [
     (RUN, "schema_version", 2),
-    (RUN, "schema_version", MISSING),
     (RUN, "seed", "0"),
     (RUN, "seed", 0.5),
     (RUN, "demo", 1),

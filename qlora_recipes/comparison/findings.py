@@ -6,11 +6,10 @@ Records only. Percentages and scores are in points (a score of 0 to 1 times 100)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qlora_recipes.comparison.paired import BitsPerByte, Comparison, Flips
 from qlora_recipes.evaluation.kl_files import Divergence, LayerError
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -176,4 +175,4 @@ class Report:
     validity: list[Fact]
     caveats: list[str]
     """Reasons to believe a verdict less than its interval says."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from qlora_recipes.comparison.escape import markdown, plain
-from qlora_recipes.comparison.findings import SCHEMA_VERSION, Report
+from qlora_recipes.comparison.findings import Report
 from qlora_recipes.comparison.plots import error_plot, forest_plot, loss_plot
 from qlora_recipes.comparison.sentences import interval, signed
 from qlora_recipes.errors import RunFolderError
@@ -54,9 +54,7 @@ def read_report(folder: Path) -> Report | None:
         RunFolderError: when it is damaged or of another schema; it says which margins were given before.
     """
     try:
-        return read_record(
-            folder / JSON, Report, fix="Remove it or give --output another folder", schema=SCHEMA_VERSION
-        )
+        return read_record(folder / JSON, Report, fix="Remove it or give --output another folder")
     except FileNotFoundError:
         return None
 

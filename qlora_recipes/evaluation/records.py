@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote, unquote
 
 from qlora_recipes.errors import CheckError, RunFolderError
 from qlora_recipes.run.files import decode_lines, read_bytes, read_record, write_json, write_text
 
-SCHEMA_VERSION = 1
 SHOWN = 2000  # characters of a prompt, a target or an answer that are kept to be read
 _RESULT, _DOCS = ".json", ".docs.jsonl"
 _FIX = "Remove the file and evaluate the run again"
@@ -93,7 +93,7 @@ class TaskResult:
     seconds: float
     docs_sha256: str = ""
     """Hash of the file of documents, which makes the pair whole."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
     """
     file, docs_file = (_file(folder, task, ending) for ending in (_RESULT, _DOCS))
     try:
-        result = read_record(file, TaskResult, fix=_FIX, schema=SCHEMA_VERSION)
+        result = read_record(file, TaskResult, fix=_FIX)
         content = read_bytes(docs_file, fix=_FIX)
     except FileNotFoundError as error:
         raise UnfinishedTaskError(

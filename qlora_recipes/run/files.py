@@ -16,21 +16,17 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 
-def read_record(file: Path, kind: type[Record], *, fix: str, schema: int | None = None) -> Record:
+def read_record(file: Path, kind: type[Record], *, fix: str) -> Record:
     """Return the dataclass, or the list or mapping of a type, that a JSON file holds.
 
-    Numbers are not taken for text, nor text for numbers; every number is finite. `schema` is the `schema_version`
-    that the file must have, and `fix` ends every message.
+    Numbers are not taken for text, nor text for numbers, and every number is finite; `fix` ends every message.
 
     Raises:
         FileNotFoundError: when there is no such file, which means something else for every file.
         RunFolderError: for a file that cannot be read, is no JSON, has another schema, lacks a key, or has one that is
             unknown or of another type. It names the file and the first such key.
     """
-    content = read_bytes(file, fix=fix)
-    if schema is not None:
-        _check_schema(content, schema, str(file), fix)
-    return _decode(content, kind, str(file), fix)
+    return _decode(read_bytes(file, fix=fix), kind, str(file), fix)
 
 
 def read_lines(file: Path, kind: type[Record], *, fix: str) -> list[Record]:
@@ -68,16 +64,6 @@ def read_bytes(file: Path, *, fix: str) -> bytes:
         raise RunFolderError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}. {fix}") from error
 
 
-def _check_schema(content: bytes, schema: int, source: str, fix: str) -> None:
-    """Refuse another schema by name, before its keys are; what is damaged is left to `_decode`."""
-    try:
-        claimed = json.loads(content)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(claimed, dict) and (got := claimed.get("schema_version")) != schema:
-        raise RunFolderError(f"{source}, key schema_version: got {_short(got)}, expected {schema}. {fix}")
-
-
 def _decode(content: bytes, kind: type[Record], source: str, fix: str) -> Record:
     import pydantic
 
@@ -100,8 +86,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _fault(error: ValidationError) -> str:
-    """Say what the first fault is, and how many there are."""
-    first, *others = error.errors(include_url=False)
+    """Say what the first fault is, and how many there are; another schema explains all others."""
+    first, *others = sorted(error.errors(include_url=False), key=lambda fault: fault["loc"] != ("schema_version",))
     key = ".".join(map(str, first["loc"]))
     expected = first["msg"].removeprefix("Input should be ")
     if first["type"] == "json_invalid":

@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.run.files import read_lines, read_record, write_json
-from qlora_recipes.run.receipt import SCHEMA_VERSION, LoggedStep, Receipt
+from qlora_recipes.run.receipt import LoggedStep, Receipt
 
 RECEIPT = "run.json"
 STARTED = "started.json"
@@ -79,7 +79,7 @@ class RunFolder:
         """
         file = self.path / RECEIPT
         try:
-            receipt = read_record(file, Receipt, fix=_FIX, schema=SCHEMA_VERSION)
+            receipt = read_record(file, Receipt, fix=_FIX)
         except FileNotFoundError:
             raise RunFolderError(
                 f"{self.path} holds no finished run: {RECEIPT} is missing. Expected a folder that training wrote, "

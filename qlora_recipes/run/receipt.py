@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-SCHEMA_VERSION = 1
+from typing import Any, ClassVar, Literal
 
 
 @dataclass
@@ -214,7 +212,7 @@ class Receipt:
     checks: list[Check] = field(default_factory=list)
     resumes: list[Resume] = field(default_factory=list)
     """Every time that the run was resumed."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
 
 
 @dataclass

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.comparison.build import choose_baseline
@@ -87,7 +87,7 @@ class Plan:
 class _Record:
     """What `benchmark.json` holds."""
 
-    schema_version: int
+    schema_version: Literal[1]
     recipe: str
     demo: bool
     flags: list[str]
@@ -233,7 +233,7 @@ def record_margin(plan: Plan) -> list[float]:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return asdict(read_record(file, _Record, fix="Give --output another folder", schema=SCHEMA_VERSION))
+        return asdict(read_record(file, _Record, fix="Give --output another folder"))
     except FileNotFoundError:
         if file.parent.is_dir() and any(file.parent.iterdir()):
             raise RunFolderError(f"{file.parent} holds other files. Give --output another folder") from None
