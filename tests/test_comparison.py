@@ -24,7 +24,9 @@ from qlora_recipes.evaluation.kl_files import (
     write_divergence,
     write_quantization_error,
 )
+from qlora_recipes.run.differences import MISSING, differences
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import QuantizedReceipt
 
 N = 800
 SCORES = answers(N)
@@ -91,6 +93,13 @@ def test_receipts_that_differ_in_more_than_precision_are_refused(
 def test_receipts_may_differ_in_timings_paths_and_storage() -> None:
     other = receipt("nf4", 0, training__seconds=1.0, command=["elsewhere"], started="later", git={"commit": "c"})
     assert list(receipt_differences(receipt("bf16", 0), other)) == []
+
+
+def test_differences_are_leaves_of_nested_records() -> None:
+    one, other = QuantizedReceipt(28, 28), QuantizedReceipt(28, 27)
+    assert list(differences(one, other, "base.quantized")) == [("base.quantized.found", 28, 27)]
+    one, other = {"a": {"b": 1, "c": None}, "d": None}, {"a": {"b": 1.5}, "d": {"e": 1}}
+    assert list(differences(one, other)) == [("a.b", 1, 1.5), ("a.c", None, MISSING), ("d", None, {"e": 1})]
 
 
 def test_every_key_that_differs_is_named(tmp_path: Path) -> None:

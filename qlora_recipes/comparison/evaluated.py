@@ -200,24 +200,19 @@ def _aligned(results: Results, reference: Results) -> Results:
             f"{results.name} and {reference.name} are not evaluated on the same tasks: only one of them has "
             f"{', '.join(only)}. Evaluate both with the same --tasks, or compare with --tasks"
         )
-    for task, result in results.tasks.items():
-        _check_measurement(results, reference, result, reference.tasks[task])
     documents = {}
-    for task in reference.tasks:
+    for task, measured in reference.tasks.items():
+        for key in _SAME_MEASUREMENT:
+            if (got := getattr(results.tasks[task], key)) != (expected := getattr(measured, key)):
+                raise ComparisonError(
+                    f"{task} was measured with {key} {got!r} in {results.name} and {expected!r} in {reference.name}; "
+                    "evaluate one of them again"
+                )
         try:
             documents[task] = align(reference.documents[task], results.documents[task])
         except ComparisonError as error:
             raise ComparisonError(f"{reference.name} (a) and {results.name} (b): {error}") from error
     return Results(results.name, results.tasks, documents)
-
-
-def _check_measurement(results: Results, reference: Results, one: TaskResult, other: TaskResult) -> None:
-    for key in _SAME_MEASUREMENT:
-        if (got := getattr(one, key)) != (expected := getattr(other, key)):
-            raise ComparisonError(
-                f"{one.task} was measured with {key} {got!r} in {results.name} and {expected!r} in {reference.name}; "
-                "evaluate one of them again"
-            )
 
 
 def align(docs_a: Sequence[DocRecord], docs_b: Sequence[DocRecord]) -> list[DocRecord]:

@@ -37,7 +37,7 @@ def _trained(runs: Sequence[Run]) -> Iterator[Fact]:
         "adapter before training",
         True,
         f"{adapter.parameters:,} weights in {adapter.dtype}; "
-        + "; ".join(f"seed {seed}: sha256 {sha[:12]}" for seed, sha in _initial(receipts).items())
+        + "; ".join(dict.fromkeys(f"seed {one.seed}: sha256 {one.adapter.initial_sha256[:12]}" for one in receipts))
         + " in every precision",
     )
     checks = [check for receipt in receipts for check in receipt.checks]
@@ -55,10 +55,6 @@ def _storage(receipt: Receipt) -> str:
     linears = ", ".join(f"{number} {name}" for name, number in receipt.base.linears.items())
     counted = f", {quantized.found} of {quantized.expected} quantized" if quantized.expected else ""
     return f"{receipt.precision}: {linears}{counted}"
-
-
-def _initial(receipts: Sequence[Receipt]) -> dict[int, str]:
-    return {receipt.seed: receipt.adapter.initial_sha256 for receipt in receipts}
 
 
 def _evaluated(runs: Sequence[Run]) -> Iterator[Fact]:
