@@ -29,7 +29,7 @@ RESULT = TaskResult(
     kind="accuracy",
     metric="acc",
     higher_is_better=True,
-    metrics={},
+    metrics={"acc": 0.5},
     stderr={},
     n_docs=0,
     limit=None,
@@ -186,6 +186,7 @@ def write_results(
         worse = 0.02 if run.precision != "bf16" else 0.0
         docs = [document(i, 1 + worse, "standin_text", bits=(100 + i) * (1 + worse), bytes=100 + i) for i in range(30)]
         kind = {"task": "standin_text", "kind": "bits_per_byte", "metric": "bits_per_byte", "higher_is_better": False}
+        kind |= {"metrics": {"bits_per_byte": 1.0}}
         write_task(folder, replace(measured, **kind), docs)
 
 

@@ -14,8 +14,8 @@ from fake_runs import answers, flipped, make_run, receipt, write_results
 from qlora_recipes.commands.compare import compare_folders, main
 from qlora_recipes.comparison.build import choose_baseline
 from qlora_recipes.comparison.findings import Report
-from qlora_recipes.comparison.receipts import differences
-from qlora_recipes.errors import CheckError, ComparisonError, RecipesError, RunFolderError
+from qlora_recipes.comparison.receipts import receipt_differences
+from qlora_recipes.errors import ComparisonError, RecipesError, RunFolderError
 from qlora_recipes.evaluation.kl_files import (
     Divergence,
     LayerError,
@@ -24,7 +24,9 @@ from qlora_recipes.evaluation.kl_files import (
     write_divergence,
     write_quantization_error,
 )
+from qlora_recipes.run.differences import MISSING, differences
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import QuantizedReceipt
 
 N = 800
 SCORES = answers(N)
@@ -90,7 +92,14 @@ def test_receipts_that_differ_in_more_than_precision_are_refused(
 
 def test_receipts_may_differ_in_timings_paths_and_storage() -> None:
     other = receipt("nf4", 0, training__seconds=1.0, command=["elsewhere"], started="later", git={"commit": "c"})
-    assert dict(differences(receipt("bf16", 0), other)) == {}
+    assert list(receipt_differences(receipt("bf16", 0), other)) == []
+
+
+def test_differences_are_leaves_of_nested_records() -> None:
+    one, other = QuantizedReceipt(28, 28), QuantizedReceipt(28, 27)
+    assert list(differences(one, other, "base.quantized")) == [("base.quantized.found", 28, 27)]
+    one, other = {"a": {"b": 1, "c": None}, "d": None}, {"a": {"b": 1.5}, "d": {"e": 1}}
+    assert list(differences(one, other)) == [("a.b", 1, 1.5), ("a.c", None, MISSING), ("d", None, {"e": 1})]
 
 
 def test_every_key_that_differs_is_named(tmp_path: Path) -> None:
@@ -137,7 +146,10 @@ def test_scores_of_other_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"task": "standin_chioce"}, "not evaluated on the same tasks: standin_chioce, standin_choice"),
+        (
+            {"task": "standin_chioce"},
+            "only one of them has standin_chioce, standin_choice",
+        ),
         ({"num_fewshot": 5}, "num_fewshot 5 in .*nf4-seed0.* and 0 in"),
         ({"limit": 50}, "limit 50"),
         ({"batch_size": 8}, "batch_size 8"),
@@ -180,7 +192,7 @@ def test_nan_scores_are_refused(tmp_path: Path) -> None:
 
     result = runs[0] / "evaluation" / "standin_choice.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), "docs_sha256": sha256(text)}))
-    with pytest.raises(CheckError, match="document 3 of standin_choice has the score nan"):
+    with pytest.raises(RunFolderError, match=r"docs\.jsonl, line 4, key score: got nan, expected a finite number"):
         compare_folders(runs, 1.0)
 
 

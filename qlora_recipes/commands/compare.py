@@ -61,16 +61,16 @@ def compare_folders(
     baseline = baseline or choose_baseline(list(arms))
     if earlier_margins is None:
         earlier_margins = _earlier_margins(output, margin) if output else []
-    extras = read_controls(runs, baseline)
-    return build_report(runs, margin=margin, baseline=baseline, extras=extras, earlier_margins=earlier_margins)
+    controls = read_controls(runs, baseline)
+    return build_report(runs, margin=margin, baseline=baseline, controls=controls, earlier_margins=earlier_margins)
 
 
 def _earlier_margins(output: Path, margin: float) -> list[float]:
     earlier = read_report(output)
     if earlier is None:
         return []
-    stated = [*earlier.earlier_margins, earlier.margin]
-    return stated[:-1] if stated[-1] == margin else stated
+    margins = [*earlier.earlier_margins, earlier.margin]
+    return margins[:-1] if earlier.margin == margin else margins
 
 
 def say(report: Report, page: Path) -> None:

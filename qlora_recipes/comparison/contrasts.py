@@ -1,47 +1,53 @@
-"""One measured arm held against another: differences, verdicts, flips and bits per byte.
+"""One measured arm compared with another: differences, verdicts, changed answers and bits per byte.
 
 Scores of 0 to 1 become points on the way in, so that differences, intervals and margins all are in points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-from qlora_recipes.comparison.changes import changed_answers, changed_share, count_flips
 from qlora_recipes.comparison.evaluated import AlignedScores
-from qlora_recipes.comparison.findings import BitsContrast, Contrast, TaskContrast
+from qlora_recipes.comparison.findings import BitsContrast, ChangedAnswer, Contrast, FlipCount, TaskContrast
 from qlora_recipes.comparison.paired import (
     FEWEST_TEXTS,
     Comparison,
+    Flips,
     TaskScores,
     bits_per_byte_difference,
     compare,
+    flips,
     holm,
     overall,
 )
 from qlora_recipes.comparison.sentences import sentence
 from qlora_recipes.errors import ComparisonError
+from qlora_recipes.evaluation.records import DocRecord
 
 POINTS = 100
+SHOWN = 5
+"""Changed answers shown of each kind."""
+_KINDS = {(1.0, 0.0): "right to wrong", (0.0, 1.0): "wrong to right", (0.0, 0.0): "wrong to other wrong"}
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """What every contrast of a report is judged by."""
+    """What every contrast of a report is judged criteria."""
 
     margin: float
     """Points."""
     limited: bool
     verdict: Sequence[str]
     """Tasks that the overall verdict is over."""
-    beside: Sequence[str]
+    secondary: Sequence[str]
     """Other tasks whose differences are shown in points."""
 
 
-def criteria(reference: AlignedScores, margin: float) -> Criteria:
+def criteria_for(reference: AlignedScores, margin: float) -> Criteria:
     """Choose the tasks of the verdict: right or wrong and other scores of 0 to 1; generations where that is all.
 
     Raises:
@@ -60,48 +66,52 @@ def criteria(reference: AlignedScores, margin: float) -> Criteria:
     return Criteria(margin, limited, scored or generated, generated if scored else [])
 
 
-def mean_scores(measured: AlignedScores, by: Criteria) -> dict[str, float]:
+def mean_scores(aligned: AlignedScores, criteria: Criteria) -> dict[str, float]:
     """Return task to score in points, the mean over documents and seeds."""
-    return {task: float(POINTS * measured.scores(task).mean()) for task in (*by.verdict, *by.beside)}
+    return {task: float(POINTS * aligned.scores(task).mean()) for task in (*criteria.verdict, *criteria.secondary)}
 
 
-def contrast(a: AlignedScores, b: AlignedScores, seeds: Sequence[int], by: Criteria) -> Contrast:
-    """Hold an arm `a` against its baseline `b`, over all their seeds."""
-    found = overall_difference(a, b, by)
-    counts = count_flips(a, b, seeds)
+def contrast(a: AlignedScores, b: AlignedScores, seeds: Sequence[int], criteria: Criteria) -> Contrast:
+    """Compare an arm `a` with its baseline `b`, over all their seeds."""
+    found = overall_difference(a, b, criteria)
+    counts = _count_flips(a, b, seeds)
     return Contrast(
         name=a.name,
         baseline=b.name,
-        sentence=sentence(a.name, b.name, found, by.verdict, seeds),
+        sentence=sentence(a.name, b.name, found, criteria.verdict, seeds),
         overall=found,
-        tasks=_task_contrasts(a, b, by),
+        tasks=_task_contrasts(a, b, criteria),
         flips=counts,
-        changed=changed_answers(a, b, seeds),
-        changed_share=changed_share(counts),
+        changed=_changed_answers(a, b, seeds),
+        changed_share=_changed_share(counts),
         bits=[_bits(task, a, b) for task, result in b.results[0].tasks.items() if result.kind == "bits_per_byte"],
         divergence=None,
         quantization_error=[],
     )
 
 
-def overall_difference(a: AlignedScores, b: AlignedScores, by: Criteria) -> Comparison:
+def overall_difference(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> Comparison:
     """Compare over the tasks of the verdict, each counting the same."""
-    return overall({task: _scores(a, b, task) for task in by.verdict}, margin=by.margin, limited=by.limited)
+    return overall(
+        {task: _scores(a, b, task) for task in criteria.verdict}, margin=criteria.margin, limited=criteria.limited
+    )
 
 
 def _scores(a: AlignedScores, b: AlignedScores, task: str) -> TaskScores:
-    subjects = [document.subject for document in b.results[0].documents[task]]
+    subjects = [document.subject for document in b.documents(task)[0]]
     clusters = subjects if len(set(subjects)) > 1 else None
     return TaskScores(POINTS * a.scores(task), POINTS * b.scores(task), clusters)
 
 
-def _task_contrasts(a: AlignedScores, b: AlignedScores, by: Criteria) -> list[TaskContrast]:
+def _task_contrasts(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> list[TaskContrast]:
     found = {}
-    for task in (*by.verdict, *by.beside):
+    for task in (*criteria.verdict, *criteria.secondary):
         scores = _scores(a, b, task)
-        found[task] = compare(scores.a, scores.b, margin=by.margin, clusters=scores.clusters, limited=by.limited)
+        found[task] = compare(
+            scores.a, scores.b, margin=criteria.margin, clusters=scores.clusters, limited=criteria.limited
+        )
     adjusted = holm({task: comparison.p_difference for task, comparison in found.items()})
-    of_a, of_b = mean_scores(a, by), mean_scores(b, by)
+    of_a, of_b = mean_scores(a, criteria), mean_scores(b, criteria)
     return [
         TaskContrast(task, b.task(task).metric, of_a[task], of_b[task], comparison, adjusted[task])
         for task, comparison in found.items()
@@ -109,10 +119,60 @@ def _task_contrasts(a: AlignedScores, b: AlignedScores, by: Criteria) -> list[Ta
 
 
 def _bits(task: str, a: AlignedScores, b: AlignedScores) -> BitsContrast:
-    of_a, of_b = (
-        np.mean([[document.bits for document in seed.documents[task]] for seed in one.results], axis=0, dtype=float)
-        for one in (a, b)
-    )
-    sizes = np.array([document.bytes for document in b.results[0].documents[task]], dtype=float)
+    of_a, of_b = _mean_bits(task, a), _mean_bits(task, b)
+    sizes = np.array([document.bytes for document in b.documents(task)[0]], dtype=float)
     found = bits_per_byte_difference(of_a, of_b, sizes) if len(sizes) >= FEWEST_TEXTS else None
     return BitsContrast(task, float(of_a.sum() / sizes.sum()), float(of_b.sum() / sizes.sum()), found)
+
+
+def _mean_bits(task: str, aligned: AlignedScores) -> np.ndarray:
+    """Return the bits of each document, the mean over seeds."""
+    bits = [[document.bits for document in documents] for documents in aligned.documents(task)]
+    mean: np.ndarray = np.array(bits, dtype=float).mean(axis=0)
+    return mean
+
+
+def _right_or_wrong(aligned: AlignedScores) -> list[str]:
+    return [task for task, result in aligned.results[0].tasks.items() if result.kind == "accuracy"]
+
+
+def _count_flips(a: AlignedScores, b: AlignedScores, seeds: Sequence[int]) -> list[FlipCount]:
+    """Count the flips of every task whose documents are right or wrong, for each seed."""
+    return [
+        FlipCount(task, seed, _flips(of_a, of_b))
+        for task in _right_or_wrong(b)
+        for seed, of_a, of_b in zip(seeds, a.documents(task), b.documents(task), strict=True)
+    ]
+
+
+def _flips(a: Sequence[DocRecord], b: Sequence[DocRecord]) -> Flips:
+    return flips(
+        [document.score for document in a],
+        [document.score for document in b],
+        [document.answer for document in a],
+        [document.answer for document in b],
+    )
+
+
+def _changed_share(counts: Sequence[FlipCount]) -> float | None:
+    """Return how many of 100 documents are right in one arm and wrong in the other; None where none can be."""
+    documents = sum(count.flips.n for count in counts)
+    changed = sum(count.flips.right_to_wrong + count.flips.wrong_to_right for count in counts)
+    return 100 * changed / documents if documents else None
+
+
+def _changed_answers(a: AlignedScores, b: AlignedScores, seeds: Sequence[int]) -> list[ChangedAnswer]:
+    """Return some of the documents that were answered differently, as many of each kind, from all tasks in turn."""
+    by_task = [list(_changes(task, a, b, seeds)) for task in _right_or_wrong(b)]
+    in_turn = [change for change in chain.from_iterable(zip_longest(*by_task)) if change is not None]
+    return [change for kind in _KINDS.values() for change in islice((c for c in in_turn if c.change == kind), SHOWN)]
+
+
+def _changes(task: str, a: AlignedScores, b: AlignedScores, seeds: Sequence[int]) -> Iterator[ChangedAnswer]:
+    for seed, of_a, of_b in zip(seeds, a.documents(task), b.documents(task), strict=True):
+        for one, other in zip(of_a, of_b, strict=True):
+            kind = _KINDS.get((other.score, one.score))
+            if kind and one.answer != other.answer:
+                yield ChangedAnswer(
+                    task, one.subject, one.doc_id, seed, kind, one.prompt, one.target, other.answer, one.answer
+                )

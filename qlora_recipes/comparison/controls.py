@@ -1,4 +1,4 @@
-"""What was measured beside the arms and lies in their run folders: controls, divergence, quantization error.
+"""What the run folders hold besides the arms' scores: controls, divergence, quantization error.
 
 Reads files; what is missing is left out, and what was measured on other weights is refused.
 """
@@ -6,34 +6,44 @@ Reads files; what is missing is left out, and what was measured on other weights
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from qlora_recipes.comparison.build import NOISE, Controls
-from qlora_recipes.comparison.evaluated import Results, Run, group, read_results
-from qlora_recipes.errors import ComparisonError
-from qlora_recipes.evaluation.kl_files import Divergence, read_divergence, read_quantization_error
-from qlora_recipes.evaluation.records import finished_tasks
+from qlora_recipes.comparison.evaluated import Results, Run, check_weights, group, read_results
+from qlora_recipes.evaluation.kl_files import Divergence, LayerError, read_divergence, read_quantization_error
+from qlora_recipes.evaluation.records import UnfinishedTaskError
 
 BASE = "base"
 """Folder in a run's evaluation where its base before tuning is scored."""
+NOISE = "noise"
+"""Name of the comparison of the baseline's second seed with its first."""
 
 
-def swapped_folder(precision: str) -> str:
-    """Return the folder in a run's evaluation where its adapter is scored on another precision's base."""
-    return f"on-{precision}"
+@dataclass(frozen=True)
+class Controls:
+    """What is measured besides the scores of the arms, each where there is any."""
+
+    bases: Mapping[str, Results] = field(default_factory=dict)
+    """Precision to the scores of its base before tuning."""
+    cross_base: Mapping[str, Sequence[Results]] = field(default_factory=dict)
+    """Precision to the scores of the baseline's adapters on that precision's base, in the order of the seeds."""
+    divergences: Mapping[str, Divergence] = field(default_factory=dict)
+    """Precision, or `noise`, to its distance from the baseline's distributions."""
+    quantization_errors: Mapping[str, list[LayerError]] = field(default_factory=dict)
+    """Precision to the error of each of its layers."""
 
 
 def read_controls(runs: Sequence[Run], baseline: str) -> Controls:
-    """Return everything that lies beside the runs' own scores.
+    """Return everything that the run folders hold besides the runs' own scores.
 
     Raises:
         ComparisonError: when a control was scored with other weights than the runs'.
+        RunFolderError: when a file is damaged.
     """
     arms = group(runs)
     others = [name for name in arms if name != baseline]
     return Controls(
-        bases={name: found for name, by_seed in arms.items() if (found := _base(name, by_seed)) is not None},
-        cross_base={name: found for name in others if (found := _swapped(name, arms, baseline))},
+        bases={name: base for name, by_seed in arms.items() if (base := _base(name, by_seed)) is not None},
+        cross_base={name: found for name in others if (found := _cross_base(name, arms, baseline))},
         divergences=_divergences(arms, baseline),
         quantization_errors={
             name: errors for name in others if (errors := read_quantization_error(_first(arms[name]).folder))
@@ -48,41 +58,36 @@ def _first(by_seed: Mapping[int, Run]) -> Run:
 def _base(name: str, by_seed: Mapping[int, Run]) -> Results | None:
     """The base has no seed: it is scored once, in the folder of any of its runs."""
     for run in by_seed.values():
-        found = _read(run.folder.evaluation / BASE, run, f"{name} base before tuning")
+        found = _read(run, BASE, f"{name} base before tuning", None, run.receipt.base.sha256)
         if found is not None:
-            _check(found, None, run.receipt.base.sha256)
             return found
     return None
 
 
-def _swapped(name: str, arms: Mapping[str, Mapping[int, Run]], baseline: str) -> list[Results]:
-    """All seeds or none: a control of fewer seeds would be held against means of more."""
-    found = []
-    for seed, run in arms[baseline].items():
-        results = _read(run.folder.evaluation / swapped_folder(name), run, f"{baseline} seed {seed} on {name}")
-        if results is None:
-            return []
-        _check(results, run.receipt.adapter.final_sha256, arms[name][seed].receipt.base.sha256)
-        found.append(results)
-    return found
+def _cross_base(name: str, arms: Mapping[str, Mapping[int, Run]], baseline: str) -> list[Results]:
+    """All seeds or none: fewer seeds cannot be compared with means of more."""
+    found = [
+        _read(
+            run,
+            f"on-{name}",
+            f"{baseline} seed {seed} on {name}",
+            run.receipt.adapter.final_sha256,
+            arms[name][seed].receipt.base.sha256,
+        )
+        for seed, run in arms[baseline].items()
+    ]
+    scored = [results for results in found if results is not None]
+    return scored if len(scored) == len(found) else []
 
 
-def _read(folder: Path, run: Run, name: str) -> Results | None:
-    tasks = list(run.results.tasks)
-    return read_results(folder, tasks, name=name) if set(tasks) <= set(finished_tasks(folder)) else None
-
-
-def _check(results: Results, adapter: str | None, base: str) -> None:
-    for task, result in results.tasks.items():
-        for what, scored, expected in (
-            ("adapter", result.adapter_sha256, adapter),
-            ("base", result.base_sha256, base),
-        ):
-            if scored != expected:
-                raise ComparisonError(
-                    f"{results.name}: {task} was scored with the {what} {str(scored)[:12]}, expected "
-                    f"{str(expected)[:12]}. Evaluate this control again with --overwrite"
-                )
+def _read(run: Run, control: str, name: str, adapter: str | None, base: str) -> Results | None:
+    """Return a control in the tasks of the run; None where it was not scored in all of them."""
+    try:
+        results = read_results(run.folder.evaluation / control, list(run.results.tasks), name)
+    except UnfinishedTaskError:
+        return None
+    check_weights(results, adapter, base, "this control again with --overwrite")
+    return results
 
 
 def _divergences(arms: Mapping[str, Mapping[int, Run]], baseline: str) -> dict[str, Divergence]:

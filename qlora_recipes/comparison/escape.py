@@ -1,4 +1,4 @@
-"""Text of models and data made safe to look at: nothing invisible, nothing that turns its surroundings around."""
+"""Text from models and data made safe to display: nothing invisible, nothing that reverses the text around it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#$])")
 
 
 def plain(text: object) -> str:
-    """Return text in which every character that is not seen has become a symbol; line feeds and tabs stay."""
+    """Return text with every invisible character replaced by a symbol; line feeds and tabs stay."""
     return _UNSEEN.sub(lambda found: _symbol(found.group()), str(text))
 
 
@@ -24,7 +24,7 @@ def _symbol(character: str) -> str:
 
 
 def markdown(value: object) -> str:
-    """Escape text for a line or a table cell of Markdown; markup passes as it is."""
+    """Escape text for a line or a table cell of Markdown; markup passes unchanged."""
     if isinstance(value, Markup):
         return str(value)
     text = plain(value).replace("&", "&amp;").replace("\t", "␉").replace("\n", "␊")
@@ -33,5 +33,5 @@ def markdown(value: object) -> str:
 
 
 def _turns(text: str) -> bool:
-    """Whether the text has letters that are written from right to left."""
+    """Whether the text has letters written from right to left."""
     return bool(re.search("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]", text))

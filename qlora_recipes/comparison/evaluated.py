@@ -1,10 +1,11 @@
-"""Evaluated runs, read from disk and lined up: the same documents in the same order, or a refusal that says why.
+"""Evaluated runs, read from disk and aligned: the same documents in the same order, or a refusal that says why.
 
 Files in, dataclasses out; knows nothing of statistics, models or reports.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from qlora_recipes.comparison.alignment import align
 from qlora_recipes.comparison.receipts import check_same
 from qlora_recipes.errors import ComparisonError, nearest
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, read_task
@@ -33,6 +33,9 @@ _SAME_MEASUREMENT = (
     "loglikelihood_dtype",
     "device",
 )
+# What makes two documents the same one; never their place in the task.
+_IDENTITY = ("task", "doc_hash", "prompt_hash", "target_hash")
+_Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,35 +77,30 @@ class AlignedScores:
         """Return the first seed's result, whose conditions are those of the others too."""
         return self.results[0].tasks[name]
 
+    def documents(self, task: str) -> list[Sequence[DocRecord]]:
+        """Return the documents of a task, one sequence for each seed."""
+        return [seed.documents[task] for seed in self.results]
+
     def scores(self, task: str) -> np.ndarray:
         """Return the scores of a task, shape (seeds, documents)."""
-        return np.array([[document.score for document in seed.documents[task]] for seed in self.results])
+        return np.array([[document.score for document in documents] for documents in self.documents(task)])
 
 
-def read_results(folder: Path, tasks: Sequence[str] | None = None, *, name: str = "") -> Results:
-    """Return a folder's scores in the tasks named, or in all it has.
+def read_results(folder: Path, tasks: Sequence[str], name: str) -> Results:
+    """Return a folder's scores in the tasks named.
 
     Raises:
-        ComparisonError: when there are none, or not the one asked for.
-        RecipesError: when a file is damaged or a score is not a number.
+        UnfinishedTaskError: when one of them is not there.
+        RunFolderError: when a file is damaged.
     """
-    name = name or str(folder)
-    there = [unquote(file.name.removesuffix(".docs.jsonl")) for file in sorted(folder.glob("*.docs.jsonl"))]
-    if not there:
-        raise ComparisonError(f"{name} is not evaluated: {folder} holds no scores. Run: qlora-recipes evaluate RUN")
-    if missing := [task for task in tasks or () if task not in there]:
-        raise ComparisonError(
-            f"{name} is not evaluated on {missing[0]!r}, only on {', '.join(there)}.{nearest(missing[0], there)} "
-            f"Run: qlora-recipes evaluate RUN --tasks {missing[0]}"
-        )
-    read = {task: read_task(folder, task) for task in tasks or there}
+    read = {task: read_task(folder, task) for task in tasks}
     return Results(
-        name, {task: result for task, (result, _) in read.items()}, {t: docs for t, (_, docs) in read.items()}
+        name, {task: result for task, (result, _) in read.items()}, {task: docs for task, (_, docs) in read.items()}
     )
 
 
 def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
-    """Return a run with its scores, which are proven to be those of its own adapter on its own base.
+    """Return a run with its scores in the tasks named, or in all it has, proven to be those of its own weights.
 
     Raises:
         RecipesError: when it is not trained, not evaluated, or was evaluated with other weights.
@@ -113,19 +111,39 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
         raise ComparisonError(
             f"{path} has a receipt and no adapter; expected a run as training left it. Train it again"
         )
-    run = Run(folder, receipt, read_results(folder.evaluation, tasks, name=str(path)))
-    for task, result in run.results.tasks.items():
-        _check_weights(run, task, "adapter", result.adapter_sha256, receipt.adapter.final_sha256)
-        _check_weights(run, task, "base", result.base_sha256, receipt.base.sha256)
-    return run
-
-
-def _check_weights(run: Run, task: str, what: str, scored: str | None, trained: str) -> None:
-    if scored != trained:
+    there = _evaluated_tasks(folder)
+    if missing := [task for task in tasks or () if task not in there]:
         raise ComparisonError(
-            f"{run.folder.path}: {task} was scored with the {what} {str(scored)[:12]}, and the receipt's is "
-            f"{trained[:12]}. Evaluate the run again"
+            f"{path} is not evaluated on {missing[0]!r}, only on {', '.join(there)}.{nearest(missing[0], there)} "
+            f"Run: qlora-recipes evaluate RUN --tasks {missing[0]}"
         )
+    results = read_results(folder.evaluation, tasks or there, str(path))
+    check_weights(results, receipt.adapter.final_sha256, receipt.base.sha256, "the run again")
+    return Run(folder, receipt, results)
+
+
+def _evaluated_tasks(folder: RunFolder) -> list[str]:
+    there = [unquote(file.name.removesuffix(".docs.jsonl")) for file in sorted(folder.evaluation.glob("*.docs.jsonl"))]
+    if not there:
+        raise ComparisonError(
+            f"{folder.path} is not evaluated: {folder.evaluation} holds no scores. Run: qlora-recipes evaluate RUN"
+        )
+    return there
+
+
+def check_weights(results: Results, adapter: str | None, base: str, what: str) -> None:
+    """Refuse scores of other weights than an adapter (None for the base alone) and a base with these hashes.
+
+    Raises:
+        ComparisonError: naming the task; `what` is what to evaluate again.
+    """
+    for task, result in results.tasks.items():
+        for part, scored, expected in (("adapter", result.adapter_sha256, adapter), ("base", result.base_sha256, base)):
+            if scored != expected:
+                raise ComparisonError(
+                    f"{results.name}: {task} was scored with the {part} {str(scored)[:12]}, expected "
+                    f"{str(expected)[:12]}. Evaluate {what}"
+                )
 
 
 def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
@@ -172,31 +190,65 @@ def align_runs(name: str, results: Sequence[Results], reference: Results) -> Ali
     Raises:
         ComparisonError: when a task or a document is not in both, or was measured under other conditions.
     """
-    return AlignedScores(name, [_lined_up(seed, reference) for seed in results])
+    return AlignedScores(name, [_aligned(seed, reference) for seed in results])
 
 
-def _lined_up(results: Results, reference: Results) -> Results:
+def _aligned(results: Results, reference: Results) -> Results:
     if results.tasks.keys() != reference.tasks.keys():
         only = sorted(results.tasks.keys() ^ reference.tasks.keys())
         raise ComparisonError(
-            f"{results.name} and {reference.name} are not evaluated on the same tasks: {', '.join(only)} is in one of "
-            "them alone. Evaluate both with the same --tasks, or compare with --tasks"
+            f"{results.name} and {reference.name} are not evaluated on the same tasks: only one of them has "
+            f"{', '.join(only)}. Evaluate both with the same --tasks, or compare with --tasks"
         )
-    for task, result in results.tasks.items():
-        _check_measurement(results, reference, result, reference.tasks[task])
     documents = {}
-    for task in reference.tasks:
+    for task, measured in reference.tasks.items():
+        for key in _SAME_MEASUREMENT:
+            if (got := getattr(results.tasks[task], key)) != (expected := getattr(measured, key)):
+                raise ComparisonError(
+                    f"{task} was measured with {key} {got!r} in {results.name} and {expected!r} in {reference.name}; "
+                    "evaluate one of them again"
+                )
         try:
-            documents[task] = align(reference.documents[task], results.documents[task]).b
+            documents[task] = align(reference.documents[task], results.documents[task])
         except ComparisonError as error:
             raise ComparisonError(f"{reference.name} (a) and {results.name} (b): {error}") from error
     return Results(results.name, results.tasks, documents)
 
 
-def _check_measurement(results: Results, reference: Results, one: TaskResult, other: TaskResult) -> None:
-    for key in _SAME_MEASUREMENT:
-        if (got := getattr(one, key)) != (expected := getattr(other, key)):
-            raise ComparisonError(
-                f"{one.task} was measured with {key} {got!r} in {results.name} and {expected!r} in {reference.name}; "
-                "evaluate one of them again"
-            )
+def align(docs_a: Sequence[DocRecord], docs_b: Sequence[DocRecord]) -> list[DocRecord]:
+    """Return the documents of run b in the order of run a.
+
+    They are paired by task and by the hashes of document, prompt and target; those alike in all four are paired in
+    the order of `doc_id`.
+
+    Raises:
+        ComparisonError: when one of the runs has documents that the other has not.
+    """
+    keyed_a, keyed_b = _keyed(docs_a), _keyed(docs_b)
+    if keyed_a.keys() != keyed_b.keys() or not keyed_a:
+        raise ComparisonError(_mismatch(keyed_a.keys() - keyed_b.keys(), keyed_b.keys() - keyed_a.keys()))
+    return [keyed_b[key] for key in keyed_a]
+
+
+def _keyed(docs: Sequence[DocRecord]) -> dict[_Key, DocRecord]:
+    """Return the documents in their order, each by its identity and its number among those of the same identity."""
+    seen: Counter[_Key] = Counter()
+    keys: dict[int, _Key] = {}
+    for position in sorted(range(len(docs)), key=lambda i: docs[i].doc_id):
+        identity = tuple(getattr(docs[position], name) for name in _IDENTITY)
+        keys[position] = (*identity, seen[identity])
+        seen[identity] += 1
+    return {keys[position]: document for position, document in enumerate(docs)}
+
+
+def _mismatch(only_a: set[_Key], only_b: set[_Key]) -> str:
+    if not only_a | only_b:
+        return "got no documents, expected the same ones in both runs; evaluate both first"
+    tasks = [dict(Counter(key[0] for key in keys)) for keys in (only_a, only_b)]
+    parts = [f"got {len(only_a)} documents only in run a {tasks[0]}, {len(only_b)} only in run b {tasks[1]}"]
+    for i, name in enumerate(_IDENTITY):
+        without_a, without_b = ({key[:i] + key[i + 1 :] for key in keys} for keys in (only_a, only_b))
+        if alike := len(without_a & without_b):
+            parts.append(f"{alike} of them differ in {name} alone")
+    fix = "expected the same in both; evaluate both with the same tasks, shots, chat template and limit"
+    return "; ".join([*parts, fix])

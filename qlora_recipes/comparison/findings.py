@@ -5,17 +5,11 @@ Records only. Percentages and scores are in points (a score of 0 to 1 times 100)
 
 from __future__ import annotations
 
-import types
-import typing
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
 from qlora_recipes.comparison.paired import BitsPerByte, Comparison, Flips
-from qlora_recipes.errors import ComparisonError
 from qlora_recipes.evaluation.kl_files import Divergence, LayerError
-
-SCHEMA_VERSION = 1
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ class Report:
     margin: float
     """Points."""
     earlier_margins: list[float]
-    """Margins that were stated before this one, the first one first; a verdict under a changed margin is weaker."""
+    """Margins given before this one, the first one first; a verdict under a changed margin is weaker."""
     limit: int | None
     """Documents per task that the evaluation was limited to; a report with a limit is no result."""
     arms: list[Arm]
@@ -181,30 +175,4 @@ class Report:
     validity: list[Fact]
     caveats: list[str]
     """Reasons to believe a verdict less than its interval says."""
-    schema_version: int = SCHEMA_VERSION
-
-
-def from_json(content: Any) -> Report:
-    """Return the report that `report.json` holds.
-
-    Raises:
-        ComparisonError: when it is of another schema.
-    """
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise ComparisonError(f"this is no report of schema {SCHEMA_VERSION}; compare the runs again")
-    return _decode(Report, content)
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    """Build a value of an annotated type from parsed JSON."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value)
-    if origin is list:
-        return [_decode(arguments[0], item) for item in value]
-    if origin is tuple:
-        return tuple(value)
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{field.name: _decode(hints[field.name], value[field.name]) for field in fields(kind)})
-    return value
+    schema_version: Literal[1] = 1

@@ -1,9 +1,10 @@
 """Paired statistics: did one arm match its baseline, document by document?
 
-Numbers in, frozen dataclasses out; this module knows nothing of files, models or lm-eval. In every pair
-`a` is the arm under test and `b` its baseline, so a negative difference is a loss. Scores of several seeds
-come as `(seeds, documents)`, of one as `(documents,)`; the margin is in the units of the scores, so one
-point of 0/1 accuracy is 0.01. Every test is scipy's or statsmodels'. Bad input raises `ComparisonError`.
+Numbers in, frozen dataclasses out; this module knows nothing of files, models or lm-eval. In every pair `a` is the arm
+under test and `b` its baseline, so a negative difference is a loss. Scores of several seeds come as
+`(seeds, documents)`, of one as `(documents,)`; the margin is in the units of the scores, so one point of 0/1 accuracy
+is 0.01. The tests are scipy's and statsmodels', but for one: the t interval of clustered documents (CR2) and its
+degrees of freedom are written here, from Bell and McCaffrey (2002). Bad input raises `ComparisonError`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -95,8 +96,8 @@ def compare(
     excludes zero. *Inconclusive*: the rest. A `limited` run is never equivalent.
 
     Documents are averaged over seeds, and their mean has a t interval with CR2 standard errors by cluster.
-    Where few documents differ a score test for rare events stands beside it, and with several seeds a t
-    interval over their means. The widest interval and the largest p-values are reported.
+    Where few documents differ, a score test for rare events is added, and with several seeds a t interval
+    over their means. The widest interval and the largest p-values are reported.
     """
     return _judge([_sample(TaskScores(scores_a, scores_b, clusters))], margin, limited)
 
@@ -243,13 +244,7 @@ def _documents_for_a_verdict(readings: list[_Reading], n: int, margin: float) ->
     return max(needed_documents(sd, margin, power=0.95), math.ceil(n * widest / margin))
 
 
-def needed_documents(
-    sd: float,
-    margin: float,
-    difference: float = 0.0,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> int:
+def needed_documents(sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8) -> int:
     """Say how many documents it takes to show equivalence when the true difference is `difference`.
 
     `sd` is that of one document's difference. The number is ((z(1 - alpha) + z((1 + power) / 2)) sd /
@@ -262,7 +257,7 @@ def needed_documents(
             f"got sd {sd}, difference {difference}, margin {margin}, alpha {alpha}, power {power}; expected "
             "sd >= 0, 0 < alpha < power < 1 and the difference inside the margin"
         )
-    return max(2, math.ceil(normal_sample_size_one_tail(room, (1 + power) / 2, alpha, std_null=sd)))
+    return max(2, math.ceil(float(normal_sample_size_one_tail(room, (1 + power) / 2, alpha, std_null=sd))))
 
 
 @dataclass(frozen=True)
@@ -298,8 +293,8 @@ def flips(
     if odd := set(a.tolist() + b.tolist()) - {0.0, 1.0}:
         raise ComparisonError(f"got the score {min(odd)}, expected 0 for wrong or 1 for right; use accuracy")
     table = [[int(np.sum((b == from_b) & (a == to_a))) for to_a in (1, 0)] for from_b in (1, 0)]
-    both_wrong = np.flatnonzero((a == 0) & (b == 0))
-    other = sum(answers_a[i] != answers_b[i] for i in both_wrong) if answers else None
+    both_wrong = zip((a == 0) & (b == 0), *answers, strict=True)
+    other = sum(1 for wrong, *chosen in both_wrong if wrong and chosen[0] != chosen[1]) if answers else None
     return Flips(table[0][1], table[1][0], other, len(a), float(mcnemar(table, exact=True).pvalue))
 
 
@@ -331,16 +326,16 @@ def bits_per_byte_difference(
             f"got bits of shape {a.shape} and {b.shape} and bytes of shape {sizes.shape}, expected one of each "
             f"for at least {FEWEST_TEXTS} texts, none of them empty; cut long texts into pieces"
         )
-    drawn = _bootstrap_ratio(a - b, sizes, resamples, seed)
+    interval, interval_95 = _bootstrap_ratio(a - b, sizes, resamples, seed)
     of_a, of_b = float(a.sum() / sizes.sum()), float(b.sum() / sizes.sum())
-    return BitsPerByte(of_a, of_b, of_a - of_b, *drawn, len(a))
+    return BitsPerByte(of_a, of_b, of_a - of_b, interval, interval_95, len(a))
 
 
-def _bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, resamples: int, seed: int) -> list[Interval]:
+def _bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, resamples: int, seed: int) -> tuple[Interval, Interval]:
     if not top.any():  # the same arm twice: BCa would divide zero by zero
-        return [(0.0, 0.0), (0.0, 0.0)]
+        return (0.0, 0.0), (0.0, 0.0)
 
-    def ratio(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> np.ndarray:
+    def ratio(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> Any:
         return top.sum(axis=axis) / bottom.sum(axis=axis)
 
     # 100 resamples at a time: BCa's jackknife at once is documents^2 numbers, 0.8 GB for 10,000.
@@ -348,7 +343,8 @@ def _bootstrap_ratio(top: np.ndarray, bottom: np.ndarray, resamples: int, seed: 
     data, rng = (top, bottom), np.random.default_rng(seed)
     first = stats.bootstrap(data, ratio, n_resamples=resamples, confidence_level=0.9, rng=rng, **kind)
     second = stats.bootstrap(data, ratio, n_resamples=0, bootstrap_result=first, **kind)
-    return [tuple(map(float, drawn.confidence_interval)) for drawn in (first, second)]
+    (low, high), (low_95, high_95) = first.confidence_interval, second.confidence_interval
+    return (float(low), float(high)), (float(low_95), float(high_95))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -84,8 +84,8 @@ def loss_plot(losses: Sequence[LossCurve]) -> Markup:
             curve.steps, running_mean(curve.losses, 20), color=colors[curve.precision], linewidth=1.4, alpha=0.85,
             label=label, linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
     if labeled:
         axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
@@ -131,8 +131,8 @@ def _markup(figure: Figure, name: str, title: str) -> Markup:
     from matplotlib import rc_context
 
     stream = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}  # same input, same bytes
-    with rc_context(settings), warnings.catch_warnings():
+    same_bytes_for_same_input = rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9})
+    with same_bytes_for_same_input, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser's fonts draw it
         figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     svg = stream.getvalue()

@@ -1,7 +1,7 @@
-"""A comparison on paper: `index.html`, `report.md` and `report.json`, from one record and nothing else.
+"""A comparison as files: `index.html`, `report.md` and `report.json`, from one record and nothing else.
 
-The HTML file is whole in itself: its plots are inline, it runs no script and loads nothing. Text of models and data is
-escaped by the template engine, and what cannot be seen in it is shown as a symbol.
+The HTML file is self-contained: its plots are inline, it runs no script and loads nothing. Text from models and data is
+escaped by the template engine, and invisible characters are shown as symbols.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from qlora_recipes.comparison.escape import markdown, plain
-from qlora_recipes.comparison.findings import Report, from_json
+from qlora_recipes.comparison.findings import Report
 from qlora_recipes.comparison.plots import error_plot, forest_plot, loss_plot
 from qlora_recipes.comparison.sentences import interval, signed
-from qlora_recipes.errors import ComparisonError, RunFolderError
-from qlora_recipes.run.files import write_text
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.run.files import read_record, write_text
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "index.html"
 
@@ -48,22 +48,26 @@ def check_report_folder(folder: Path) -> None:
 
 
 def read_report(folder: Path) -> Report | None:
-    """Return the report in a folder, or None where there is none that can be read."""
+    """Return the report in a folder, or None where there is none.
+
+    Raises:
+        RunFolderError: when it is damaged or of another schema; it says which margins were given before.
+    """
     try:
-        return from_json(json.loads((folder / JSON).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, ComparisonError):
+        return read_record(folder / JSON, Report, fix="Remove it or give --output another folder")
+    except FileNotFoundError:
         return None
 
 
 def render_json(report: Report) -> str:
-    """Return the record as JSON; every number in it is finite."""
+    """Return the record as JSON; every number is finite."""
     return json.dumps(asdict(report), indent=1, allow_nan=False) + "\n"  # ASCII: a lone surrogate has no UTF-8
 
 
 def render_html(report: Report) -> str:
     """Return one self-contained page."""
     environment = _environment(autoescape=True, finalize=_visible)
-    css = Markup(environment.loader.get_source(environment, "report.css")[0])
+    css = Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.jinja").render(
         report=report,
         css=css,
@@ -88,7 +92,7 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environ
 
 
 def _visible(value: Any) -> Any:
-    """Markup passes; of anything else the characters that are not seen become symbols, and Jinja escapes the rest."""
+    """Markup passes; in anything else invisible characters become symbols, and Jinja escapes the rest."""
     return value if isinstance(value, Markup) else plain(value)
 
 

@@ -1,4 +1,4 @@
-"""What stands behind a comparison: every count and hash that was looked at, in one table."""
+"""The evidence behind a comparison: every count and hash that was checked, in one table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_recipes.run.receipt import Receipt
 
 
 def validity(runs: Sequence[Run]) -> list[Fact]:
-    """Return the facts of runs that have been grouped and lined up, those that were refused otherwise included."""
+    """Return the facts of runs that have been grouped and aligned, including those that would have been refused."""
     return [*_trained(runs), *_evaluated(runs)]
 
 
@@ -37,7 +37,7 @@ def _trained(runs: Sequence[Run]) -> Iterator[Fact]:
         "adapter before training",
         True,
         f"{adapter.parameters:,} weights in {adapter.dtype}; "
-        + "; ".join(f"seed {seed}: sha256 {sha[:12]}" for seed, sha in _initial(receipts).items())
+        + "; ".join(dict.fromkeys(f"seed {one.seed}: sha256 {one.adapter.initial_sha256[:12]}" for one in receipts))
         + " in every precision",
     )
     checks = [check for receipt in receipts for check in receipt.checks]
@@ -45,7 +45,7 @@ def _trained(runs: Sequence[Run]) -> Iterator[Fact]:
     passed = sum(check.verdict == "pass" for check in checks)
     yield _fact("checks in training", not odd, "; ".join([f"{passed} of {len(checks)} passed", *odd]))
     repairs = sorted({repair for receipt in receipts for repair in receipt.repairs})
-    yield _fact("upstream defects mended", True, ", ".join(repairs) or "none found")
+    yield _fact("upstream defects repaired", True, ", ".join(repairs) or "none found")
     yield _fact("versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items()))
     yield _fact("device", True, f"{first.training.device}, attention {first.training.attention}")
 
@@ -55,10 +55,6 @@ def _storage(receipt: Receipt) -> str:
     linears = ", ".join(f"{number} {name}" for name, number in receipt.base.linears.items())
     counted = f", {quantized.found} of {quantized.expected} quantized" if quantized.expected else ""
     return f"{receipt.precision}: {linears}{counted}"
-
-
-def _initial(receipts: Sequence[Receipt]) -> dict[int, str]:
-    return {receipt.seed: receipt.adapter.initial_sha256 for receipt in receipts}
 
 
 def _evaluated(runs: Sequence[Run]) -> Iterator[Fact]:

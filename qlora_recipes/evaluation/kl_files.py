@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 
+_FIX = "Remove the file and measure again: qlora-recipes compare RUN RUN --divergence"
 TOKENS = 2048
 """Held-out tokens that are read; with 32,000 words their log-probabilities take 262 MB on disk."""
 
@@ -38,17 +38,37 @@ class LayerError:
     """Frobenius norm of (stored - original) over that of the original."""
 
 
+@dataclass(frozen=True)
+class _DivergenceFile:
+    of: dict[str, Any]
+    """What the figure depends on, see `_identity`."""
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
+class _ErrorFile:
+    base_sha256: str
+    layers: list[LayerError]
+
+
 def read_divergence(reference: RunFolder, other: RunFolder) -> Divergence | None:
-    """Return a run's distance from the reference; None where it was not measured, or on other weights."""
-    content = _read(_divergence_file(reference, other))
-    return Divergence(**content["divergence"]) if content.get("of") == _identity(reference, other) else None
+    """Return a run's distance from the reference; None where it was not measured, or on other weights.
+
+    Raises:
+        RunFolderError: when the file is damaged.
+    """
+    try:
+        found = read_record(_divergence_file(reference, other), _DivergenceFile, fix=_FIX)
+    except FileNotFoundError:
+        return None
+    return found.divergence if found.of == _identity(reference, other) else None
 
 
 def write_divergence(reference: RunFolder, other: RunFolder, found: Divergence) -> None:
     """Write a run's distance from the reference."""
     file = _divergence_file(reference, other)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"of": _identity(reference, other), "divergence": asdict(found)})
+    write_json(file, asdict(_DivergenceFile(_identity(reference, other), found)))
 
 
 def _divergence_file(reference: RunFolder, other: RunFolder) -> Path:
@@ -67,25 +87,24 @@ def _identity(reference: RunFolder, other: RunFolder) -> dict[str, Any]:
 
 
 def read_quantization_error(folder: RunFolder) -> list[LayerError]:
-    """Return the error of each quantized layer of a run's base, in the model's order; empty where not measured."""
-    content = _read(_error_file(folder))
-    same = content.get("base_sha256") == folder.receipt().base.sha256
-    return [LayerError(**layer) for layer in content["layers"]] if same else []
+    """Return the error of each quantized layer of a run's base, in the model's order; empty where not measured.
+
+    Raises:
+        RunFolderError: when the file is damaged.
+    """
+    try:
+        found = read_record(_error_file(folder), _ErrorFile, fix=_FIX)
+    except FileNotFoundError:
+        return []
+    return found.layers if found.base_sha256 == folder.receipt().base.sha256 else []
 
 
 def write_quantization_error(folder: RunFolder, base_sha256: str, layers: Sequence[LayerError]) -> None:
     """Write the error of each quantized layer of a run's base."""
     file = _error_file(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"base_sha256": base_sha256, "layers": [asdict(layer) for layer in layers]})
+    write_json(file, asdict(_ErrorFile(base_sha256, list(layers))))
 
 
 def _error_file(folder: RunFolder) -> Path:
     return folder.evaluation / "divergence" / "quantization_error.json"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,11 @@ from qlora_recipes.base.adapters import adapter_sha256, load_adapter
 from qlora_recipes.base.loading import load_base
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.errors import CheckError, ModelError, UsageError
+from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import sha256
-from qlora_recipes.formatters import Message
+from qlora_recipes.formatters import Message, RowError, check_messages
 from qlora_recipes.precision import precision_named
+from qlora_recipes.run.files import read_record
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 
@@ -125,13 +125,12 @@ def restore_run(
         CheckError: when tokenizer, base or adapter are not what the receipt says, or the adapter does nothing.
         ModelError: when there is no adapter, or one for another base.
     """
-    receipt = folder.receipt()
+    receipt, held_out = folder.receipt(), read_held_out(folder)
     tokenizer = restore_tokenizer(folder, receipt, other_template=other_template)
     template = ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
     encoder = ConversationEncoder(tokenizer, template)
     if key.precision == receipt.precision:
         _check_same("base", base.sha256, receipt.base.sha256, _BASE_ADVICE)
-    held_out = read_held_out(folder)
     run = RestoredRun(folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256)
     if not adapter:
         yield run
@@ -150,6 +149,16 @@ _BASE_ADVICE = (
     "It has changed since training, or was quantized on another kind of device; evaluate where it was trained"
 )
 _ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
+_HELD_OUT_ADVICE = "Train again, or restore the file from a copy"
+
+
+@dataclass(frozen=True)
+class _HeldOutRow:
+    """One conversation of `held_out.json`."""
+
+    place: str
+    """Where it was in the data, for people."""
+    messages: list[Message]
 
 
 def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:
@@ -178,10 +187,21 @@ def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bo
 
 
 def read_held_out(folder: RunFolder) -> list[list[Message]]:
-    """Return the conversations that the run kept from training."""
-    if not folder.held_out.is_file():
+    """Return the conversations that the run kept from training; none where it kept none.
+
+    Raises:
+        RunFolderError: when the file is damaged, naming the key or the row.
+    """
+    try:
+        rows = read_record(folder.held_out, list[_HeldOutRow], fix=_HELD_OUT_ADVICE)
+    except FileNotFoundError:
         return []
-    return [row["messages"] for row in json.loads(folder.held_out.read_text(encoding="utf-8"))]
+    try:
+        for i, row in enumerate(rows):
+            check_messages(row.messages, f"key {i}.messages")
+    except RowError as error:
+        raise RunFolderError(f"{folder.held_out}, {error.detail}. {_HELD_OUT_ADVICE}") from error
+    return [row.messages for row in rows]
 
 
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:

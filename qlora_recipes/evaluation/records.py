@@ -10,19 +10,18 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal
 from urllib.parse import quote, unquote
 
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError
-from qlora_recipes.run.files import write_json, write_text
+from qlora_recipes.run.files import decode_lines, read_bytes, read_record, write_json, write_text
 
-SCHEMA_VERSION = 1
 SHOWN = 2000  # characters of a prompt, a target or an answer that are kept for people to read
 _RESULT, _DOCS = ".json", ".docs.jsonl"
-_Record = TypeVar("_Record", "TaskResult", "DocRecord")
+_FIX = "Remove the file and evaluate the run again"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class TaskResult:
     seconds: float
     docs_sha256: str = ""
     """Hash of the file of documents, which ties the two files together."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
 
 
 @dataclass(frozen=True)
@@ -109,48 +108,84 @@ class Scores:
     prompts_unlike_training: int = 0
 
 
+class UnfinishedTaskError(RunFolderError):
+    """Half a result, as a process that is killed between the two files of a task leaves it."""
+
+
 def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> TaskResult:
-    """Write a task's result, documents first, and return it with the hash of the documents.
+    """Write a task's result, documents first, and return it as written: with the hash of the documents.
+
+    Figures that are not finite, such as the standard error of one document, are left out.
 
     Raises:
         CheckError: for a score that is not a finite number, naming the document.
     """
-    _check_finite(result.task, docs)
+    for doc in docs:
+        if not math.isfinite(doc.score):
+            raise CheckError(
+                f"document {doc.doc_id} of {result.task} has the score {doc.score}, expected a finite number; look for "
+                "NaN in the adapter (metrics.jsonl shows grad_norm) and train again"
+            )
     text = "".join(json.dumps(asdict(doc), ensure_ascii=False) + "\n" for doc in docs)
-    whole = replace(result, docs_sha256=sha256(text), n_docs=len(docs))
+    whole = replace(
+        result,
+        docs_sha256=sha256(text),
+        n_docs=len(docs),
+        metrics=_finite(result.metrics),
+        stderr=_finite(result.stderr),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(_file(folder, result.task, _DOCS), text)
     write_json(_file(folder, result.task, _RESULT), asdict(whole))
     return whole
 
 
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
 def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
     """Return a task's result and its documents.
 
     Raises:
-        RunFolderError: when it is missing, damaged or half of it is another evaluation's.
-        CheckError: for a score that is not a finite number, naming the document.
+        UnfinishedTaskError: when half of it is missing or another evaluation's.
+        RunFolderError: when it is damaged, naming the key, and the line among the documents.
     """
-    result = _read_result(_file(folder, task, _RESULT))
-    file = _file(folder, task, _DOCS)
-    text = _read(file)
-    if sha256(text) != result.docs_sha256:
-        raise RunFolderError(f"{file} is not the one that {task}{_RESULT} was written with. Evaluate {task} again")
-    lines = text.split("\n")[:-1]  # splitlines would also cut at the line separators that a text may hold
-    docs = [_record(DocRecord, json.loads(line), file) for line in lines]
-    _check_finite(task, docs)
+    file, docs_file = (_file(folder, task, ending) for ending in (_RESULT, _DOCS))
+    try:
+        result = read_record(file, TaskResult, fix=_FIX)
+        content = read_bytes(docs_file, fix=_FIX)
+    except FileNotFoundError as error:
+        raise UnfinishedTaskError(
+            f"{error.filename} is missing. Evaluate the run first: qlora-recipes evaluate RUN"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != result.docs_sha256:
+        raise UnfinishedTaskError(
+            f"{docs_file} is not the one that {task}{_RESULT} was written with. Evaluate {task} again"
+        )
+    if result.task != task:
+        raise RunFolderError(f"{file}, key task: got {result.task!r}, expected {task!r}. {_FIX}")
+    if result.metric not in result.metrics:
+        raise RunFolderError(
+            f"{file}, key metrics: got {', '.join(result.metrics)}, expected {result.metric!r}. {_FIX}"
+        )
+    docs = decode_lines(content, DocRecord, source=docs_file, fix=_FIX)
+    if result.kind == "bits_per_byte" and not all(doc.bits is not None and doc.bytes for doc in docs):
+        raise RunFolderError(f"{docs_file}: got documents without bits or bytes, which {task} is scored in. {_FIX}")
     return result, docs
 
 
 def finished_tasks(folder: Path) -> dict[str, TaskResult]:
-    """Return task to result for every task that is whole; what is missing or damaged is not there."""
+    """Return task to result for every task that is whole; half a result is not there.
+
+    Raises:
+        RunFolderError: for a result that is damaged.
+    """
     found: dict[str, TaskResult] = {}
-    for file in sorted(folder.glob(f"*{_RESULT}")):
-        try:
-            result, _ = read_task(folder, unquote(file.name.removesuffix(_RESULT)))
-        except (RunFolderError, CheckError):
-            continue
-        found[result.task] = result
+    for file in sorted(folder.glob(f"*{_DOCS}")):
+        with suppress(UnfinishedTaskError):
+            result, _ = read_task(folder, unquote(file.name.removesuffix(_DOCS)))
+            found[result.task] = result
     return found
 
 
@@ -177,39 +212,3 @@ def disk_faults(folder: Path, advice: str) -> Iterator[None]:
 def _file(folder: Path, task: str, ending: str) -> Path:
     """Return the file of a task, whose name is quoted so that it stays inside the folder."""
     return folder / (quote(task, safe="").replace(".", "%2E") + ending)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RunFolderError(f"{file} is missing. Evaluate the run first: qlora-recipes evaluate RUN") from None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{file} cannot be read: {error}. Evaluate the run again with --overwrite") from error
-
-
-def _read_result(file: Path) -> TaskResult:
-    try:
-        content = json.loads(_read(file))
-    except ValueError as error:
-        raise RunFolderError(f"{file} is no JSON: {error}. Evaluate the run again with --overwrite") from error
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise RunFolderError(f"{file} is no result of schema {SCHEMA_VERSION}. Evaluate the run again with --overwrite")
-    return _record(TaskResult, content, file)
-
-
-def _record(kind: type[_Record], content: Any, file: Path) -> _Record:
-    names = {entry.name for entry in fields(kind)}
-    if not isinstance(content, dict) or content.keys() != names:
-        got = ", ".join(sorted(names ^ set(content))) if isinstance(content, dict) else repr(content)[:60]
-        raise RunFolderError(f"{file} has other fields than a {kind.__name__}: {got}. Evaluate the run again")
-    return kind(**content)
-
-
-def _check_finite(task: str, docs: Sequence[DocRecord]) -> None:
-    for doc in docs:
-        if not math.isfinite(doc.score):
-            raise CheckError(
-                f"document {doc.doc_id} of {task} has the score {doc.score}, expected a finite number; look for NaN in "
-                "the adapter (metrics.jsonl shows grad_norm) and train again"
-            )

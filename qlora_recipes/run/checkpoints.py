@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or do not count: written aside, hashed, synced and renamed; proven before they are loaded.
+"""Checkpoints that are whole or do not count: written aside, hashed, synced, renamed, and verified before loading.
 
 Files and folders only; knows nothing of trainers or tensors. The hashes find damage, not malice: whoever can write a
-checkpoint can write its manifest. What a checkpoint may hold is held in check where it is loaded (`weights_only`).
+checkpoint can write its manifest. What a checkpoint may contain is restricted where it is loaded (`weights_only`).
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.run.files import write_json
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"
-"""Folder beside the checkpoints in which the next one is made."""
+"""Folder next to the checkpoints in which the next one is made."""
 _DELETING = ".deleting-"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "training_args.bin")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One resumable state, or what is left of it."""
+    """One resumable state, possibly damaged."""
 
     path: Path
 
     @property
     def step(self) -> int:
-        return int(_NAME.fullmatch(self.path.name)[1])
+        return int(self.path.name.rpartition("-")[2])
 
     def fault(self, *, hashes: bool = True) -> str | None:
-        """Return what is wrong with it, or None; without `hashes` only names and sizes are looked at."""
+        """Return what is wrong with it, or None; without `hashes` only names and sizes are checked."""
         try:
             listed = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
             found = {str(file.relative_to(self.path)): file for file in _files(self.path)}
@@ -49,7 +50,7 @@ class Checkpoint:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a checkpoint but its manifest; hidden ones are a file system's, not ours."""
+    """Yield the files of a checkpoint except its manifest; hidden files belong to the file system, not to us."""
     return (
         file
         for file in sorted(folder.rglob("*"))
@@ -57,7 +58,7 @@ def _files(folder: Path) -> Iterator[Path]:
     )
 
 
-def _missing(listed: dict[str, dict], found: dict[str, Path]) -> str | None:
+def _missing(listed: dict[str, dict[str, Any]], found: dict[str, Path]) -> str | None:
     if not listed:
         return f"its {MANIFEST} lists no files"
     if missing := sorted(listed.keys() - found.keys()):
@@ -68,7 +69,7 @@ def _missing(listed: dict[str, dict], found: dict[str, Path]) -> str | None:
     return f"{pickled[0]} is a pickle, which can run code when it is opened" if pickled else None
 
 
-def _damage(listed: dict[str, dict], found: dict[str, Path], hashes: bool) -> Iterator[str]:
+def _damage(listed: dict[str, dict[str, Any]], found: dict[str, Path], hashes: bool) -> Iterator[str]:
     for name, entry in listed.items():
         size = found[name].stat().st_size
         if size != entry["bytes"]:
@@ -89,7 +90,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def newest_intact(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
-    """Return the newest checkpoint that is whole, and the name and fault of each newer one that was passed over."""
+    """Return the newest checkpoint that is whole, and the name and fault of each newer one, which is passed over."""
     passed_over: dict[str, str] = {}
     for checkpoint in checkpoints(folder):
         fault = checkpoint.fault()
@@ -108,12 +109,12 @@ def prepare(folder: Path) -> Path:
 
 
 def publish(written: Path, folder: Path) -> Checkpoint:
-    """Give a written checkpoint its manifest, bring all of it onto the disk, and rename it into `folder`.
+    """Give a written checkpoint its manifest, sync all of it to disk, and move it into `folder`.
 
-    A damaged checkpoint of the same name is kept under another one.
+    A damaged checkpoint of the same name is kept under another name.
 
     Raises:
-        RunFolderError: when an intact one of that name is there.
+        RunFolderError: when an intact checkpoint of that name exists.
     """
     files = {str(file.relative_to(written)): file for file in _files(written)}
     for file in files.values():
@@ -134,13 +135,13 @@ def publish(written: Path, folder: Path) -> Checkpoint:
 
 def _set_aside(damaged: Checkpoint) -> None:
     if damaged.fault() is None:
-        raise RunFolderError(f"{damaged.path} is there already and intact; a run writes each of its steps once")
+        raise RunFolderError(f"{damaged.path} already exists and is intact; a run writes each of its steps once")
     names = (damaged.path.with_name(f"damaged-{damaged.path.name}-{i}") for i in range(1, 10_000))
     damaged.path.rename(next(name for name in names if not name.exists()))
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that no power cut can leave its name without its contents."""
+    """Wait until a file or folder is on disk, so that a power cut cannot leave its name without its contents."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -159,5 +160,5 @@ def rotate(folder: Path, limit: int | None, best: Path | None) -> None:
     others = [checkpoint for checkpoint in whole if checkpoint not in kept]
     for checkpoint in others[max(0, limit - len(kept)) :]:
         gone = checkpoint.path.with_name(_DELETING + checkpoint.path.name)
-        checkpoint.path.rename(gone)  # at once, so that a kill leaves no half of a checkpoint
+        checkpoint.path.rename(gone)  # in one step, so that a kill leaves no half checkpoint
         shutil.rmtree(gone)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.run.files import read_record, write_json
-from qlora_recipes.run.receipt import SCHEMA_VERSION, Receipt
+from qlora_recipes.precision import DTYPES, PRECISIONS
+from qlora_recipes.run.files import read_lines, read_record, write_json
+from qlora_recipes.run.receipt import LoggedStep, Receipt
 
 RECEIPT = "run.json"
 STARTED = "started.json"
@@ -21,7 +23,7 @@ _OWN = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, and what lies where in it."""
+    """The folder of one run, and where its files are."""
 
     path: Path
 
@@ -37,7 +39,7 @@ class RunFolder:
 
     @property
     def started(self) -> Path:
-        """What the run was started as, and when it was gone on with."""
+        """What the run was started as, and every time it was resumed."""
         return self.path / STARTED
 
     @property
@@ -56,7 +58,7 @@ class RunFolder:
 
     @property
     def answers(self) -> Path:
-        """Greedy answers to a few held-out questions, right after training."""
+        """Greedy answers to a few held-out questions, written right after training."""
         return self.path / "answers.json"
 
     @property
@@ -67,7 +69,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has its receipt, which is written last."""
-        return (self.path / RECEIPT).is_file()
+        return (self.path / RECEIPT).exists()
 
     def receipt(self) -> Receipt:
         """Return the receipt.
@@ -83,18 +85,35 @@ class RunFolder:
                 f"{self.path} holds no finished run: {RECEIPT} is missing. Expected a folder that training wrote, "
                 "such as runs/llama2_guanaco-demo/nf4-seed0"
             ) from None
-        if receipt.schema_version != SCHEMA_VERSION:
+        for key, got, known in (("precision", receipt.precision, PRECISIONS), ("dtype", receipt.dtype, DTYPES)):
+            if got not in known:
+                raise RunFolderError(f"{file}, key {key}: got {got!r}, expected one of {', '.join(known)}. {_FIX}")
+        try:
+            re.compile(receipt.template.role_markers)
+        except (re.error, RecursionError, OverflowError) as error:
             raise RunFolderError(
-                f"{file}, key schema_version: got {receipt.schema_version}, expected {SCHEMA_VERSION}. {_FIX}"
-            )
+                f"{file}, key template.role_markers: got no regular expression ({error}), expected the one of the "
+                f"chat template. {_FIX}"
+            ) from error
         return receipt
+
+    def logged_steps(self) -> list[LoggedStep]:
+        """Return the logged steps of the training; none where there is no such file.
+
+        Raises:
+            RunFolderError: for a line that is damaged, naming it.
+        """
+        try:
+            return read_lines(self.metrics, LoggedStep, fix=_FIX)
+        except FileNotFoundError:
+            return []
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Write `run.json`, whole or not at all."""
         write_json(self.path / RECEIPT, asdict(receipt))
 
     def check_free(self, *, overwrite: bool = False) -> None:
-        """Refuse a folder that holds something already, unless that is a run and `overwrite` is set.
+        """Refuse a folder that is not empty, unless it holds a run and `overwrite` is set.
 
         Raises:
             RunFolderError: naming what is there.
@@ -103,11 +122,11 @@ class RunFolder:
             is_run = self.path.is_dir() and {_owner(entry.name) for entry in self.path.iterdir()} <= _OWN
             if not (overwrite and is_run):
                 what = "a finished run" if self.finished else "an unfinished run" if is_run else "other files"
-                hint = "or --overwrite to replace it" if is_run else "since nothing of it may be lost"
+                hint = "or --overwrite to replace it" if is_run else "so that nothing in this one is lost"
                 raise RunFolderError(f"{self.path} holds {what}. Give --output_dir another folder, {hint}")
 
     def claim(self, *, overwrite: bool = False) -> None:
-        """Make the folder for a new run, in the place of an old one when `overwrite` is set."""
+        """Make the folder for a new run, replacing an old one when `overwrite` is set."""
         self.check_free(overwrite=overwrite)
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)

@@ -1,11 +1,9 @@
-"""The receipt `run.json`: everything a run can prove about itself. Dataclasses only; knows nothing of files."""
+"""What a run writes down of itself: its receipt and its beginning. Dataclasses only; knows nothing of files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-SCHEMA_VERSION = 1
+from typing import Any, ClassVar, Literal
 
 
 @dataclass
@@ -64,7 +62,7 @@ class QuantizedReceipt:
 
 @dataclass
 class BaseReceipt:
-    """The frozen base as it lies in memory."""
+    """The frozen base as it is in memory."""
 
     model: str
     revision: str | None
@@ -142,7 +140,7 @@ class MemoryReceipt:
     base_bytes: int
     """Peak before the first step, with the base loaded."""
     training_bytes: int
-    """The peak without what was held beside the weights right before the first step: Python, libraries, rows."""
+    """The peak without what was held besides the weights right before the first step: Python, libraries, rows."""
     planned_bytes: int | None
     """What the plan said of that; None where the run has no plan."""
 
@@ -161,14 +159,14 @@ class Check:
 
 @dataclass
 class Resume:
-    """One time that the run was gone on with after it had been interrupted."""
+    """One time that the run was resumed after it had been interrupted."""
 
     at: str
     """UTC, ISO 8601."""
     from_step: int
     """The step of the checkpoint; 0 where there was none yet."""
     reason: str = ""
-    """Why, where this package went on by itself."""
+    """Why, where this package resumed it by itself."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Newer checkpoints that were damaged, and how."""
     versions_changed: dict[str, str] = field(default_factory=dict)
@@ -212,8 +210,31 @@ class Receipt:
     training: TrainingReceipt
     memory: MemoryReceipt
     repairs: list[str]
-    """Upstream defects found and mended in this run."""
+    """Upstream defects found and repaired in this run."""
     checks: list[Check] = field(default_factory=list)
     resumes: list[Resume] = field(default_factory=list)
-    """Every time that the run was gone on with."""
-    schema_version: int = SCHEMA_VERSION
+    """Every time that the run was resumed."""
+    schema_version: Literal[1] = 1
+
+
+@dataclass
+class Started:
+    """What a run was started as, in `started.json`, and every time that it was resumed."""
+
+    started: str
+    """UTC, ISO 8601."""
+    run: dict[str, Any]
+    """What must be equal for the run to be resumed."""
+    versions: dict[str, str]
+    """Package to version."""
+    resumes: list[Resume] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What is read of one line of `metrics.jsonl`, which may hold any number of other keys."""
+
+    step: int
+    loss: float | None = None
+    """Nats a supervised token; None in a line that logs something else, such as a held-out loss."""
+    __pydantic_config__: ClassVar = {"extra": "ignore", "strict": True, "allow_inf_nan": False}

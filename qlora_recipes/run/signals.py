@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT: the running step is finished and saved, and then the process ends; a second signal ends it now.
 
-This is what Slurm's preemption, a spot machine's notice and Ctrl-C ask for. Evaluations save no half tasks: they end at
-once, and only what is being written is finished first.
+Slurm's preemption, a spot machine's notice and Ctrl-C send them. Evaluations save no half tasks: they end at once, and
+only finish what is being written.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A queue that tells every process of a job, and a launcher that passes on what it was told, mean one and the same.
+# A queue may signal every process of a job while the launcher passes its own signal on: both are the same request.
 _ECHO_SECONDS = 0.5
 
 
@@ -37,9 +38,9 @@ class StopSignals:
         self.finishing = finishing
         self.received: signal.Signals | None = None
         self.loop_runs = False
-        """Whether somebody looks at `received` soon; elsewhere nothing is left to save, and a signal stops at once."""
+        """Whether a training loop will see `received` soon; elsewhere nothing is unsaved: a signal stops at once."""
         self._at = 0.0
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
@@ -53,7 +54,7 @@ class StopSignals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Finish the block first; a signal that came within it, or that a library swallowed before, ends after it."""
+        """Finish the block first; a signal that came in it, or that a library swallowed before, ends after it."""
         self.loop_runs = True
         try:
             yield
@@ -66,7 +67,7 @@ class StopSignals:
         if self.received is not None:
             if number == self.received and time.monotonic() - self._at < _ECHO_SECONDS:
                 return
-            os._exit(128 + number)  # asked twice: no more waiting for a step, a save or a library
+            os._exit(128 + number)  # the second signal: do not wait for a step, a save or a library
         self.received, self._at = signal.Signals(number), time.monotonic()
         if not self.loop_runs:
             raise Stopped(self.received, None)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 from accelerate import PartialState
 
 from qlora_recipes import environment
-from qlora_recipes.errors import RunFolderError
+from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.fields import fields_of
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
+from qlora_recipes.run.differences import MISSING, differences, shortened
 from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import Resume
+from qlora_recipes.run.receipt import Resume, Started
 from qlora_recipes.settings import AUTO_FIELDS, Settings, public
 from qlora_recipes.stages import Run
 
-# Settings that decide what is saved and shown of a run, and change none of its weights.
+_FIX = (
+    "Without it nothing shows that this is the run to resume: give --output_dir another folder, or --overwrite to "
+    "start again in this one"
+)
+# Settings that decide what is kept and shown of a run, but not its weights.
 _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
 
 
@@ -53,36 +59,27 @@ def run_identity(asked: Settings, run: Run, initial_sha256: str) -> dict[str, An
 
 
 def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
-    """Return settings whose automatic fields are those that the run in a folder was started with, on any machine."""
-    was = Journal(folder).identity.get("training", {})
+    """Return settings with their auto fields as they were when the run in a folder started, on whatever machine.
+
+    Raises:
+        RunFolderError: when `started.json` is damaged, naming the key.
+    """
+    was = Journal(folder).identity["training"]
     names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
-    return replace(
-        settings,
-        training={**settings.training, **{name: was[name] for name in names}},
-        auto_fields=frozenset(),
-    )
+    try:
+        restored = {name: fields_of("SFTConfig")[name].check(was[name]) for name in names}
+    except UsageError as error:
+        raise RunFolderError(f"{folder.started}, key run.training.{error}. {_FIX}") from error
+    return replace(settings, training={**settings.training, **restored}, auto_fields=frozenset())
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content as it is when read back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
-    return plain
+    """Return the content as JSON gives it back."""
+    return cast(dict[str, Any], json.loads(json.dumps(content, default=str)))
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-@dataclass(frozen=True)
-class _Started:
-    """What `started.json` holds."""
-
-    started: str
-    """UTC, ISO 8601."""
-    run: dict[str, Any]
-    """What the run is: see `run_identity`."""
-    versions: dict[str, str]
-    resumes: list[Resume]
 
 
 class Journal:
@@ -93,7 +90,7 @@ class Journal:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Record what a new run is."""
-        self._write(_Started(_now(), dict(identity), environment.versions(), []))
+        self._write(Started(_now(), dict(identity), environment.versions()))
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
         """Raise when the folder holds a run that differs in what `identity` names.
@@ -101,12 +98,15 @@ class Journal:
         Raises:
             RunFolderError: naming every difference.
         """
-        found = list(_differences(self.identity, identity))
-        if found:
-            lines = "\n".join(f"  {name}: was {_short(was)}, now {_short(now)}" for name, was, now in found)
+        was = self.identity
+        pairs = differences({key: was.get(key, MISSING) for key in identity}, identity)
+        found = [(key, *(MISSING if value is None else value for value in values)) for key, *values in pairs]
+        lines = [f"  {key}: was {shortened(a)}, now {shortened(b)}" for key, a, b in sorted(found) if a != b]
+        if lines:
             raise RunFolderError(
-                f"{self.folder.path} holds another run, and --resume continues only the same one. They differ in\n"
-                f"{lines}\nGive the flags that it was started with, or another --output_dir"
+                f"{self.folder.path} holds another run, and --resume continues the same one only. They differ in\n"
+                + "\n".join(lines)
+                + "\nGive the flags that it was started with, or another --output_dir"
             )
 
     def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
@@ -132,29 +132,19 @@ class Journal:
         """Every time that the run was resumed."""
         return self._read().resumes
 
-    def _read(self) -> _Started:
-        fix = "It is unknown which run to resume: give --output_dir another folder, or --overwrite to start again here"
+    def _read(self) -> Started:
+        file = self.folder.started
         try:
-            return read_record(self.folder.started, _Started, fix=fix)
-        except FileNotFoundError:
-            raise RunFolderError(f"{self.folder.started} is missing. {fix}") from None
+            content = read_record(file, Started, fix=_FIX)
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{file} is missing. {_FIX}") from error
+        for key in ("lora", "training"):
+            if not isinstance(got := content.run.get(key), dict):
+                raise RunFolderError(f"{file}, key run.{key}: got {got!r:.60}, expected an object. {_FIX}")
+        return content
 
-    def _write(self, content: _Started) -> None:
+    def _write(self, content: Started) -> None:
         write_json(self.folder.started, asdict(content))
-
-
-def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield each dotted name in `now` whose value differs from that in `was`."""
-    if isinstance(was, dict) and isinstance(now, dict) and name in ("", "lora", "training"):
-        for key in now if not name else sorted(was.keys() | now.keys()):
-            yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif was != now:
-        yield name, was, now
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint | None, dict[str, str]]:
@@ -164,7 +154,7 @@ def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint |
         RunFolderError: for a folder that holds a finished run, another run, or only damaged checkpoints.
     """
     if folder.finished:
-        raise RunFolderError(f"{folder.path} holds a finished run; there is nothing to resume. Leave --resume out")
+        raise RunFolderError(f"{folder.path} holds a finished run; nothing is left to resume. Leave --resume out")
     if not folder.started.exists():
         folder.check_free()  # a run that ended before its first step left nothing
         return None, {}

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_recipes.run.display import progress_bar, running_mean
-from qlora_recipes.run.files import write_text
+from qlora_recipes.run.files import read_lines, write_text
 from qlora_recipes.run.receipt import Resume
 
 
@@ -96,7 +96,7 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(metrics, dict[str, Any], fix="Train again with --overwrite")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     steps = [row["step"] for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -6,10 +6,10 @@ Imports nothing heavy, so that a misspelt flag answers at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.comparison.build import choose_baseline
@@ -17,7 +17,8 @@ from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.records import disk_faults
 from qlora_recipes.precision import precision_named
 from qlora_recipes.recipe import Recipe, load_recipe
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.differences import MISSING, differences
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 
@@ -80,6 +81,23 @@ class Plan:
     def folders(self, precision: str) -> list[RunFolder]:
         """Return the run folders of a precision, in the order of the seeds."""
         return [arm.folder for arm in self.arms if arm.precision == precision]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `benchmark.json` holds."""
+
+    schema_version: Literal[1]
+    recipe: str
+    demo: bool
+    flags: list[str]
+    precisions: list[str]
+    baseline: str
+    seeds: list[int]
+    tasks: list[str] | None
+    limit: int | None
+    margins: list[float]
+    """Points; the last one is the one in force."""
 
 
 def plan_benchmark(
@@ -169,19 +187,12 @@ def check_trained(arm: Arm) -> None:
         "data": {"source": settings.dataset_name},
         "settings": {"lora": dict(settings.lora), "training": dict(settings.training)},
     }
-    for key, was, expected in _differing("", asdict(receipt), json.loads(json.dumps(asked, default=str))):
-        raise RunFolderError(
-            f"{arm.folder.path} was trained with {key} {was!r}, and {expected!r} is asked for. Give --output another "
-            "folder"
-        )
-
-
-def _differing(path: str, was: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key, value in expected.items():
-        if isinstance(value, Mapping):
-            yield from _differing(f"{path}{key}.", was.get(key, {}), value)
-        elif key in was and was[key] != value:
-            yield f"{path}{key}", was[key], value
+    for key, was, expected in differences(receipt, json.loads(json.dumps(asked, default=str))):
+        if MISSING not in (was, expected):  # a key that only one has: another version's setting, or the outcome
+            raise RunFolderError(
+                f"{arm.folder.path} was trained with {key} {was!r}, and {expected!r} is asked for. Give --output "
+                "another folder"
+            )
 
 
 def record_margin(plan: Plan) -> list[float]:
@@ -222,13 +233,8 @@ def record_margin(plan: Plan) -> list[float]:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return asdict(read_record(file, _Record, fix="Give --output another folder"))
     except FileNotFoundError:
         if file.parent.is_dir() and any(file.parent.iterdir()):
             raise RunFolderError(f"{file.parent} holds other files. Give --output another folder") from None
         return None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{file} cannot be read: {error}. Give --output another folder") from error
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise RunFolderError(f"{file} is no benchmark of schema {SCHEMA_VERSION}. Give --output another folder")
-    return content
