@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ _SOURCES = {
 _PLAIN: dict[str, type] = {"bool": bool, "int": int, "float": float, "list": list, "dict": dict, "str": str}
 _NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
 _INT = re.compile("[-+]?(0|[1-9][0-9]{0,30})")
-_SHORT = reprlib.Repr(maxstring=200, maxother=200)
 _NO_VALUE = object()
 ABSENT = object()
 """The default of a flag that is not in the result when it was not given."""
@@ -132,7 +130,7 @@ class Field:
         except (ValueError, RecursionError):
             if word[0] == "[" and str in self._type.kinds:
                 return _NO_VALUE  # a pattern, such as [qv]_proj
-        raise UsageError(f'{self.name}: got {_SHORT.repr(word)}, expected JSON, such as {{"name": 1}} or ["a", "b"]')
+        raise UsageError(f'{self.name}: got {_shortened(word)}, expected JSON, such as {{"name": 1}} or ["a", "b"]')
 
     def _is_list(self, words: Sequence[str]) -> bool:
         if not self._type.item or (len(words) == 1 and self._is_none(words[0])):
@@ -151,7 +149,7 @@ class Field:
         word = value if isinstance(value, str) else ""
         hint = nearest(word, self._type.choices)
         hint = ", without a leading zero" if re.fullmatch("[-+]?0[0-9]+", word) else f".{hint}" if hint else ""
-        return UsageError(f"{self.name}: got {_SHORT.repr(value)}, expected {self._expected}{hint}")
+        return UsageError(f"{self.name}: got {_shortened(value)}, expected {self._expected}{hint}")
 
     @property
     def _expected(self) -> str:
@@ -207,6 +205,11 @@ def _members(node: ast.expr) -> list[ast.expr]:
         none = [ast.Constant(None)] if ast.unparse(node.value) == "Optional" else []
         return [*(member for each in given for member in _members(each)), *none]
     return [node]
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:98]}...{text[-98:]}"
 
 
 def _as_float(value: object) -> float | None:

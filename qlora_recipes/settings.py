@@ -55,7 +55,7 @@ class Settings:
 
     @property
     def seed(self) -> int:
-        return self.training["seed"]
+        return int(self.training["seed"])
 
     @property
     def trust_remote_code(self) -> bool:

@@ -34,20 +34,21 @@ ROOT = RECIPES.parent
 
 
 def plan_of(output: Path, precisions: tuple[str, ...] = ("nf4", "bf16"), **options: Any) -> Plan:
-    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "demo": True, "output": output}
-    return plan_benchmark(RECIPE, **given | options)
+    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "output": output}
+    flags = {"demo": True, **options.pop("flags", {})}
+    return plan_benchmark(RECIPE, flags=flags, **given | options)
 
 
 # The plan
 
 
 def test_a_plan_has_every_arm_with_the_baseline_first(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, flags=["--max_steps", "5"])
+    plan = plan_of(tmp_path, flags={"max_steps": 5})
     assert (plan.baseline, plan.precisions) == ("bf16", ["bf16", "nf4"])
     assert [arm.name for arm in plan.arms] == ["bf16, seed 0", "nf4, seed 0", "bf16, seed 1", "nf4, seed 1"]
     assert plan.arms[1].folder.path == tmp_path / "nf4-seed0"
     assert {arm.settings.training["max_steps"] for arm in plan.arms} == {5}
-    assert "--demo" in plan.arms[0].words
+    assert "--demo" in plan.arms[0].argv
 
 
 def test_of_more_than_two_the_first_is_the_baseline(tmp_path: Path) -> None:
@@ -68,9 +69,8 @@ def test_the_quantized_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> No
         ({"precisions": ["nf4", "bf61"]}, "Did you mean 'bf16'"),
         ({"precisions": ["bf16", "fp16"]}, "different dtypes"),
         ({"seeds": [1, 1]}, "1 is given twice"),
-        ({"flags": ["--seed", "3"]}, "--seed is set by the benchmark .* --seeds"),
-        ({"flags": ["--max_stps", "3"]}, "Did you mean 'max_steps'"),
-        ({"flags": ["--precision", "nf4"]}, "--precisions"),
+        ({"flags": {"seed": 3}}, "--seed is set by the benchmark .* --seeds"),
+        ({"flags": {"precision": "nf4"}}, "--precisions"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
@@ -227,7 +227,7 @@ def test_a_trial_gives_way_to_the_whole(tmp_path: Path, laboratory: Laboratory) 
 def test_another_benchmarks_folder_is_refused(tmp_path: Path, laboratory: Laboratory) -> None:
     command.run(plan_of(tmp_path / "b"))
     with pytest.raises(RunFolderError, match=r"is a benchmark with flags \[\]"):
-        command.run(plan_of(tmp_path / "b", flags=["--max_steps", "5"]))
+        command.run(plan_of(tmp_path / "b", flags={"max_steps": 5}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(RunFolderError, match="holds other files"):
@@ -357,7 +357,7 @@ def test_a_signal_lets_the_training_save_and_ends_both(tmp_path: Path, which: si
         _, said = process.communicate(timeout=60)
     assert process.returncode == code
     assert (run / "saved").exists()
-    assert f"stopped by {which.name}: 0 of 2 runs are trained; the same command goes" in said
+    assert f"stopped by {which.name}: 0 of 2 runs are trained; the same command resumes" in said
     assert "Traceback" not in said
 
 

@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # types-PyYAML leaves the parser untyped
         found = getattr(event, "tag", None) or event.anchor
         if found:
             kind = "tag" if found != event.anchor else "alias" if isinstance(event, yaml.AliasEvent) else "anchor"
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
-    def fault(self, found: yaml.Node | yaml.Event, message: object) -> UsageError:
+    def fault(self, found: Any, message: object) -> UsageError:
         return UsageError(f"{self.name}, line {found.start_mark.line + 1}: {message}")
 
 
@@ -111,11 +111,14 @@ def _value(
         raise loader.fault(key, f"{name} is not set by hand; it follows from {derived[name]}")
     if name not in flags:
         raise loader.fault(key, f"unknown flag {name!r}.{nearest(str(name), flags)}")
+    field = flags[name]
     try:
         if not isinstance(node, yaml.ScalarNode):
-            return flags[name].check(loader.construct_object(node, deep=True))
+            return field.check(loader.construct_object(node, deep=True))
         if not node.value.strip():
-            return flags[name].parse(())
-        return flags[name].check(None) if node.tag.endswith(":null") else flags[name].parse_scalar(node.value)
+            return field.parse(())
+        if node.tag.endswith(":null"):
+            return field.check(None)
+        return field.check(node.value) if node.style else field.parse_scalar(node.value)  # in quotes it is text
     except UsageError as error:
         raise loader.fault(node, error) from error

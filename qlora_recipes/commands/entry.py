@@ -28,6 +28,9 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             message = f"error: {error}".encode("utf-8", "backslashreplace").decode()  # it may quote half a character
             print(message, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except BrokenPipeError:  # whoever read it, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)  # what is finished is on the disk
 

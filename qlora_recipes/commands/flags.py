@@ -36,7 +36,7 @@ ROWS_FLAG = Field(
     "FILE",
     None,
     lambda file: Path(file).is_file(),
-    "a file",
+    "a file that exists",
 )
 RUN = Field("run", "str", "run folder, such as runs/llama2_guanaco-demo/nf4-seed0", "RUN")
 _FLAG = re.compile(r"--[^\s=]+(=|$)")

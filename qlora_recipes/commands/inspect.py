@@ -155,7 +155,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Iterator
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text of a few tokens, with the space that sentencepiece's decoder cuts off."""
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
     text = tokenizer.convert_tokens_to_string(pieces)
     spaces = len(pieces[0]) - len(pieces[0].lstrip("\u2581"))
     return " " * (spaces - (len(text) - len(text.lstrip(" ")))) + text if spaces else text
