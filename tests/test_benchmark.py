@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
 
+from qlora_recipes import load_recipe
+from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation.kl_files import Divergence, read_divergence, write_divergence
 from qlora_recipes.evaluation.records import TaskResult, finished_tasks
@@ -59,6 +61,38 @@ def test_of_more_than_two_the_first_is_the_baseline(tmp_path: Path) -> None:
 def test_the_quantized_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> None:
     assert {arm.settings.dtype for arm in plan_of(tmp_path, ("nf4", "fp16")).arms} == {"float16"}
     assert {arm.settings.dtype for arm in plan_of(tmp_path).arms} == {"bfloat16"}
+
+
+def test_of_three_arms_the_quantized_ones_compute_in_the_16_bit_arms_dtype(tmp_path: Path) -> None:
+    assert {arm.settings.dtype for arm in plan_of(tmp_path, ("nf4", "fp4", "fp16")).arms} == {"float16"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"run_name": "float16"},
+        {"run_name": "--dtype", "hub_model_id": "--a b"},
+        {"run_name": "12:30", "save_strategy": "no", "eval_steps": None, "packing": False, "demo": True},
+        {"target_modules": ["q_proj"], "report_to": ["tensorboard"], "skip_checks": ["hub", "steps"]},
+        {"target_modules": "all-linear", "lr_scheduler_kwargs": {"num_cycles": 2}, "learning_rate": 1e-05},
+    ],
+)
+@pytest.mark.parametrize("precisions", [("nf4", "bf16"), ("nf4", "fp16")])
+def test_every_arm_gets_the_flags_as_they_were_given(
+    tmp_path: Path, precisions: tuple[str, ...], flags: dict[str, Any]
+) -> None:
+    for arm in plan_of(tmp_path, precisions, flags=flags).arms:
+        found = parse(load_recipe(RECIPE), arm.argv)
+        assert found.items() >= flags.items()
+        assert settings_from(load_recipe(RECIPE), found).training == arm.settings.training
+        assert settings_from(load_recipe(RECIPE), found).lora == arm.settings.lora
+        assert found["output_dir"] == str(arm.folder.path)
+
+
+def test_no_secret_is_written_down_with_the_flags(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path, flags={"hub_token": "hf_" + "x" * 30, "max_steps": 5}))
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["flags"] == ["--hub_token", "***", "--max_steps", "5"]
 
 
 @pytest.mark.parametrize(
