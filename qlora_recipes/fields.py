@@ -28,7 +28,7 @@ _SOURCES = {
 }
 # The narrowest first: `true` is a bool before it is text, and 3 an int before it is a float.
 _PLAIN: dict[str, type] = {"bool": bool, "int": int, "float": float, "list": list, "dict": dict, "str": str}
-_NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
+_NAMES = re.compile(r"[\w.]+(,[\w.]*)*")
 _INT = re.compile("[-+]?(0|[1-9][0-9]{0,30})")
 _NO_VALUE = object()
 ABSENT = object()
@@ -88,7 +88,7 @@ class Field:
                 return int(word)
             if kind is float and "_" not in word and (number := _as_float(word)) is not None:
                 return number
-            if kind is str and self._allows(word):
+            if kind is str and word.strip() and self._allows(word):
                 return word
         raise self._refusal(word)
 

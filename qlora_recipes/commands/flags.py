@@ -124,14 +124,16 @@ class Parser:
             raise UsageError(f"--{error}") from error
 
     def _loose(self, loose: Sequence[str]) -> dict[str, Any]:
-        most = 0 if self.words is None else len(loose) if self.words.takes_list else 1
-        if len(loose) > most:
-            raise UsageError(f"unexpected word {loose[most]!r}; flags start with --")
-        if self.words is None or (not loose and self.words.default is not ABSENT):
-            return {} if self.words is None else {self.words.name: self.words.default}
-        if not loose:
-            raise UsageError(f"{self.words.metavar} is missing: {self.words.help}. {self.prog} --help says more")
-        return {self.words.name: list(loose) if self.words.takes_list else loose[0]}
+        """Name the words that belong to no flag, after refusing an empty one, one too many and none."""
+        words = self.words
+        extra = list(loose if words is None else [] if words.takes_list else loose[1:])
+        if extra or "" in loose:
+            raise UsageError(f"unexpected word {[*extra, ''][0]!r}; flags start with --")
+        if words is None:
+            return {}
+        if not loose and words.default is ABSENT:
+            raise UsageError(f"{words.metavar} is missing: {words.help}. {self.prog} --help says more")
+        return {words.name: list(loose) if words.takes_list else [*loose, words.default][0]}
 
     def help(self) -> str:
         """Return what `--help` prints."""

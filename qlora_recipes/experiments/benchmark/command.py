@@ -13,13 +13,14 @@ from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark, record_margin
 from qlora_recipes.experiments.benchmark.training import train_missing
 from qlora_recipes.fields import Field
+from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.signals import Stopped, StopSignals
 
 _ABOUT = """Train every precision with every seed, evaluate them from disk, compare, and write a report. What is \
 finished is kept: the same command resumes an interrupted benchmark. With two precisions the 16-bit run is the \
 baseline; with more, the first one listed is."""
 _FLAGS = (
-    Field("precisions", "list[str]", "two or more of nf4, bf16, fp16, int8, fp4", "P", ()),
+    Field("precisions", "list[str]", f"two or more of {', '.join(PRECISIONS)}", "P", ()),
     Field(
         "seeds",
         "list[int]",
@@ -42,7 +43,14 @@ _FLAGS = (
         lambda count: count >= 2,
         "2 documents or more",
     ),
-    Field("launch", "str", 'train through accelerate launch, such as --launch "--num_processes 2"', "WORDS", None),
+    Field(
+        "launch",
+        "bool | str",
+        'train through accelerate launch, with its own flags: --launch "--num_processes 2"',
+        '"FLAGS"',
+        None,
+        expected='the flags of accelerate launch, such as "--num_processes 2"',
+    ),
     Field("no_controls", "bool", "leave out the bases before tuning and the exchanged adapters", default=False),
 )
 
@@ -66,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         flags={name: value for name, value in given.items() if name not in own},
         output=Path(given["output"]) if given["output"] else None,
     )
-    launch = given["launch"].split() if given["launch"] is not None else None
+    launch = [] if given["launch"] is True else given["launch"].split() if given["launch"] else None
     try:
         with StopSignals():
             run(plan, launch=launch, controls=not given["no_controls"])

@@ -94,9 +94,9 @@ def plan_benchmark(
     Raises:
         UsageError: for a recipe, precision, seed or flag that cannot be, or that the benchmark sets itself.
     """
-    from qlora_recipes.comparison.build import choose_baseline  # scipy: not while flags are read
-
     dtype = _check(precisions, seeds, flags)
+    from qlora_recipes.comparison.build import choose_baseline  # scipy: not while flags are checked
+
     recipe = load_recipe(recipe_file)
     baseline = choose_baseline(precisions)
     ordered = sorted(precisions, key=lambda name: name != baseline)
@@ -132,7 +132,7 @@ def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, 
         if twice := [value for value in values if list(values).count(value) > 1]:
             raise UsageError(f"--{what}s: {twice[0]} is given twice")
     if len(precisions) < 2:
-        raise UsageError(f"--precisions: got {', '.join(precisions)}, expected two or more, such as nf4 bf16")
+        raise UsageError(f"--precisions: got {', '.join(precisions) or 'none'}, expected two or more, such as nf4 bf16")
     dtypes = {precision_named(name).dtype for name in precisions} - {None}
     if len(dtypes) > 1:
         raise UsageError("--precisions: bf16 and fp16 compute in different dtypes and cannot be arms of one comparison")
@@ -172,7 +172,7 @@ def _differing(path: str, was: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 def record_margin(plan: Plan) -> list[float]:
-    """Write the margin down before anything is measured, and return those that were stated earlier.
+    """Record the margin before anything is measured, and return the earlier ones.
 
     Raises:
         RunFolderError: when the folder is another benchmark's.
@@ -185,8 +185,8 @@ def record_margin(plan: Plan) -> list[float]:
     for key, value in mine.items():
         if earlier and earlier[key] != value:
             raise RunFolderError(
-                f"{plan.output} is a benchmark with {key} {earlier[key]!r}, and {value!r} is asked for. Give --output "
-                "another folder"
+                f"{plan.output} is a benchmark with {key} {earlier[key]!r}, expected {value!r}. Give --output another "
+                "folder"
             )
     if earlier and earlier["limit"] is None and plan.limit is not None:
         raise RunFolderError(f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)")
@@ -218,6 +218,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}. Give --output another folder") from error
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise RunFolderError(f"{file} is no benchmark of schema {SCHEMA_VERSION}. Give --output another folder")
+    keys = {"recipe", "demo", "flags", "limit", "margins"}
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION or not keys <= content.keys():
+        raise RunFolderError(f"{file} is not a benchmark's of schema {SCHEMA_VERSION}. Give --output another folder")
     return content
