@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_recipes.commands.entry import run_command
-from qlora_recipes.commands.flags import JSON_FLAG, ROWS_FLAG, Parser
+from qlora_recipes.commands.flags import Parser, count, file_to_read, file_to_write
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.fields import Field
 from qlora_recipes.formatters import Message, detect
@@ -39,10 +39,10 @@ _STATUS = Path("/proc/self/status")
 _EVERY = 0.02  # seconds between two looks at the memory
 _FLAGS = (
     Field("recipe", "str", "whose model and formatter (default: Llama-2, Guanaco)", "FILE.py", str(_RECIPE)),
-    ROWS_FLAG,
+    file_to_read("rows", "a file in the recipe's shape (the bundled rows)"),
     Field("tokenizer", "str", "folder or hub id; the stand-in's by default", "FOLDER", None),
-    Field("count", "int", "conversations to make (20,000)", "N", 20_000, lambda count: count >= 1, "at least 1"),
-    JSON_FLAG,
+    count("count", "conversations to make (20,000)", 20_000),
+    file_to_write("json", "write the figures here"),
 )
 
 

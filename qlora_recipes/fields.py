@@ -69,7 +69,7 @@ class Field:
         if value is not _NO_VALUE:
             value = self.check(value)
         elif self._is_list(words):
-            item = Field(self.name, self._type.item, "", expected=self.expected)
+            item = Field(self.name, self._item, "", expected=self.expected)
             value = [item.parse_scalar(part) for word in words for part in word.split(",")]
         elif len(words) == 1:
             value = self.parse_scalar(words[0])
@@ -81,119 +81,107 @@ class Field:
         """Turn one word into a value that is neither a list nor a mapping, or raise UsageError."""
         if self._is_none(word):
             return None
-        for kind in self._type.kinds:
-            if kind is bool and word.lower() in ("true", "false"):
-                return word.lower() == "true"
-            if kind is int and _INT.fullmatch(word):
-                return int(word)
-            if kind is float and "_" not in word and (number := _as_float(word)) is not None:
-                return number
-            if kind is str and word.strip() and self._allows(word):
-                return word
+        typed = int(word) if _INT.fullmatch(word) else {"true": True, "false": False}.get(word.lower(), word)
+        for reading in (typed, word) if word.strip() else ():
+            if (value := self._converted(reading)) is not _NO_VALUE:
+                return value
         raise self._refusal(word)
 
     def check(self, value: object) -> Any:
         """Return the value in the field's type (`"2e-4"` becomes a float), or raise UsageError."""
-        if value is None and self._type.optional:
+        if value is None and "None" in self._members:
             return None
-        for kind in self._type.kinds:
-            if kind is bool and isinstance(value, bool):
-                return value
-            if kind is int and isinstance(value, int) and not isinstance(value, bool):
-                return value
-            if kind is float and (number := _as_float(value)) is not None:
-                return number
-            if kind is str and isinstance(value, (str, int, float)) and self._allows(str(value)):
-                return str(value)
-            if kind is list and isinstance(value, (list, tuple)):
-                item = Field(self.name, self._type.item, "")
-                return [item.check(each) if item.annotation else each for each in value]
-            if kind is dict and isinstance(value, Mapping):
-                return dict(value)
-        raise self._refusal(value)
+        if (converted := self._converted(value)) is _NO_VALUE:
+            raise self._refusal(value)
+        return converted
 
     @property
     def is_switch(self) -> bool:
         """Whether the flag alone, without a value, means true."""
-        return bool in self._type.kinds
+        return bool in self._kinds
 
     @property
     def takes_list(self) -> bool:
         """Whether several words can follow the flag."""
-        return list in self._type.kinds
+        return list in self._kinds
+
+    def _converted(self, value: object) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        for kind in self._kinds:
+            if kind is bool and isinstance(value, bool):
+                return value
+            if kind is int and is_number and isinstance(value, int):
+                return value
+            if kind is float and (is_number or isinstance(value, str)) and (number := _as_float(value)) is not None:
+                return number
+            if kind is str and (is_number or isinstance(value, str)) and str(value) in (self._choices or [str(value)]):
+                return str(value)
+            if kind is list and isinstance(value, (list, tuple)):
+                return [Field(self.name, self._item, "").check(each) if self._item else each for each in value]
+            if kind is dict and isinstance(value, Mapping):
+                return dict(value)
+        return _NO_VALUE
 
     def _json(self, word: str) -> Any:
-        if word[:1] not in ("{", "[") or not {dict, list} & set(self._type.kinds):
+        if word[:1] not in ("{", "[") or not {dict, list} & set(self._kinds):
             return _NO_VALUE
         try:
             return json.loads(word)
         except (ValueError, RecursionError):
-            if word[0] == "[" and str in self._type.kinds:
+            if word[0] == "[" and str in self._kinds:
                 return _NO_VALUE  # a pattern, such as [qv]_proj
         raise UsageError(f'{self.name}: got {_shortened(word)}, expected JSON, such as {{"name": 1}} or ["a", "b"]')
 
     def _is_list(self, words: Sequence[str]) -> bool:
-        if not self._type.item or (len(words) == 1 and self._is_none(words[0])):
+        if not self._item or (len(words) == 1 and self._is_none(words[0])):
             return False
-        if len(words) > 1 or str not in self._type.kinds:
+        if len(words) > 1 or str not in self._kinds:
             return True
-        return _NAMES.fullmatch(words[0]) is not None and (self._type.list_first or "," in words[0])
-
-    def _allows(self, word: str) -> bool:
-        return not self._type.choices or word in self._type.choices
+        names = list(self._members)
+        list_first = "str" not in names or names.index("list") < names.index("str")
+        return _NAMES.fullmatch(words[0]) is not None and (list_first or "," in words[0])
 
     def _is_none(self, word: str) -> bool:
-        return self._type.optional and (word == "null" or (word.lower() == "none" and str not in self._type.kinds))
+        return "None" in self._members and (word == "null" or (word.lower() == "none" and str not in self._kinds))
 
     def _refusal(self, value: object) -> UsageError:
         word = value if isinstance(value, str) else ""
-        hint = nearest(word, self._type.choices)
+        hint = nearest(word, self._choices)
         hint = ", without a leading zero" if re.fullmatch("[-+]?0[0-9]+", word) else f".{hint}" if hint else ""
         return UsageError(f"{self.name}: got {_shortened(value)}, expected {self._expected}{hint}")
 
     @property
     def _expected(self) -> str:
-        if self._type.choices:
-            return f"one of {', '.join(self._type.choices)}"
+        if self._choices:
+            return f"one of {', '.join(self._choices)}"
         return self.expected or {"bool": "true or false", "str": "text"}.get(self.annotation, self.annotation)
 
-    @property
-    def _type(self) -> _Type:
-        return _type_of(self.annotation)
+    @functools.cached_property
+    def _members(self) -> dict[str, ast.expr]:
+        """The members of the type by name: `list` and `None` of `list[str] | None`."""
+        tree = ast.parse(self.annotation, mode="eval")
+        return {ast.unparse(node).split("[")[0]: node for node in _members(tree.body)}
 
+    @functools.cached_property
+    def _kinds(self) -> list[type]:
+        """The plain types among the members, the narrowest first."""
+        kinds = [kind for name, kind in _PLAIN.items() if name in self._members]
+        if "Literal" in self._members and str not in kinds:
+            kinds.append(str)
+        return kinds or [dict, bool, str]  # an enumeration or a nested configuration is given by name or mapping
 
-@dataclass(frozen=True)
-class _Type:
-    """What an annotation says of the values."""
+    @functools.cached_property
+    def _choices(self) -> list[str]:
+        """The only words allowed; none where the type describes them instead (`pissa_niter_[number of iters]`)."""
+        leaves = ast.walk(self._members.get("Literal", ast.Pass()))
+        words = [leaf.value for leaf in leaves if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)]
+        return [] if "str" in self._members or any("[" in word for word in words) else words
 
-    kinds: tuple[type, ...]
-    """The narrowest first."""
-    optional: bool
-    item: str = ""
-    """Annotation of a list's items, where words can be such items."""
-    list_first: bool = False
-    """Whether the annotation names the list before text."""
-    choices: tuple[str, ...] = ()
-    """The words that are allowed; empty where any is."""
-
-
-@functools.cache
-def _type_of(annotation: str) -> _Type:
-    members = {ast.unparse(node).split("[")[0]: node for node in _members(ast.parse(annotation, mode="eval").body)}
-    kinds = [kind for name, kind in _PLAIN.items() if name in members]
-    if "Literal" in members and str not in kinds:
-        kinds.append(str)
-    items, names = members.get("list"), list(members)
-    item = items.slice if isinstance(items, ast.Subscript) else None
-    leaves = [node.value for node in ast.walk(members.get("Literal", ast.Pass())) if isinstance(node, ast.Constant)]
-    choices = tuple(leaf for leaf in leaves if isinstance(leaf, str)) if "str" not in members else ()
-    return _Type(
-        kinds=tuple(kinds or (dict, bool, str)),  # an enumeration or a nested configuration: a name or a mapping
-        optional="None" in members,
-        item=ast.unparse(item) if isinstance(item, ast.Name) else "",
-        list_first="str" not in members or ("list" in members and names.index("list") < names.index("str")),
-        choices=() if any("[" in choice for choice in choices) else choices,  # pissa_niter_[number] is a description
-    )
+    @functools.cached_property
+    def _item(self) -> str:
+        """Type of a list's items where words can be items, else an empty string."""
+        node = self._members.get("list")
+        return node.slice.id if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Name) else ""
 
 
 def _members(node: ast.expr) -> list[ast.expr]:
@@ -212,12 +200,10 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:98]}...{text[-98:]}"
 
 
-def _as_float(value: object) -> float | None:
-    """YAML reads `2e-4` as a string, so numbers are tried in both forms; a bool is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
+def _as_float(value: Any) -> float | None:
+    """YAML reads `2e-4` as a string, so numbers are tried in both forms."""
     try:
-        return float(value)
+        return None if "_" in str(value) else float(value)
     except (ValueError, OverflowError):
         return None
 

@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, 
     "merge": (verb("merge"), ["run"], "outptu", "output", "trust_remote_code", "", "true or false"),
     "chat": (verb("chat"), ["run"], "other_templat", "other_template", "max_new_tokens", "-1", "a whole number from 1"),
     "eval/compare.py": (program("compare"), ["a", "b"], "task", "tasks", "margin", "none", "points above 0"),
-    "eval/benchmark.py": (program("benchmark"), [RECIPE], "precision_s", "precisions", "seeds", "1.5", "whole numbers"),
+    "eval/benchmark.py": (program("benchmark"), [RECIPE], "precision_s", "precisions", "seeds", "1.5", "int"),
     "benchmark, the recipe's": (
         program("benchmark"),
         [RECIPE],
@@ -80,7 +80,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, 
         "float32",
         "one of bfloat16",
     ),
-    "eval/data_rate.py": (program("data_rate"), [], "rowz", "rows", "count", "0", "at least 1"),
+    "eval/data_rate.py": (program("data_rate"), [], "rowz", "rows", "count", "0", "a whole number"),
 }
 
 
@@ -142,7 +142,11 @@ def test_every_command_refuses_alike(refused: Callable[[Callable[[], None]], str
         ("plan", [RECIPE, "--bf16"], "--bf16 is not set by hand; it follows from --dtype bfloat16"),
         ("plan", [RECIPE, "--gpu", "24", "--config", "["], "--config [ cannot be read"),
         ("recipe", ["--plan", "["], "--plan: got '[', expected true or false"),
-        ("eval/benchmark.py", [RECIPE, "--seeds", "-1"], "expected whole numbers from 0 up"),
+        (
+            "eval/benchmark.py",
+            [RECIPE, "--precisions", "nf4", "bf16", "--seeds", "-1"],
+            "expected whole numbers from 0",
+        ),
     ],
 )
 def test_words_that_miss_or_are_too_many(

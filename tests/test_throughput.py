@@ -120,10 +120,10 @@ def test_the_machine_is_measured_and_the_median_is_taken(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--steps", "1"], "--steps: got '1', expected at least 2"),
-        (["--repeats", "0"], "--repeats: got '0', expected at least 1"),
+        (["--steps", "1"], "--steps: got '1', expected a whole number from 2 up"),
+        (["--repeats", "0"], "--repeats: got '0', expected a whole number from 1 up"),
         (["--vocab_size", "100"], "--vocab_size: got 100, expected at least the tokenizer's 1,536"),
-        (["--num_hidden_layers", "0"], "--num_hidden_layers: got '0', expected at least 1"),
+        (["--num_hidden_layers", "0"], "--num_hidden_layers: got '0', expected a whole number from 1 up"),
         (["--precision", "nf"], "unknown precision 'nf'"),
         (["--storage", "expandd"], "unknown --storage 'expandd'"),
         (["--rows", "missing.jsonl"], "--rows: got 'missing.jsonl', expected a file that exists"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUN, TRUST_REMOTE_CODE, Parser
+from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUN, TRUST_REMOTE_CODE, Parser, count
 from qlora_recipes.errors import DataError
 from qlora_recipes.fields import Field
 from qlora_recipes.formatters import Message
@@ -17,15 +17,7 @@ if TYPE_CHECKING:
     from qlora_recipes.evaluation.loaded import RestoredRun
 
 _FLAGS = (
-    Field(
-        "max_new_tokens",
-        "int",
-        "where an answer is cut (default: 256)",
-        "N",
-        256,
-        lambda count: count >= 1,
-        "a whole number from 1 up",
-    ),
+    count("max_new_tokens", "where an answer is cut (default: 256)", 256),
     Field("base", "bool", "talk to the base before tuning", default=False),
     OTHER_TEMPLATE,
     TRUST_REMOTE_CODE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_recipes.commands.flags import Parser
 from qlora_recipes.errors import ComparisonError
@@ -17,15 +17,9 @@ if TYPE_CHECKING:
 MARGIN = 1.0
 """Points. The spread of a leaderboard score from the order of its answers alone is about as large."""
 
-MARGIN_FLAG = Field(
-    "margin",
-    "float",
-    "largest difference, in points, still counted as equivalent (default: 1.0)",
-    "POINTS",
-    MARGIN,
-    lambda points: 0 < points < 100,
-    "points above 0, such as 1.0",
-)
+_MARGIN_HELP = "largest difference, in points, still counted as equivalent (default: 1.0)"
+_IS_MARGIN: dict[str, Any] = dict(valid=lambda points: 0 < points < 100, expected="points above 0, such as 1.0")
+MARGIN_FLAG = Field("margin", "float", _MARGIN_HELP, "POINTS", MARGIN, **_IS_MARGIN)
 _ABOUT = """Say whether runs that differ in precision alone score alike, and write index.html, report.md and \
 report.json. With two precisions the 16-bit run is the baseline; with more, the first one listed is. Runs with several \
 seeds are paired by seed. Controls and divergences that are in the run folders are reported with them."""

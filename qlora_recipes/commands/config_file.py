@@ -15,13 +15,7 @@ from qlora_recipes.fields import Field
 
 LARGEST = 2**20
 """Bytes of a config file. All flags there are take a hundredth of that."""
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+_KINDS = {"d": "a folder", "p": "a FIFO", "c": "a device", "b": "a device", "s": "a socket"}
 # What YAML 1.2 has. YAML 1.1, which PyYAML reads, makes a bool of `no`, 750 of 12:30 and a date of 2024-02-28.
 _SCALARS = {
     "null": "|~|null|Null|NULL",
@@ -89,9 +83,9 @@ def _read(file: str) -> str:
     if "://" in file:
         raise UsageError(f"--config {file} is a URL, expected a file; download it first")
     try:
-        kind = _KINDS.get(stat.S_IFMT(Path(file).stat().st_mode))
-        if kind is not None:
-            raise UsageError(f"--config {file} is {kind}, expected a YAML file")
+        kind = stat.filemode(Path(file).stat().st_mode)[0]
+        if kind in _KINDS:
+            raise UsageError(f"--config {file} is {_KINDS[kind]}, expected a YAML file")
         with Path(file).open("rb") as stream:
             content = stream.read(LARGEST + 1)
         if len(content) > LARGEST:

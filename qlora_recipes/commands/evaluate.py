@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_recipes.commands.flags import OTHER_TEMPLATE, TRUST_REMOTE_CODE, Parser
+from qlora_recipes.commands.flags import OTHER_TEMPLATE, TRUST_REMOTE_CODE, Parser, count
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.signals import StopSignals
@@ -17,34 +17,18 @@ if TYPE_CHECKING:
 _ABOUT = """Score trained runs with lm-eval and on their held-out rows. Every adapter is loaded from disk, unmerged, \
 on the base and in the precision that it was trained in, and proven to be the run's. Finished tasks are kept; an \
 interrupted evaluation resumes where it stopped."""
+_TASKS = """standin_choice, standin_answer, standin_text, held_out, held_out_answers, openllm, any task or group of \
+lm-eval's, or a folder of YAML tasks (Python functions that they name are run). Default: the recipe's eval_tasks, else \
+what needs no network"""
+_TEMPLATE = "render prompts with it (default: true, and false for lm-eval's own tasks, as the leaderboard did)"
+_NAMES = list(PRECISIONS)
 _RUNS = Field("run", "list[str]", "run folders, such as runs/falcon_faq/nf4-seed0", "RUN")
-_COUNT: dict[str, Any] = dict(default=None, valid=lambda count: count >= 1, expected="a whole number from 1 up")
 _FLAGS = (
-    Field(
-        "tasks",
-        "list[str]",
-        "standin_choice, standin_answer, standin_text, held_out, held_out_answers, openllm, any task or group of "
-        "lm-eval's, or a folder of YAML tasks (Python functions that they name are run). Default: the recipe's "
-        "eval_tasks, else what needs no network",
-        "TASK",
-        None,
-    ),
-    Field("limit", "int", "the first N documents of each task: for a trial", "N", **_COUNT),
-    Field("batch_size", "int", "rows of a forward pass (default: 64; 8 from 1B up)", "N", **_COUNT),
-    Field(
-        "chat_template",
-        "bool",
-        "render prompts with it (default: true, and false for lm-eval's own tasks, as the leaderboard did)",
-        "true|false",
-        None,
-    ),
-    Field(
-        "precision",
-        f"Literal{list(PRECISIONS)}",
-        "control: the adapter on a base stored otherwise",
-        "|".join(PRECISIONS),
-        None,
-    ),
+    Field("tasks", "list[str]", _TASKS, "TASK", None),
+    count("limit", "the first N documents of each task: for a trial"),
+    count("batch_size", "rows of a forward pass (default: 64; 8 from 1B up)"),
+    Field("chat_template", "bool", _TEMPLATE, "true|false", None),
+    Field("precision", f"Literal{_NAMES}", "control: the adapter on a base stored otherwise", "|".join(_NAMES), None),
     Field("no_adapter", "bool", "control: the base before tuning", default=False),
     OTHER_TEMPLATE,
     TRUST_REMOTE_CODE,

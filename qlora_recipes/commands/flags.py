@@ -20,28 +20,26 @@ from qlora_recipes.fields import ABSENT, Field
 
 OTHER_TEMPLATE = Field("other_template", "bool", "take a chat template edited after training", default=False)
 TRUST_REMOTE_CODE = Field("trust_remote_code", "bool", "run the code of a base trained with it", default=False)
-JSON_FLAG = Field(
-    "json",
-    "str",
-    "write the figures here",
-    "FILE",
-    None,
-    lambda file: Path(file).absolute().parent.is_dir(),
-    "a file in a folder that exists",
-)
-ROWS_FLAG = Field(
-    "rows",
-    "str",
-    "rows in the recipe's shape (the bundled ones)",
-    "FILE",
-    None,
-    lambda file: Path(file).is_file(),
-    "a file that exists",
-)
 RUN = Field("run", "str", "run folder, such as runs/llama2_guanaco-demo/nf4-seed0", "RUN")
 _FLAG = re.compile(r"--[^\s=]+(=|$)")
 _PLAIN = re.compile(r"[\w.][\w.-]*")
 _COLUMN, _WIDTH = 26, 100
+
+
+def count(name: str, help: str, default: int | None = None, *, least: int = 1) -> Field:
+    """Return a flag that counts something."""
+    return Field(name, "int", help, "N", default, lambda value: value >= least, f"a whole number from {least} up")
+
+
+def file_to_read(name: str, help: str) -> Field:
+    """Return a flag that names a file to read."""
+    return Field(name, "str", help, "FILE", None, lambda file: Path(file).is_file(), "a file that exists")
+
+
+def file_to_write(name: str, help: str) -> Field:
+    """Return a flag that names a file to write."""
+    folder = "a file in a folder that exists"
+    return Field(name, "str", help, "FILE", None, lambda file: Path(file).absolute().parent.is_dir(), folder)
 
 
 class Parser:

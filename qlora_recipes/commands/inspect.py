@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from qlora_recipes.commands.flags import file_to_write
 from qlora_recipes.commands.recipe_cli import parse_with_recipe, settings_from
-from qlora_recipes.fields import Field
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.files import write_text
 
@@ -27,17 +27,7 @@ if TYPE_CHECKING:
     from qlora_recipes.run.receipt import Check
 
 _ABOUT = "Show the shortest, the longest and a random row, with the tokens that are in the loss in another color."
-_FLAGS = (
-    Field(
-        "html",
-        "str",
-        "also write a page that shows every token",
-        "FILE",
-        None,
-        lambda file: Path(file).absolute().parent.is_dir(),
-        "a file in a folder that exists",
-    ),
-)
+_FLAGS = (file_to_write("html", "also write a page that shows every token"),)
 _SHOWN_TOKENS = 240  # of a long row on the terminal, from its two ends; the page has all
 # Both are readable on a dark and on a light terminal; the shades take turns, so that tokens can be told apart.
 _IN_LOSS = ("black on green", "black on bright_green")

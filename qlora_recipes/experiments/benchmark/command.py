@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say
+from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark, record_margin
 from qlora_recipes.experiments.benchmark.training import train_missing
@@ -19,38 +20,16 @@ from qlora_recipes.run.signals import Stopped, StopSignals
 _ABOUT = """Train every precision with every seed, evaluate them from disk, compare, and write a report. What is \
 finished is kept: the same command resumes an interrupted benchmark. With two precisions the 16-bit run is the \
 baseline; with more, the first one listed is."""
+_LAUNCH = 'train through accelerate launch, with its own flags: --launch "--num_processes 2"'
 _FLAGS = (
     Field("precisions", "list[str]", f"two or more of {', '.join(PRECISIONS)}", "P", ()),
-    Field(
-        "seeds",
-        "list[int]",
-        "one run of every arm each (default: 0)",
-        "N",
-        (0,),
-        lambda seeds: min(seeds) >= 0,
-        "whole numbers from 0 up",
-    ),
+    Field("seeds", "list[int]", "one run of every arm each (default: 0)", "N", (0,)),
     Field("demo", "bool", "stand-in model, bundled rows and offline tasks"),
     Field("tasks", "list[str]", "as `qlora-recipes evaluate` takes them", "TASK", None),
     MARGIN_FLAG,
     Field("output", "str", "default: runs/<recipe>/benchmark", "FOLDER", None),
-    Field(
-        "limit",
-        "int",
-        "only N documents of each task: a trial, which is no result",
-        "N",
-        None,
-        lambda count: count >= 2,
-        "2 documents or more",
-    ),
-    Field(
-        "launch",
-        "bool | str",
-        'train through accelerate launch, with its own flags: --launch "--num_processes 2"',
-        '"FLAGS"',
-        None,
-        expected='the flags of accelerate launch, such as "--num_processes 2"',
-    ),
+    count("limit", "only N documents of each task: a trial, which is no result", least=2),
+    Field("launch", "bool | str", _LAUNCH, '"FLAGS"', None, expected="the launcher's flags in quotes"),
     Field("no_controls", "bool", "leave out the bases before tuning and the exchanged adapters", default=False),
 )
 

@@ -133,6 +133,8 @@ def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, 
             raise UsageError(f"--{what}s: {twice[0]} is given twice")
     if len(precisions) < 2:
         raise UsageError(f"--precisions: got {', '.join(precisions) or 'none'}, expected two or more, such as nf4 bf16")
+    if min(seeds) < 0:
+        raise UsageError(f"--seeds: got {min(seeds)}, expected whole numbers from 0 up")
     dtypes = {precision_named(name).dtype for name in precisions} - {None}
     if len(dtypes) > 1:
         raise UsageError("--precisions: bf16 and fp16 compute in different dtypes and cannot be arms of one comparison")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_recipes import standins
-from qlora_recipes.commands.flags import JSON_FLAG, ROWS_FLAG, Parser
+from qlora_recipes.commands.flags import Parser, count, file_to_read, file_to_write
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import DTYPES, PRECISIONS, precision_named
@@ -27,31 +27,25 @@ from qlora_recipes.settings import check_storage
 _FORMATS = {"llama2": "guanaco_llama2", "falcon": "openassistant_guanaco"}
 _WIDTH = 112  # of a table that goes into a file
 _SPREAD = ("tokens_per_second", "supervised_tokens_per_second", "peak_bytes")
-
-
-def _at_least(least: int) -> dict[str, Any]:
-    return dict(valid=lambda count: count >= least, expected=f"at least {least}")
-
-
 _FLAGS = (
     Field("family", f"Literal{list(_FORMATS)}", "architecture (llama2)", "|".join(_FORMATS), "llama2"),
     Field("hidden_size", "int", "width of the base; 4096 or 4544 is the 7B (1024)", "N", 1024),
-    Field("num_hidden_layers", "int", "decoder layers; 32 is the 7B (8)", "N", 8, **_at_least(1)),
+    count("num_hidden_layers", "decoder layers; 32 is the 7B (8)", 8),
     Field("vocab_size", "int", "size of the vocabulary (that of the 7B model)", "N", None),
     Field("standin", "bool", "the family's stand-in instead of random weights", default=False),
-    ROWS_FLAG,
+    file_to_read("rows", "rows to train on (the bundled ones)"),
     Field("tokenizer", "str", "tokenizer of the base (the stand-in's)", "FOLDER", None),
     Field("precision", "str", "of every arm (nf4)", "|".join(PRECISIONS), "nf4"),
     Field("dtype", f"Literal{list(DTYPES)}", "16-bit dtype (bfloat16)", "|".join(DTYPES), "bfloat16"),
     Field("storage", "str", "of the recipe's 4-bit weights (auto)", "auto|packed|expanded", "auto"),
-    Field("max_length", "int", "longest row, in tokens (2048)", "N", 2048, **_at_least(8)),
+    count("max_length", "longest row, in tokens (2048)", 2048, least=8),
     Field("lengths", "list[int]", "rows of exactly N tokens each instead", "N", None),
     Field("pieces", "bool", "also the recipe with each piece of its speed left out", default=False),
-    Field("steps", "int", "steps of 8 rows; the first is not timed (3)", "N", 3, **_at_least(2)),
-    Field("repeats", "int", "turns of every arm (3)", "N", 3, **_at_least(1)),
-    Field("r", "int", "rank of the adapter on every linear layer (16)", "N", 16, **_at_least(1)),
-    JSON_FLAG,
-    replace(JSON_FLAG, name="plot", help="draw them here", metavar="FILE.png"),
+    count("steps", "steps of 8 rows; the first is not timed (3)", 3, least=2),
+    count("repeats", "turns of every arm (3)", 3),
+    count("r", "rank of the adapter on every linear layer (16)", 16),
+    file_to_write("json", "write the figures here"),
+    file_to_write("plot", "draw them here, as PNG"),
 )
 
 
