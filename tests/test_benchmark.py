@@ -89,6 +89,29 @@ def test_every_arm_gets_the_flags_as_they_were_given(
         assert found["output_dir"] == str(arm.folder.path)
 
 
+@pytest.mark.parametrize(
+    ("words", "launch"),
+    [
+        ([], None),
+        (["--launch"], []),
+        (["--launch", "--num_processes 2"], ["--num_processes", "2"]),
+        (["--launch=--cpu"], ["--cpu"]),
+    ],
+)
+def test_flags_of_the_command_are_kept_from_those_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], launch: list[str] | None
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda plan, **options: called.append((plan, options)))
+    (tmp_path / "flags.yaml").write_text("max_steps: 5\nrun_name: 12:30\n")
+    given = ["--precisions", "nf4,bf16", "--seeds", "0", "1", "--config", str(tmp_path / "flags.yaml"), "--r", "8"]
+    command.main([str(RECIPE), *given, *words, "--limit", "30", "--demo"])
+    [(plan, options)] = called
+    assert plan.flags == {"max_steps": 5, "run_name": "12:30", "r": 8, "demo": True}
+    assert (plan.limit, plan.seeds, plan.precisions) == (30, [0, 1], ["bf16", "nf4"])
+    assert options == {"launch": launch, "controls": True}
+
+
 def test_no_secret_is_written_down_with_the_flags(tmp_path: Path, laboratory: Laboratory) -> None:
     command.run(plan_of(tmp_path, flags={"hub_token": "hf_" + "x" * 30, "max_steps": 5}))
     written = json.loads((tmp_path / "benchmark.json").read_text())
@@ -314,7 +337,7 @@ def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     assert chosen == {
         "bf16, seed 0": set(),
         "nf4, seed 0": {"--resume"},
-        "bf16, seed 1": {"--overwrite"},  # killed before it had said what it is: nothing to go on with
+        "bf16, seed 1": {"--overwrite"},  # killed before it had said what it is: nothing to resume
         "nf4, seed 1": set(),
     }
 

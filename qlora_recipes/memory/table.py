@@ -55,7 +55,7 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
 
 
 def _device(settings: Settings, gpu_gib: float | None) -> str:
-    """A recipe is planned for the GPU it is meant for, wherever the plan is read; a demo for this machine."""
+    """A recipe is planned for a GPU, whichever machine prints the plan; a demo is planned for this machine."""
     here = settings.demo and gpu_gib is None and shutil.which("nvidia-smi") is None
     return "cpu" if here else "cuda"
 
@@ -65,7 +65,7 @@ def _processes() -> int:
 
 
 def _run_table(settings: Settings, work: Workload) -> Table:
-    """The lines that a person checks before a run."""
+    """What a user checks before a run."""
     sizes = sizes_for(settings)
     trained = adapter_parameters(sizes, work.rank, work.targets)
     batch = work.rows * work.accumulation * work.processes
@@ -101,7 +101,7 @@ def _checkpointing(every: int) -> str:
 
 
 def _memory_table(settings: Settings, work: Workload, gpu_gib: float | None) -> Table:
-    """Parts down, precisions across; the run's own precision is marked."""
+    """One row for each part, one column for each precision; the run's own is bold."""
     every = PRECISIONS.values()
     plans = [plan(settings, each, device=work.device, processes=work.processes) for each in every]
     unit, name = _unit(plans)
@@ -154,7 +154,7 @@ def _advice(settings: Settings, work: Workload, gpu_gib: float) -> str:
     if rows == 0:
         return (
             f"Not one row fits {gpu_gib:g} GiB in {settings.precision.name}: lower --max_length or --r, "
-            "or take --precision nf4."
+            "or use --precision nf4."
         )
     batch = work.rows * work.accumulation
     most = max(size for size in range(1, min(rows, batch) + 1) if batch % size == 0)
