@@ -10,14 +10,13 @@ the peak of all its memory.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,8 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_recipes.commands.recipe_cli import quiet_libraries, run_command
+from qlora_recipes.commands.entry import run_command
+from qlora_recipes.commands.flags import Parser, count, file_to_read, file_to_write
 from qlora_recipes.data.reading import read_rows
+from qlora_recipes.fields import Field
 from qlora_recipes.formatters import Message, detect
 from qlora_recipes.recipe import DatasetSpec, Recipe, load_recipe
 from qlora_recipes.settings import STANDIN, resolve
@@ -36,6 +37,13 @@ from qlora_recipes.standins import ROWS
 _RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 _STATUS = Path("/proc/self/status")
 _EVERY = 0.02  # seconds between two readings of memory
+_FLAGS = (
+    Field("recipe", "str", "whose model and formatter (default: Llama-2, Guanaco)", "FILE.py", str(_RECIPE)),
+    file_to_read("rows", "a file in the recipe's shape (the bundled rows)"),
+    Field("tokenizer", "str", "folder or hub id; the stand-in's by default", "FOLDER", None),
+    count("count", "conversations to make (20,000)", 20_000),
+    file_to_write("json", "write the figures here"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,28 +179,18 @@ def print_rates(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def main() -> None:
-    """Read the flags, measure, and print or write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default=str(_RECIPE), help="whose model and formatter (default: Llama-2, Guanaco)")
-    parser.add_argument("--rows", type=Path, help="a file in the recipe's shape; the bundled rows by default")
-    parser.add_argument("--tokenizer", help="folder or hub id; the stand-in's by default")
-    parser.add_argument("--count", type=int, default=20_000, help="conversations to make (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    flags = parser.parse_args()
-    quiet_libraries()
-    recipe = load_recipe(flags.recipe)
+def main(argv: Sequence[str]) -> None:
+    """Read the flags, measure, and print or write what was found."""
+    about = "Measure how fast rows are prepared, and that memory does not grow with their number."
+    flags = Parser("data_rate.py", about, {"flags": _FLAGS}).parse(argv)
+    recipe = load_recipe(flags["recipe"])
+    rows = Path(flags["rows"]) if flags["rows"] else ROWS[str(recipe.dataset.demo)]
+    tokenizer = flags["tokenizer"] or f"{STANDIN}{recipe.model.family}"
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(
-            recipe,
-            flags.rows or ROWS[str(recipe.dataset.demo)],
-            flags.tokenizer or f"{STANDIN}{recipe.model.family}",
-            flags.count,
-            Path(folder),
-        )
+        found = measure(recipe, rows, tokenizer, flags["count"], Path(folder))
     print_rates(found, Console())
-    if flags.json:
-        flags.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if flags["json"]:
+        Path(flags["json"]).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

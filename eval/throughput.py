@@ -1,9 +1,10 @@
 """Tokens/s, peak memory and loss of a recipe beside the plain TRL script, in turns on one machine.
 
-python eval/throughput.py --hidden 1024 --layers 8 --precision nf4 --json throughput.json
+python eval/throughput.py --hidden_size 1024 --num_hidden_layers 8 --precision nf4 --json throughput.json
 """
 
+from qlora_recipes.commands.entry import run_command
 from qlora_recipes.experiments.throughput.command import main
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

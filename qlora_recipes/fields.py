@@ -1,4 +1,4 @@
-"""The fields of SFTConfig and LoraConfig, read from the installed source instead of imported.
+"""The fields of SFTConfig and LoraConfig, read from the installed source, and how words become their values.
 
 Importing TRL takes seconds; `--help`, `list` and the check of a recipe's class body need names and types only.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from qlora_recipes.errors import SetupError, UsageError
+from qlora_recipes.errors import SetupError, UsageError, nearest
 
 # Later files override earlier ones, as the subclasses they hold do.
 _SOURCES = {
@@ -25,68 +26,185 @@ _SOURCES = {
     ),
     "LoraConfig": (("peft", "config.py", "PeftConfig"), ("peft", "tuners/lora/config.py", "LoraConfig")),
 }
+# The narrowest first: `true` is a bool before it is text, and 3 an int before it is a float.
+_PLAIN: dict[str, type] = {"bool": bool, "int": int, "float": float, "list": list, "dict": dict, "str": str}
+_NAMES = re.compile(r"[\w.]+(,[\w.]*)*")
+_INT = re.compile("[-+]?(0|[1-9][0-9]{0,30})")
+_NO_VALUE = object()
+ABSENT = object()
+"""The default of a flag that is not in the result when it was not given."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a configuration class."""
+    """One field of a configuration class, or one flag of a command."""
 
     name: str
     annotation: str
     """Source text of the type, such as `int | None`."""
     help: str
     """First sentence of its documentation, or an empty string."""
+    metavar: str = ""
+    """Stands for the value in `--help`; the annotation does where it is empty."""
+    default: Any = ABSENT
+    valid: Callable[[Any], bool] = lambda value: True
+    """Whether a value of the right type can be used; a command's flags are held to it."""
+    expected: str = ""
+    """What a refusal says was expected; the annotation where it is empty."""
 
-    def parse(self, text: str) -> object:
-        """Turn a command-line word into a value of the field's type.
+    def parse(self, words: Sequence[str]) -> Any:
+        """Turn the words after a flag into a value of the field's type. Nothing is read as YAML: text stays as typed.
+
+        Whole numbers have no leading zeros: `010` is refused, being 10 to some programs and 8 to others. Mappings are
+        JSON; lists are `a b`, `a,b` or JSON. `null` is None where the field may be None, and so is `none` where it
+        takes no text. Of a field that takes a list or text, names make a list (`q_proj`) and anything else, such as
+        `all-linear` or a pattern, is text; where its type names text first, a single name is text too.
 
         Raises:
-            UsageError: when the word is no value of that type.
+            UsageError: when the words are no value of that type.
         """
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        return self.check(value)
+        if not words:
+            raise UsageError(f"{self.name}: got no value, expected {self._expected}")
+        value = self._json(words[0]) if len(words) == 1 else _NO_VALUE
+        if value is not _NO_VALUE:
+            value = self.check(value)
+        elif self._is_list(words):
+            item = Field(self.name, self._item, "", expected=self.expected)
+            value = [item.parse_scalar(part) for word in words for part in word.split(",")]
+        elif len(words) == 1:
+            value = self.parse_scalar(words[0])
+        if value is _NO_VALUE or not self.valid(value):
+            raise self._refusal(" ".join(words))
+        return value
 
-    def check(self, value: object) -> object:
+    def parse_scalar(self, word: str) -> Any:
+        """Turn one word into a value that is neither a list nor a mapping, or raise UsageError."""
+        if self._is_none(word):
+            return None
+        typed = int(word) if _INT.fullmatch(word) else {"true": True, "false": False}.get(word.lower(), word)
+        for reading in (typed, word) if word.strip() else ():
+            if (value := self._converted(reading)) is not _NO_VALUE:
+                return value
+        raise self._refusal(word)
+
+    def check(self, value: object) -> Any:
         """Return the value in the field's type (`"2e-4"` becomes a float), or raise UsageError."""
-        for kind in self._kinds:
-            if kind is type(None) and value is None:
-                return None
-            if kind is bool and isinstance(value, bool):
-                return value
-            if kind is int and isinstance(value, int) and not isinstance(value, bool):
-                return value
-            if kind is float and (number := _as_float(value)) is not None:
-                return number
-            if kind is str and not isinstance(value, (Mapping, list, tuple, type(None))):
-                return value if isinstance(value, str) else str(value)
-            if kind is list and isinstance(value, (list, tuple)):
-                return list(value)
-            if kind is dict and isinstance(value, Mapping):
-                return dict(value)
-        raise UsageError(f"{self.name}: got {value!r}, expected {self.annotation}")
+        if value is None and "None" in self._members:
+            return None
+        if (converted := self._converted(value)) is _NO_VALUE:
+            raise self._refusal(value)
+        return converted
 
     @property
+    def is_switch(self) -> bool:
+        """Whether the flag alone, without a value, means true."""
+        return bool in self._kinds
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether several words can follow the flag."""
+        return list in self._kinds
+
+    def _converted(self, value: object) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        for kind in self._kinds:
+            if kind is bool and isinstance(value, bool):
+                return value
+            if kind is int and is_number and isinstance(value, int):
+                return value
+            if kind is float and (is_number or isinstance(value, str)) and (number := _as_float(value)) is not None:
+                return number
+            if kind is str and (is_number or isinstance(value, str)) and str(value) in (self._choices or [str(value)]):
+                return str(value)
+            if kind is list and isinstance(value, (list, tuple)):
+                return [Field(self.name, self._item, "").check(each) if self._item else each for each in value]
+            if kind is dict and isinstance(value, Mapping):
+                return dict(value)
+        return _NO_VALUE
+
+    def _json(self, word: str) -> Any:
+        if word[:1] not in ("{", "[") or not {dict, list} & set(self._kinds):
+            return _NO_VALUE
+        try:
+            return json.loads(word)
+        except (ValueError, RecursionError):
+            if word[0] == "[" and str in self._kinds:
+                return _NO_VALUE  # a pattern, such as [qv]_proj
+        raise UsageError(f'{self.name}: got {_shortened(word)}, expected JSON, such as {{"name": 1}} or ["a", "b"]')
+
+    def _is_list(self, words: Sequence[str]) -> bool:
+        if not self._item or (len(words) == 1 and self._is_none(words[0])):
+            return False
+        if len(words) > 1 or str not in self._kinds:
+            return True
+        names = list(self._members)
+        list_first = "str" not in names or names.index("list") < names.index("str")
+        return _NAMES.fullmatch(words[0]) is not None and (list_first or "," in words[0])
+
+    def _is_none(self, word: str) -> bool:
+        return "None" in self._members and (word == "null" or (word.lower() == "none" and str not in self._kinds))
+
+    def _refusal(self, value: object) -> UsageError:
+        word = value if isinstance(value, str) else ""
+        hint = nearest(word, self._choices)
+        hint = ", without a leading zero" if re.fullmatch("[-+]?0[0-9]+", word) else f".{hint}" if hint else ""
+        return UsageError(f"{self.name}: got {_shortened(value)}, expected {self._expected}{hint}")
+
+    @property
+    def _expected(self) -> str:
+        if self._choices:
+            return f"one of {', '.join(self._choices)}"
+        return self.expected or {"bool": "true or false", "str": "text"}.get(self.annotation, self.annotation)
+
+    @functools.cached_property
+    def _members(self) -> dict[str, ast.expr]:
+        """The members of the type by name: `list` and `None` of `list[str] | None`."""
+        tree = ast.parse(self.annotation, mode="eval")
+        return {ast.unparse(node).split("[")[0]: node for node in _members(tree.body)}
+
+    @functools.cached_property
     def _kinds(self) -> list[type]:
-        """The plain types the annotation names, the narrowest first, so that `true` is no string."""
-        words = {node.id for node in ast.walk(ast.parse(self.annotation)) if isinstance(node, ast.Name)}
-        optional = "None" in self.annotation or "Optional" in words
-        known = {"bool": bool, "int": int, "float": float, "list": list, "dict": dict, "str": str}
-        kinds = [kind for name, kind in known.items() if name in words]
-        if "Literal" in words or not kinds:  # an enumeration or a nested configuration is given by name or mapping
-            kinds += [dict, bool, str]
-        return ([type(None)] if optional else []) + kinds
+        """The plain types among the members, the narrowest first."""
+        kinds = [kind for name, kind in _PLAIN.items() if name in self._members]
+        if "Literal" in self._members and str not in kinds:
+            kinds.append(str)
+        return kinds or [dict, bool, str]  # an enumeration or a nested configuration is given by name or mapping
+
+    @functools.cached_property
+    def _choices(self) -> list[str]:
+        """The only words allowed; none where the type describes them instead (`pissa_niter_[number of iters]`)."""
+        leaves = ast.walk(self._members.get("Literal", ast.Pass()))
+        words = [leaf.value for leaf in leaves if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)]
+        return [] if "str" in self._members or any("[" in word for word in words) else words
+
+    @functools.cached_property
+    def _item(self) -> str:
+        """Type of a list's items where words can be items, else an empty string."""
+        node = self._members.get("list")
+        return node.slice.id if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Name) else ""
 
 
-def _as_float(value: object) -> float | None:
-    """YAML reads `2e-4` as a string, so numbers are tried in both forms; a bool is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
+def _members(node: ast.expr) -> list[ast.expr]:
+    """The members of a union, however it is written."""
+    if isinstance(node, ast.BinOp):
+        return [*_members(node.left), *_members(node.right)]
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Optional", "Union"):
+        given = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        none = [ast.Constant(None)] if ast.unparse(node.value) == "Optional" else []
+        return [*(member for each in given for member in _members(each)), *none]
+    return [node]
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:98]}...{text[-98:]}"
+
+
+def _as_float(value: Any) -> float | None:
+    """YAML reads `2e-4` as a string, so numbers are tried in both forms."""
     try:
-        return float(value)
-    except ValueError:
+        return None if "_" in str(value) else float(value)
+    except (ValueError, OverflowError):
         return None
 
 
@@ -141,6 +259,6 @@ def _help(value: ast.expr | None) -> str:
             if isinstance(node, ast.Dict):
                 for key, text in zip(node.keys, node.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == "help":
-                        words = [n.value for n in ast.walk(text) if isinstance(n, ast.Constant)]
-                        return "".join(str(word) for word in words).split(". ")[0].strip()
+                        parts = [n.value for n in ast.walk(text) if isinstance(n, ast.Constant)]
+                        return "".join(str(part) for part in parts).split(". ")[0].strip()
     return ""

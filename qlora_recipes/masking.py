@@ -1,4 +1,4 @@
-"""Secrets, as files may hold them: not at all."""
+"""Takes secrets out of what is written to files."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ DERIVED = {
     "model_init_kwargs": "--precision, --dtype and the recipe's ModelSpec",
     "resume_from_checkpoint": "--resume",
     "restore_callback_states_from_checkpoint": "--resume, which always does",
-    "ignore_data_skip": "--resume, which goes on with the rows that are left",
+    "ignore_data_skip": "--resume, which continues with the rows that are left",
     "save_only_model": "--resume, which needs the optimizer's state",
     "enable_jit_checkpoint": "nothing; SIGTERM and SIGINT always save the running step",
-    "logging_nan_inf_filter": "nothing; a NaN ends the run",
-    "use_cpu": "the devices that are there; CUDA_VISIBLE_DEVICES= hides them",
+    "logging_nan_inf_filter": "nothing; a NaN stops the run",
+    "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
     "task_type": "nothing; it is CAUSAL_LM",
     "peft_type": "nothing; it is LORA",
@@ -105,10 +105,10 @@ class Recipe:
     explicit_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of `training` that a recipe or one above it sets itself; of the others some are fitted to the machine."""
     format_row: ClassVar[Callable[..., list[Message]] | None] = None
-    """For data of one's own: a function from row to messages, with or without `self`. It beats the dataset's."""
+    """For your own data: a function from row to messages, with or without `self`. It overrides the dataset's."""
     eval_tasks: ClassVar[Sequence[str]] = ()
     checks: ClassVar[Sequence[Callable[[Any], Any]]] = ()
-    """Checks of one's own before training: functions of the run that return what `preflight.fail_unless` makes."""
+    """Your own checks before training: functions of the run that return what `preflight.fail_unless` makes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,16 +153,18 @@ def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _settings_faults(cls, "training", "SFTConfig")
     yield from _value_faults(cls)
     dataset = getattr(cls, "dataset", None)
+    functions: dict[str, object] = {"format_row": cls.format_row}
     if isinstance(dataset, DatasetSpec):
-        if dataset.format_row is not None and not callable(dataset.format_row):
-            yield (
-                f"dataset.format_row: got {dataset.format_row!r}, expected a function from row to messages, such as "
-                f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
-            )
+        functions["dataset.format_row"] = dataset.format_row
         if not 0 <= dataset.held_out < 1:
             yield f"dataset.held_out: got {dataset.held_out!r}, expected a share from 0 up to 1"
-    if cls.format_row is not None and not callable(cls.format_row):
-        yield f"format_row: got {cls.format_row!r}, expected a function from row to messages"
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            known = next(iter(FORMATTERS))
+            yield (
+                f"{name}: got {function!r}, expected a function from row to messages, such as "
+                f"qlora_recipes.formatters.{known}"
+            )
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
         yield f"eval_tasks: got {cls.eval_tasks!r}, expected a list of lm-eval task names"
     if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):
@@ -256,7 +258,7 @@ def _execute(loader: Loader, module: ModuleType, path: Path) -> None:
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
         where = f"{path}, line {line}" if line else str(path)
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{where}: the recipe's file fails with {reason}. Mend it there") from error
+        raise UsageError(f"{where}: the recipe's file fails with {reason}. Fix it there") from error
 
 
 def load_recipe(path: str | Path) -> type[Recipe]:

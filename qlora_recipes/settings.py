@@ -1,4 +1,16 @@
-"""What one run will do: the recipe's declarations, the demo's and the flags resolved into one record."""
+"""What one run will do: the recipe's declarations, the demo's and the flags in one record.
+
+Settings become final in this order, and nothing else changes them:
+
+1. `settings.resolve`: library, recipe, stand-in and command line, the later overriding the earlier. What nobody set is
+   named in `auto_fields`.
+2. `training.journal.restore_batch`, with `--resume` only: what is open becomes what it was when the run began.
+3. `memory.fitting.fit_to_memory`: what is still open is chosen to fit the machine.
+   `training.train.finalize_settings` calls 2 and 3.
+4. `training.faults.halve_batch`, out of memory under `--auto_find_batch_size`: half the batch, and the run resumes.
+
+`experiments.benchmark.plan.plan_benchmark` takes step 1 for every arm, whose own process takes the others.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +34,7 @@ AUTO_FIELDS = {
     "batch": {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"},
     "checkpointing": {"gradient_checkpointing", "gradient_checkpointing_kwargs"},
 }
-"""What may be fitted to the machine, and the fields that settle it where one of them is stated."""
+"""What can be fitted to the machine, and the fields that decide it where one of them is set."""
 STANDIN = "standin-"
 """Before a family's name: the model of that name that ships with the package."""
 
@@ -51,15 +63,15 @@ class Settings:
     storage: str = "auto"
     """Whether 4-bit weights are dequantized for every product (`packed`) or once (`expanded`); `auto`: as they fit."""
     auto_fields: frozenset[str] = frozenset()
-    """What nobody stated and the machine may decide: `batch` (how a step is cut up), `checkpointing`."""
+    """What nobody set and the machine decides: `batch` (how a step is cut up), `checkpointing`."""
 
     @property
     def seed(self) -> int:
-        return self.training["seed"]
+        return int(self.training["seed"])
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether code of the model's repository may run; only where it was asked for."""
+        """Whether code of the model's repository may run; only where a flag or the recipe says so."""
         return bool(self.training.get("trust_remote_code"))
 
     @property
@@ -104,10 +116,10 @@ def resolve(
 ) -> Settings:
     """Return the settings of one run; `lora` and `training` are what the command line overrides.
 
-    The order, the later beating the earlier: library, recipe, stand-in (with `demo`), command line.
+    Library, recipe, stand-in (with `demo`), command line: the later override the earlier.
 
     Raises:
-        UsageError: for an unknown or contradictory choice, or a demo that nothing is bundled for.
+        UsageError: for an unknown or contradictory choice, or a demo without bundled rows.
     """
     stored = precision_named(precision)
     check_storage(storage, stored)
@@ -148,10 +160,10 @@ def resolve(
 
 
 def check_storage(storage: str, precision: Precision) -> None:
-    """Refuse a storage that is none, or that a precision has no use for.
+    """Refuse an unknown storage, or one that a precision has no use for.
 
     Raises:
-        UsageError: saying which there are.
+        UsageError: naming the valid ones.
     """
     if storage not in ("auto", *STORAGES):
         raise UsageError(
@@ -162,7 +174,7 @@ def check_storage(storage: str, precision: Precision) -> None:
 
 
 def _check_remote_code(training: Mapping[str, Any], source: str, revision: str | None) -> None:
-    """Code from a repository that moves on is not what anybody has read."""
+    """Code of a moving branch can change after somebody has read it."""
     pinned = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
     if training.get("trust_remote_code") and not pinned and not Path(source).is_dir():
         raise UsageError(
@@ -176,7 +188,7 @@ def _of_standin(standin: StandIn) -> dict[str, Any]:
 
 
 def public(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as files may hold them: whatever is a secret is left out."""
+    """Return settings without secrets, as files may hold them."""
     return {name: masked(value) for name, value in training.items() if "token" not in name or "tokens" in name}
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
 
+from qlora_recipes import load_recipe
+from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation.kl_files import Divergence, read_divergence, write_divergence
 from qlora_recipes.evaluation.records import TaskResult, finished_tasks
@@ -34,20 +36,21 @@ ROOT = RECIPES.parent
 
 
 def plan_of(output: Path, precisions: tuple[str, ...] = ("nf4", "bf16"), **options: Any) -> Plan:
-    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "demo": True, "output": output}
-    return plan_benchmark(RECIPE, **given | options)
+    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "output": output}
+    flags = {"demo": True, **options.pop("flags", {})}
+    return plan_benchmark(RECIPE, flags=flags, **given | options)
 
 
 # The plan
 
 
 def test_a_plan_has_every_arm_with_the_baseline_first(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, flags=["--max_steps", "5"])
+    plan = plan_of(tmp_path, flags={"max_steps": 5})
     assert (plan.baseline, plan.precisions) == ("bf16", ["bf16", "nf4"])
     assert [arm.name for arm in plan.arms] == ["bf16, seed 0", "nf4, seed 0", "bf16, seed 1", "nf4, seed 1"]
     assert plan.arms[1].folder.path == tmp_path / "nf4-seed0"
     assert {arm.settings.training["max_steps"] for arm in plan.arms} == {5}
-    assert "--demo" in plan.arms[0].words
+    assert "--demo" in plan.arms[0].argv
 
 
 def test_of_more_than_two_the_first_is_the_baseline(tmp_path: Path) -> None:
@@ -60,6 +63,61 @@ def test_the_quantized_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> No
     assert {arm.settings.dtype for arm in plan_of(tmp_path).arms} == {"bfloat16"}
 
 
+def test_of_three_arms_the_quantized_ones_compute_in_the_16_bit_arms_dtype(tmp_path: Path) -> None:
+    assert {arm.settings.dtype for arm in plan_of(tmp_path, ("nf4", "fp4", "fp16")).arms} == {"float16"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"run_name": "float16"},
+        {"run_name": "--dtype", "hub_model_id": "--a b"},
+        {"run_name": "12:30", "save_strategy": "no", "eval_steps": None, "packing": False, "demo": True},
+        {"target_modules": ["q_proj"], "report_to": ["tensorboard"], "skip_checks": ["hub", "steps"]},
+        {"target_modules": "all-linear", "lr_scheduler_kwargs": {"num_cycles": 2}, "learning_rate": 1e-05},
+    ],
+)
+@pytest.mark.parametrize("precisions", [("nf4", "bf16"), ("nf4", "fp16")])
+def test_every_arm_gets_the_flags_as_they_were_given(
+    tmp_path: Path, precisions: tuple[str, ...], flags: dict[str, Any]
+) -> None:
+    for arm in plan_of(tmp_path, precisions, flags=flags).arms:
+        found = parse(load_recipe(RECIPE), arm.argv)
+        assert found.items() >= flags.items()
+        assert settings_from(load_recipe(RECIPE), found).training == arm.settings.training
+        assert settings_from(load_recipe(RECIPE), found).lora == arm.settings.lora
+        assert found["output_dir"] == str(arm.folder.path)
+
+
+@pytest.mark.parametrize(
+    ("words", "launch"),
+    [
+        ([], None),
+        (["--launch"], []),
+        (["--launch", "--num_processes 2"], ["--num_processes", "2"]),
+        (["--launch=--cpu"], ["--cpu"]),
+    ],
+)
+def test_flags_of_the_command_are_kept_from_those_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], launch: list[str] | None
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda plan, **options: called.append((plan, options)))
+    (tmp_path / "flags.yaml").write_text("max_steps: 5\nrun_name: 12:30\n")
+    given = ["--precisions", "nf4,bf16", "--seeds", "0", "1", "--config", str(tmp_path / "flags.yaml"), "--r", "8"]
+    command.main([str(RECIPE), *given, *words, "--limit", "30", "--demo"])
+    [(plan, options)] = called
+    assert plan.flags == {"max_steps": 5, "run_name": "12:30", "r": 8, "demo": True}
+    assert (plan.limit, plan.seeds, plan.precisions) == (30, [0, 1], ["bf16", "nf4"])
+    assert options == {"launch": launch, "controls": True}
+
+
+def test_no_secret_is_written_down_with_the_flags(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path, flags={"hub_token": "hf_" + "x" * 30, "max_steps": 5}))
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["flags"] == ["--hub_token", "***", "--max_steps", "5"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -68,9 +126,8 @@ def test_the_quantized_arms_compute_in_the_baselines_dtype(tmp_path: Path) -> No
         ({"precisions": ["nf4", "bf61"]}, "Did you mean 'bf16'"),
         ({"precisions": ["bf16", "fp16"]}, "different dtypes"),
         ({"seeds": [1, 1]}, "1 is given twice"),
-        ({"flags": ["--seed", "3"]}, "--seed is set by the benchmark .* --seeds"),
-        ({"flags": ["--max_stps", "3"]}, "Did you mean 'max_steps'"),
-        ({"flags": ["--precision", "nf4"]}, "--precisions"),
+        ({"flags": {"seed": 3}}, "--seed is set by the benchmark .* --seeds"),
+        ({"flags": {"precision": "nf4"}}, "--precisions"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
@@ -227,7 +284,7 @@ def test_a_trial_gives_way_to_the_whole(tmp_path: Path, laboratory: Laboratory) 
 def test_another_benchmarks_folder_is_refused(tmp_path: Path, laboratory: Laboratory) -> None:
     command.run(plan_of(tmp_path / "b"))
     with pytest.raises(RunFolderError, match=r"is a benchmark with flags \[\]"):
-        command.run(plan_of(tmp_path / "b", flags=["--max_steps", "5"]))
+        command.run(plan_of(tmp_path / "b", flags={"max_steps": 5}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(RunFolderError, match="holds other files"):
@@ -280,7 +337,7 @@ def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     assert chosen == {
         "bf16, seed 0": set(),
         "nf4, seed 0": {"--resume"},
-        "bf16, seed 1": {"--overwrite"},  # killed before it had said what it is: nothing to go on with
+        "bf16, seed 1": {"--overwrite"},  # killed before it had said what it is: nothing to resume
         "nf4, seed 1": set(),
     }
 
@@ -357,7 +414,7 @@ def test_a_signal_lets_the_training_save_and_ends_both(tmp_path: Path, which: si
         _, said = process.communicate(timeout=60)
     assert process.returncode == code
     assert (run / "saved").exists()
-    assert f"stopped by {which.name}: 0 of 2 runs are trained; the same command goes" in said
+    assert f"stopped by {which.name}: 0 of 2 runs are trained; the same command resumes" in said
     assert "Traceback" not in said
 
 

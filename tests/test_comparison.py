@@ -396,7 +396,7 @@ def test_another_margin_is_told(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--margin", "none"], "expected points above 0"),
-        (["--margn", "1"], "unrecognized arguments: --margn"),
+        (["--margn", "1"], "unknown flag --margn. Did you mean 'margin'"),
         (["--baseline", "int8"], "no run has the precision int8"),
     ],
 )

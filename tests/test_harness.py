@@ -616,7 +616,7 @@ def test_a_limit_that_is_no_count_is_refused(limit: object) -> None:
         (["--limit", "1.0"], "got '1.0', expected a whole number"),
         (["--limits", "4"], "Did you mean 'limit'"),
         (["--batch_size", "auto"], "expected a whole number"),
-        (["--precision", "nf5"], "invalid choice: 'nf5'"),
+        (["--precision", "nf5"], "got 'nf5', expected one of nf4"),
     ],
 )
 def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:

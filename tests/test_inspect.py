@@ -96,5 +96,6 @@ def test_a_page_without_a_place_is_refused(words: list[str]) -> None:
 
 
 def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
-    main([])
+    with pytest.raises(SystemExit):
+        main(["--help"])
     assert "in the loss" in capsys.readouterr().out

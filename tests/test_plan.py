@@ -13,9 +13,10 @@ from rich.console import Console
 
 from qlora_recipes import cli
 from qlora_recipes.commands import plan
-from qlora_recipes.commands.plan import print_plan
 from qlora_recipes.errors import UsageError
+from qlora_recipes.memory import table
 from qlora_recipes.memory.estimate import Memory
+from qlora_recipes.memory.table import print_plan
 from qlora_recipes.settings import resolve
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -48,7 +49,7 @@ def test_every_precision_stands_beside_the_others_in_80_columns(recipe_for):
 
 
 def test_every_part_has_a_label():
-    assert set(plan._LABELS) == set(Memory("").parts)
+    assert set(table._LABELS) == set(Memory("").parts)
 
 
 def test_the_same_global_batch_in_larger_micro_batches(recipe_for):

@@ -21,7 +21,7 @@ import torch
 from kill_and_resume import outcome
 
 from qlora_recipes import DatasetSpec, Recipe
-from qlora_recipes.commands.recipe_cli import run_command
+from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import DivergenceError, RunFolderError, SetupError, UsageError
 from qlora_recipes.experiments.benchmark.command import main as benchmark
 from qlora_recipes.run import checkpoints
@@ -542,7 +542,7 @@ def test_a_folder_of_the_system_is_refused(place: str, capsys: pytest.CaptureFix
         pytest.skip(f"there is no {place} here")
     with pytest.raises(SystemExit) as stopped:
         command = ["--precisions", "nf4", "bf16", "--output", f"{place}/benchmark"]
-        run_command(lambda: benchmark([RECIPE, *command]))
+        run_command(benchmark, [str(RECIPE), *command])
     assert stopped.value.code == 2
     assert f"error: {place}/benchmark cannot be written: " in capsys.readouterr().err
     assert not Path(place, "benchmark").exists()

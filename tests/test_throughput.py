@@ -18,6 +18,7 @@ from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer import utils
 
 from qlora_recipes import standins
+from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError
 from qlora_recipes.experiments.throughput import arms, bound, command, models, results
 from qlora_recipes.experiments.throughput.arms import Specification
@@ -54,7 +55,7 @@ def test_a_base_of_a_shape_is_loaded_as_that_shape(family: str, hidden: int, tmp
 
 @pytest.mark.parametrize(("family", "hidden"), [("llama2", 1000), ("llama2", 64), ("falcon", 4545), ("falcon", 0)])
 def test_a_width_that_no_heads_make_up_is_refused(family: str, hidden: int) -> None:
-    with pytest.raises(UsageError, match=f"--hidden {hidden}: expected a multiple of"):
+    with pytest.raises(UsageError, match=f"--hidden_size {hidden}: expected a multiple of"):
         models.Shape(family, hidden, 2, 1000).config()
 
 
@@ -119,22 +120,22 @@ def test_the_machine_is_measured_and_the_median_is_taken(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--steps", "1"], "--steps: expected at least 2"),
-        (["--repeats", "0"], "--repeats: at least 1"),
-        (["--words", "100"], "--words 100: expected at least the tokenizer's 1,536"),
-        (["--layers", "0"], "--layers 0: expected at least 1"),
+        (["--steps", "1"], "--steps: got '1', expected a whole number from 2 up"),
+        (["--repeats", "0"], "--repeats: got '0', expected a whole number from 1 up"),
+        (["--vocab_size", "100"], "--vocab_size: got 100, expected at least the tokenizer's 1,536"),
+        (["--num_hidden_layers", "0"], "--num_hidden_layers: got '0', expected a whole number from 1 up"),
         (["--precision", "nf"], "unknown precision 'nf'"),
         (["--storage", "expandd"], "unknown --storage 'expandd'"),
-        (["--rows", "missing.jsonl"], "--rows missing.jsonl: there is no such file"),
-        (["--json", "missing/figures.json"], "there is no folder missing"),
-        (["--hidden", "1000"], "--hidden 1000: expected a multiple of 128"),
+        (["--rows", "missing.jsonl"], "--rows: got 'missing.jsonl', expected a file that exists"),
+        (["--json", "missing/figures.json"], "expected a file in a folder that exists"),
+        (["--hidden_size", "1000"], "--hidden_size 1000: expected a multiple of 128"),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(
     words: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        command.main(words)
+        run_command(command.main, words)
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert part in message

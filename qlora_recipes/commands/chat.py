@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import TextStreamer
-
+from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUN, TRUST_REMOTE_CODE, Parser, count
 from qlora_recipes.errors import DataError
-from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
+from qlora_recipes.fields import Field
 from qlora_recipes.formatters import Message
 from qlora_recipes.run.folder import RunFolder
 
+if TYPE_CHECKING:
+    from qlora_recipes.evaluation.loaded import RestoredRun
 
-def main(arguments: Sequence[str]) -> None:
+_FLAGS = (
+    count("max_new_tokens", "where an answer is cut (default: 256)", 256),
+    Field("base", "bool", "talk to the base before tuning", default=False),
+    OTHER_TEMPLATE,
+    TRUST_REMOTE_CODE,
+)
+
+
+def main(argv: Sequence[str]) -> None:
     """Read questions from the terminal, or one a line from a pipe, and print the answers as they are made."""
-    parser = argparse.ArgumentParser(prog="qlora-recipes chat", description="Talk to a trained run.")
-    parser.add_argument("run", help="run folder, such as runs/llama2_guanaco-demo/nf4-seed0")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="where an answer is cut (default: 256)")
-    parser.add_argument("--base", action="store_true", help="talk to the base before tuning")
-    parser.add_argument("--other_template", action="store_true", help="take a chat template edited after training")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a base trained with it")
-    flags = parser.parse_args(arguments)
-    folder = RunFolder(Path(flags.run))
+    flags = Parser("qlora-recipes chat", "Talk to a trained run.", {"flags": _FLAGS}, words=RUN).parse(argv)
+    folder = RunFolder(Path(flags["run"]))
     receipt = folder.receipt()
-    check_remote_code(receipt, allowed=flags.trust_remote_code)
+    from qlora_recipes.evaluation.loaded import BaseKey, check_remote_code, restore_base, restore_run  # torch
+
+    check_remote_code(receipt, allowed=flags["trust_remote_code"])
     key = BaseKey.of(receipt)
-    with restore_run(
-        folder, restore_base(key), key, adapter=not flags.base, other_template=flags.other_template
-    ) as run:
-        _converse(run, flags.max_new_tokens)
+    template = flags["other_template"]
+    with restore_run(folder, restore_base(key), key, adapter=not flags["base"], other_template=template) as run:
+        _converse(run, flags["max_new_tokens"])
 
 
 def _converse(run: RestoredRun, max_new_tokens: int) -> None:
@@ -60,24 +63,27 @@ def _read(prompt: str) -> str | None:
         return None
 
 
-@torch.no_grad()
 def answer(run: RestoredRun, messages: Sequence[Message], max_new_tokens: int) -> str:
     """Print a greedy answer to the last message as it is made, and return it.
 
     Raises:
         RowError: when a message holds a role marker of the template.
     """
+    import torch
+    from transformers import TextStreamer
+
     prompt = torch.tensor([run.encoder.encode_prompt(messages)], device=run.model.device)
-    output = run.model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        use_cache=True,
-        pad_token_id=run.tokenizer.pad_token_id,
-        eos_token_id=run.tokenizer.eos_token_id,
-        streamer=TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    return run.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    with torch.no_grad():
+        output = run.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            use_cache=True,
+            pad_token_id=run.tokenizer.pad_token_id,
+            eos_token_id=run.tokenizer.eos_token_id,
+            streamer=TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    return str(run.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)).strip()

@@ -13,23 +13,21 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from qlora_recipes.commands.recipe_cli import parse, quiet_libraries, settings_from
-from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.errors import UsageError
+from qlora_recipes.commands.flags import file_to_write
+from qlora_recipes.commands.recipe_cli import parse_with_recipe, settings_from
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_recipes.data.prepare import Conversation
+    from qlora_recipes.data.arrow_rows import Conversation
+    from qlora_recipes.data.encoding import ConversationEncoder
     from qlora_recipes.preflight import Run
     from qlora_recipes.run.receipt import Check
 
-USAGE = """usage: qlora-recipes inspect RECIPE [--html FILE] [any flag of the recipe]
-
-Shows the shortest, the longest and a random row, with the tokens that are in the loss in another color."""
-
+_ABOUT = "Show the shortest, the longest and a random row, with the tokens that are in the loss in another color."
+_FLAGS = (file_to_write("html", "also write a page that shows every token"),)
 _SHOWN_TOKENS = 240  # of a long row on the terminal, from its two ends; the page has all
 # Both are readable on a dark and on a light terminal; the shades take turns, so that tokens can be told apart.
 _IN_LOSS = ("black on green", "black on bright_green")
@@ -81,42 +79,23 @@ class Page:
         return base64.b64encode(draw_lengths(self.lengths)).decode()
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `qlora-recipes inspect`.
 
     Raises:
         RecipesError: for a recipe, a flag or data that cannot be used.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    recipe = load_recipe(arguments[0])
-    words, html = _take_html(arguments[1:])
-    flags = parse(recipe, words)
-    settings = settings_from(recipe, flags)
-    quiet_libraries()
-    from qlora_recipes.preflight import BEFORE_LOADING, run_checks
+    flags = parse_with_recipe("qlora-recipes inspect", _ABOUT, _FLAGS, argv)
+    settings = settings_from(load_recipe(flags["recipe"]), flags)
+    from qlora_recipes.preflight import BEFORE_LOADING, run_checks  # torch, which --help can do without
     from qlora_recipes.training.build import prepare_rows
 
     run = prepare_rows(settings)
     page = describe(run, run_checks(BEFORE_LOADING, run, flags.get("skip_checks", ())))
     print_page(page, Console())
-    if html:
-        write_text(html, render_html(page))
-        print(f"written to {html}")
-
-
-def _take_html(words: Sequence[str]) -> tuple[list[str], Path | None]:
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--html=") else [word])]
-    if "--html" not in words:
-        return words, None
-    at = words.index("--html")
-    if at + 1 == len(words) or words[at + 1].startswith("--"):
-        raise UsageError("--html wants the name of a file to write, such as --html rows.html")
-    file = Path(words[at + 1])
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"--html {file}: there is no folder {file.parent}")
-    return words[:at] + words[at + 2 :], file
+    if flags["html"]:
+        write_text(Path(flags["html"]), render_html(page))
+        print(f"written to {flags['html']}")
 
 
 def describe(run: Run, checks: list[Check]) -> Page:
@@ -149,6 +128,8 @@ def _show(encoder: ConversationEncoder, which: str, row: Conversation) -> ShownR
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Iterator[Token]:
     """Yield a row's tokens as text; those that hold a part of a character each come as one."""
+    from qlora_recipes.data.encoding import IGNORED
+
     control = set(tokenizer.get_added_vocab().values())
     held: list[int] = []
     for token, label in zip(row.encoded.input_ids, row.encoded.labels, strict=True):
@@ -164,7 +145,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Iterator
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text of a few tokens, with the space that sentencepiece's decoder cuts off."""
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
     text = tokenizer.convert_tokens_to_string(pieces)
     spaces = len(pieces[0]) - len(pieces[0].lstrip("\u2581"))
     return " " * (spaces - (len(text) - len(text.lstrip(" ")))) + text if spaces else text

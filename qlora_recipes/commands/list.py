@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_recipes.commands.flags import Parser
 from qlora_recipes.errors import UsageError
+from qlora_recipes.fields import Field
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.settings import recipe_name
 
+_FOLDER = Field("folder", "str", "where the recipes' files are (default: recipes/)", "FOLDER", default="recipes")
 
-def main(arguments: Sequence[str]) -> None:
+
+def main(argv: Sequence[str]) -> None:
     """Print one line for each recipe of a folder."""
-    parser = argparse.ArgumentParser(prog="qlora-recipes list", description="List the recipes of a folder.")
-    parser.add_argument("folder", nargs="?", default="recipes", help="where the recipe files are (default: recipes/)")
-    folder = Path(parser.parse_args(arguments).folder)
+    flags = Parser("qlora-recipes list", "List the recipes of a folder.", {}, words=_FOLDER).parse(argv)
+    folder = Path(flags["folder"])
     files = sorted(folder.glob("*.py"))
     if not files:
         raise UsageError(f"no recipe in {folder}/; expected a folder of Python files that each declare one")

@@ -5,16 +5,14 @@ Never into 4-bit weights: quantizing the sum again makes another model than the 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from qlora_recipes.commands.flags import RUN, TRUST_REMOTE_CODE, Parser
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
 from qlora_recipes.evaluation.records import disk_faults
+from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
@@ -22,20 +20,20 @@ from qlora_recipes.run.folder import RunFolder
 if TYPE_CHECKING:
     from torch import nn
 
+    from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun
+
+_FLAGS = (Field("output", "str", "folder to write (default: RUN/merged)", "FOLDER", None), TRUST_REMOTE_CODE)
 _ADVICE = "Give --output a folder that can be made and written"
 PROBES = 16
 """Held-out conversations whose log-likelihoods are compared before and after."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Merge a run into a folder that `from_pretrained` loads, with `merge.json` beside the weights."""
-    parser = argparse.ArgumentParser(prog="qlora-recipes merge", description="Write the adapter into 16-bit weights.")
-    parser.add_argument("run", help="run folder, such as runs/llama2_guanaco-demo/nf4-seed0")
-    parser.add_argument("--output", help="folder to write (default: RUN/merged)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a base trained with it")
-    flags = parser.parse_args(arguments)
-    output = Path(flags.output or Path(flags.run) / "merged")
-    report = merge(RunFolder(Path(flags.run)), output, trust_remote_code=flags.trust_remote_code)
+    about = "Write the adapter into 16-bit weights."
+    flags = Parser("qlora-recipes merge", about, {"flags": _FLAGS}, words=RUN).parse(argv)
+    output = Path(flags["output"] or Path(flags["run"]) / "merged")
+    report = merge(RunFolder(Path(flags["run"])), output, trust_remote_code=flags["trust_remote_code"])
     print(
         f"merged into {output}, {report['dtype']}. Mean |difference| of held-out log-likelihoods per token: "
         f"{report['merging']:.4f} by merging"
@@ -51,6 +49,8 @@ def merge(folder: RunFolder, output: Path, *, trust_remote_code: bool = False) -
         UsageError: when the base brings code of its own and that is not allowed.
     """
     receipt = folder.receipt()
+    from qlora_recipes.evaluation.loaded import BaseKey, check_remote_code, restore_base, restore_run  # torch
+
     check_remote_code(receipt, allowed=trust_remote_code)
     with disk_faults(output, _ADVICE):  # before the base is loaded, which takes minutes
         output.mkdir(parents=True, exist_ok=True)
@@ -79,17 +79,21 @@ def merge(folder: RunFolder, output: Path, *, trust_remote_code: bool = False) -
 
 
 def _log_likelihoods_of(folder: RunFolder, key: BaseKey) -> list[float]:
+    from qlora_recipes.evaluation.loaded import restore_base, restore_run
+
     with restore_run(folder, restore_base(key), key) as run:
         return _log_likelihoods(run, run.model)
 
 
-@torch.no_grad()
 def _log_likelihoods(run: RestoredRun, model: nn.Module) -> list[float]:
     """Return the log-likelihood in nats of every token of a few held-out conversations."""
+    import torch
+
     values: list[float] = []
     for messages in run.held_out[:PROBES]:
         ids = torch.tensor([run.encoder.encode(messages).input_ids], device=run.model.device)
-        scores = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
         values += scores.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
     return values
 

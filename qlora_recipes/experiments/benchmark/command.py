@@ -1,59 +1,67 @@
-"""`python eval/benchmark.py RECIPE --precisions nf4 bf16`: train, evaluate, compare, report; again to go on."""
+"""`python eval/benchmark.py RECIPE --precisions nf4 bf16`: train, evaluate, compare, report; again to resume."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from rich.console import Console
 
-from qlora_recipes.commands.compare import MARGIN, compare_folders, points, say
-from qlora_recipes.comparison.report import check_report_folder, write_report
-from qlora_recipes.errors import UsageError
+from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say
+from qlora_recipes.commands.flags import count
+from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark, record_margin
 from qlora_recipes.experiments.benchmark.training import train_missing
+from qlora_recipes.fields import Field
+from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.signals import Stopped, StopSignals
 
-_DESCRIPTION = """Train every precision with every seed, evaluate them from disk, compare, and write a report. What is \
-finished is kept: interrupted, the same command goes on. Any flag of the recipe can follow and goes to every arm. The \
-baseline is the 16-bit precision of two, and the first of more."""
+_ABOUT = """Train every precision with every seed, evaluate them from disk, compare, and write a report. What is \
+finished is kept: the same command resumes an interrupted benchmark. With two precisions the 16-bit run is the \
+baseline; with more, the first one listed is."""
+_LAUNCH = 'train through accelerate launch, with its own flags: --launch "--num_processes 2"'
+_FLAGS = (
+    Field("precisions", "list[str]", f"two or more of {', '.join(PRECISIONS)}", "P", ()),
+    Field("seeds", "list[int]", "one run of every arm each (default: 0)", "N", (0,)),
+    Field("demo", "bool", "stand-in model, bundled rows and offline tasks"),
+    Field("tasks", "list[str]", "as `qlora-recipes evaluate` takes them", "TASK", None),
+    MARGIN_FLAG,
+    Field("output", "str", "default: runs/<recipe>/benchmark", "FOLDER", None),
+    count("limit", "only N documents of each task: a trial, which is no result", least=2),
+    Field("launch", "bool | str", _LAUNCH, '"FLAGS"', None, expected="the launcher's flags in quotes"),
+    Field("no_controls", "bool", "leave out the bases before tuning and the exchanged adapters", default=False),
+)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"benchmark: {message}. --help lists the flags")
-
-
-def main(arguments: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
-        RecipesError: for anything a user can mend; what is finished by then is kept.
+        RecipesError: for anything a user can fix; what is finished by then is kept.
         Stopped: when SIGTERM or SIGINT came; a training that runs has saved its step by then.
     """
-    given, flags = _parser().parse_known_args(list(arguments))
+    given = parse_with_recipe("benchmark.py", _ABOUT, _FLAGS, argv)
+    own = {"recipe", *(flag.name for flag in _FLAGS)} - {"demo"}
     plan = plan_benchmark(
-        Path(given.recipe),
-        precisions=given.precisions,
-        seeds=given.seeds,
-        margin=given.margin,
-        tasks=given.tasks,
-        limit=given.limit,
-        demo=given.demo,
-        flags=flags,
-        output=Path(given.output) if given.output else None,
+        Path(given["recipe"]),
+        precisions=given["precisions"],
+        seeds=given["seeds"],
+        margin=given["margin"],
+        tasks=given["tasks"],
+        limit=given["limit"],
+        flags={name: value for name, value in given.items() if name not in own},
+        output=Path(given["output"]) if given["output"] else None,
     )
+    launch = [] if given["launch"] is True else given["launch"].split() if given["launch"] else None
     try:
         with StopSignals():
-            run(plan, launch=given.launch.split() if given.launch is not None else None, controls=not given.no_controls)
+            run(plan, launch=launch, controls=not given["no_controls"])
     except Stopped as stopped:
         trained = sum(arm.folder.finished for arm in plan.arms)
         print(
-            f"stopped by {stopped.signal.name}: {trained} of {len(plan.arms)} runs are trained; the same command goes "
-            f"on, and keeps what is finished in {plan.output}",
+            f"stopped by {stopped.signal.name}: {trained} of {len(plan.arms)} runs are trained; the same command "
+            f"resumes, and keeps what is finished in {plan.output}",
             file=sys.stderr,
         )
         raise
@@ -61,6 +69,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True) -> None:
     """Do what of a plan is not done yet, and write the report."""
+    from qlora_recipes.comparison.report import check_report_folder, write_report  # scipy: not while flags are read
+
     console = Console(stderr=True)
     page_folder = plan.output / "report"
     check_report_folder(page_folder)
@@ -85,41 +95,3 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
         earlier_margins=earlier_margins,
     )
     say(report, write_report(report, page_folder))
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="benchmark.py",
-        usage="%(prog)s RECIPE --precisions P P [P ...] [--flag value ...]",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-    )
-    flags: dict[str, dict[str, Any]] = {
-        "--precisions": dict(nargs="+", required=True, metavar="P", help="two or more of nf4, bf16, fp16, int8, fp4"),
-        "--seeds": dict(
-            nargs="+", type=_whole, default=[0], metavar="N", help="one run of every arm each (default: 0)"
-        ),
-        "--demo": dict(action="store_true", help="stand-in model, bundled rows and offline tasks"),
-        "--tasks": dict(nargs="+", metavar="TASK", help="as `qlora-recipes evaluate` takes them"),
-        "--margin": dict(type=points, default=MARGIN, metavar="POINTS", help="largest difference that is none (1.0)"),
-        "--output": dict(metavar="FOLDER", help="default: runs/<recipe>/benchmark"),
-        "--limit": dict(type=_count, metavar="N", help="only N documents of each task: a trial, which is no result"),
-        "--launch": dict(metavar="WORDS", help='train through accelerate launch, such as --launch "--num_processes 2"'),
-        "--no_controls": dict(action="store_true", help="leave out the bases before tuning and the exchanged adapters"),
-    }
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's file, such as recipes/llama2_guanaco.py")
-    for name, options in flags.items():
-        parser.add_argument(name, **options)
-    return parser
-
-
-def _whole(word: str) -> int:
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number")
-    return int(word)
-
-
-def _count(word: str) -> int:
-    if _whole(word) < 2:
-        raise argparse.ArgumentTypeError(f"got {word!r}, expected 2 documents or more")
-    return int(word)

@@ -1,7 +1,4 @@
-"""What a benchmark will do: arms and seeds, settled and checked before anything is trained.
-
-Imports nothing heavy, so that a misspelt flag answers at once.
-"""
+"""What a benchmark will do: arms and seeds, resolved and checked before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_recipes.commands.recipe_cli import parse, settings_from
-from qlora_recipes.comparison.build import choose_baseline
+from qlora_recipes.commands.flags import argv_of
+from qlora_recipes.commands.recipe_cli import settings_from, without_secrets
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.records import disk_faults
 from qlora_recipes.precision import precision_named
@@ -30,7 +27,7 @@ _OURS = {
     "seed": "--seeds",
     "output_dir": "--output",
     "plan": "the recipe itself",
-    "resume": "nothing; it goes on by itself",
+    "resume": "nothing; it resumes by itself",
     "overwrite": "another --output",
 }
 
@@ -40,8 +37,8 @@ class Arm:
     """One run to be trained and evaluated."""
 
     settings: Settings
-    words: Sequence[str]
-    """The recipe's command line."""
+    argv: Sequence[str]
+    """The recipe's command line, which gives these settings."""
 
     @property
     def folder(self) -> RunFolder:
@@ -58,7 +55,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """A benchmark, settled."""
+    """A benchmark with nothing left to decide."""
 
     recipe: type[Recipe]
     recipe_file: Path
@@ -73,9 +70,8 @@ class Plan:
     margin: float
     """Points."""
     limit: int | None
-    demo: bool
-    flags: Sequence[str]
-    """Flags that every arm passes on to the recipe."""
+    flags: Mapping[str, Any]
+    """Flags that every arm passes on to the recipe, and their values."""
     output: Path
 
     def folders(self, precision: str) -> list[RunFolder]:
@@ -108,30 +104,31 @@ def plan_benchmark(
     margin: float,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
-    demo: bool = False,
-    flags: Sequence[str] = (),
+    flags: Mapping[str, Any],
     output: Path | None = None,
 ) -> Plan:
-    """Return the plan, with every arm's settings resolved.
+    """Return the plan, with every arm's settings resolved; `flags` are those of the recipe and their values.
 
     Raises:
         UsageError: for a recipe, precision, seed or flag that cannot be, or that the benchmark sets itself.
     """
+    dtype = _check(precisions, seeds, flags)
+    from qlora_recipes.comparison.build import choose_baseline  # scipy: not while flags are checked
+
     recipe = load_recipe(recipe_file)
-    _check(precisions, seeds, parse(recipe, flags))
     baseline = choose_baseline(precisions)
     ordered = sorted(precisions, key=lambda name: name != baseline)
-    shared = [*flags, *(["--demo"] if demo else []), *_dtype_words(baseline)]
-    name = settings_from(recipe, parse(recipe, [*flags, *(["--demo"] if demo else [])])).name
+    name = settings_from(recipe, flags).name
     output = output or Path("runs") / name / "benchmark"
     arms = []
     for seed in seeds:
         for precision in ordered:
             folder = output / f"{precision}-seed{seed}"
-            words = [*_without_dtype(shared, precision, baseline), "--precision", precision, "--seed", str(seed)]
-            words += ["--output_dir", str(folder)]
-            arms.append(Arm(settings_from(recipe, parse(recipe, words)), words))
-    declared = None if demo else list(recipe.eval_tasks) or None
+            given = {**flags, "precision": precision, "seed": seed, "output_dir": str(folder)}
+            if dtype == "float16" and precision_named(precision).dtype is None:
+                given.setdefault("dtype", dtype)  # the quantized arms compute in the 16-bit arm's dtype
+            arms.append(Arm(settings_from(recipe, given), argv_of(given)))
+    declared = None if flags.get("demo") else list(recipe.eval_tasks) or None
     return Plan(
         recipe=recipe,
         recipe_file=recipe_file,
@@ -142,33 +139,26 @@ def plan_benchmark(
         tasks=list(tasks) if tasks else declared,
         margin=margin,
         limit=limit,
-        demo=demo,
-        flags=list(flags),
+        flags=flags,
         output=output,
     )
 
 
-def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, Any]) -> None:
+def _check(precisions: Sequence[str], seeds: Sequence[int], flags: Mapping[str, Any]) -> str | None:
+    """Refuse arms that cannot be compared, and return the dtype of the 16-bit ones."""
     for what, values in (("precision", precisions), ("seed", seeds)):
         if twice := [value for value in values if list(values).count(value) > 1]:
             raise UsageError(f"--{what}s: {twice[0]} is given twice")
     if len(precisions) < 2:
-        raise UsageError(f"--precisions: got {', '.join(precisions)}, expected two or more, such as nf4 bf16")
+        raise UsageError(f"--precisions: got {', '.join(precisions) or 'none'}, expected two or more, such as nf4 bf16")
+    if min(seeds) < 0:
+        raise UsageError(f"--seeds: got {min(seeds)}, expected whole numbers from 0 up")
     dtypes = {precision_named(name).dtype for name in precisions} - {None}
     if len(dtypes) > 1:
         raise UsageError("--precisions: bf16 and fp16 compute in different dtypes and cannot be arms of one comparison")
     if ours := [name for name in flags if name in _OURS]:
         raise UsageError(f"--{ours[0]} is set by the benchmark for every arm; give {_OURS[ours[0]]}")
-
-
-def _dtype_words(baseline: str) -> list[str]:
-    """The quantized arms compute in the baseline's dtype."""
-    dtype = precision_named(baseline).dtype
-    return ["--dtype", dtype] if dtype == "float16" else []
-
-
-def _without_dtype(words: Sequence[str], precision: str, baseline: str) -> list[str]:
-    return [word for word in words if precision != baseline or word not in ("--dtype", "float16")]
+    return next(iter(dtypes), None)
 
 
 def check_trained(arm: Arm) -> None:
@@ -196,19 +186,21 @@ def check_trained(arm: Arm) -> None:
 
 
 def record_margin(plan: Plan) -> list[float]:
-    """Write the margin down before anything is measured, and return those that were stated earlier.
+    """Record the margin before anything is measured, and return the earlier ones.
 
     Raises:
         RunFolderError: when the folder is another benchmark's.
     """
     file = plan.output / RECORD
     earlier = _read(file)
-    mine = {"recipe": plan.arms[0].settings.name, "demo": plan.demo, "flags": list(plan.flags)}
+    demo = bool(plan.flags.get("demo"))
+    flags = without_secrets(argv_of({name: value for name, value in plan.flags.items() if name != "demo"}))
+    mine = {"recipe": plan.arms[0].settings.name, "demo": demo, "flags": flags}
     for key, value in mine.items():
         if earlier and earlier[key] != value:
             raise RunFolderError(
-                f"{plan.output} is a benchmark with {key} {earlier[key]!r}, and {value!r} is asked for. Give --output "
-                "another folder"
+                f"{plan.output} is a benchmark with {key} {earlier[key]!r}, expected {value!r}. Give --output another "
+                "folder"
             )
     if earlier and earlier["limit"] is None and plan.limit is not None:
         raise RunFolderError(f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)")

@@ -29,15 +29,15 @@ def score_missing(plan: Plan, console: Console, *, controls: bool = True) -> lis
     """
     tasks: list[str] = []
     trusted = all(arm.settings.trust_remote_code for arm in plan.arms)
-    asked = Options(limit=plan.limit, trust_remote_code=trusted)
+    options = Options(limit=plan.limit, trust_remote_code=trusted)
     for precision in plan.precisions:
         folders = plan.folders(precision)
-        tasks = _score(plan, precision, folders, asked, console)
+        tasks = _score(plan, precision, folders, options, console)
         if controls:
-            before = replace(asked, adapter=False)
+            before = replace(options, adapter=False)
             _score(plan, f"{precision} base before tuning", folders[:1], before, console)
         if controls and precision != plan.baseline:
-            cross_base = replace(asked, precision=precision)
+            cross_base = replace(options, precision=precision)
             name = f"{plan.baseline} adapters on the {precision} base"
             _score(plan, name, plan.folders(plan.baseline), cross_base, console)
     return tasks
@@ -52,7 +52,7 @@ def _score(plan: Plan, name: str, folders: Sequence[RunFolder], options: Options
 
 
 def _is_trial(folder: RunFolder, options: Options) -> bool:
-    """Whether the results that lie there are those of a trial, which give way to any others."""
+    """Whether the results there are a trial's, which any others replace."""
     results = finished_tasks(folder.evaluation / options.control(folder.receipt()))
     return any(result.limit not in (None, options.limit) for result in results.values())
 

@@ -26,11 +26,11 @@ _STOPPED = {128 + number: number for number in (signal.SIGTERM, signal.SIGINT)} 
 
 
 def train_missing(plan: Plan, console: Console, *, launch: Sequence[str] | None = None) -> None:
-    """Train every arm that has no receipt; an unfinished run goes on from its newest intact checkpoint.
+    """Train every arm that has no receipt; an unfinished run resumes from its newest intact checkpoint.
 
     Raises:
         RunFolderError: when a finished run was trained with other settings.
-        CheckError: when a training fails, with the end of what it said; so does going on with one of other settings.
+        CheckError: when a training fails, with the end of what it said; so does resuming one of other settings.
         Stopped: when a training was ended by a signal.
     """
     for arm in plan.arms:
@@ -42,18 +42,18 @@ def train_missing(plan: Plan, console: Console, *, launch: Sequence[str] | None 
 
 
 def _train(plan: Plan, arm: Arm, console: Console, launch: Sequence[str] | None) -> None:
-    words = list(arm.words)
+    argv = list(arm.argv)
     if arm.folder.started.exists():
-        console.print(f"{arm.name}: an unfinished run is there; it goes on", highlight=False)
-        words.append("--resume")
+        console.print(f"{arm.name}: resuming its unfinished run", highlight=False)
+        argv.append("--resume")
     elif arm.folder.path.exists() and any(arm.folder.path.iterdir()):
-        words.append("--overwrite")  # it ended before it had written down what it is, and so before its first step
+        argv.append("--overwrite")  # it ended before it had written down what it is, and so before its first step
     log = plan.output / "logs" / f"{arm.folder.path.name}.log"
     log.parent.mkdir(exist_ok=True)
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch is not None else []
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
-        command = [sys.executable, *launcher, str(plan.recipe_file), *words]
+        command = [sys.executable, *launcher, str(plan.recipe_file), *argv]
         process = subprocess.Popen(
             command,
             stdout=stream,
@@ -73,7 +73,7 @@ def _train(plan: Plan, arm: Arm, console: Console, launch: Sequence[str] | None)
     console.print(f"{arm.name}: trained in {time.monotonic() - started:.0f} s", highlight=False)
 
 
-def _stop(process: subprocess.Popen, *, launched: bool) -> None:
+def _stop(process: subprocess.Popen[bytes], *, launched: bool) -> None:
     """Let a training save its running step and end.
 
     accelerate's launcher of one process ends at once and leaves the training to itself, so that is told and waited for
@@ -81,8 +81,9 @@ def _stop(process: subprocess.Popen, *, launched: bool) -> None:
     """
     family = psutil.Process(process.pid).children() if launched else []
     trainings = [child for child in family if os.getsid(child.pid) == process.pid]
-    for each in (process, *trainings):
-        each.terminate()
+    process.terminate()
+    for training in trainings:
+        training.terminate()
     process.wait()
     while any(map(_runs, trainings)):
         time.sleep(0.1)
@@ -101,8 +102,8 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _watch(process: subprocess.Popen, arm: Arm, console: Console) -> None:
-    """Wait, and show the last logged step where somebody looks."""
+def _watch(process: subprocess.Popen[bytes], arm: Arm, console: Console) -> None:
+    """Wait, and show the last logged step on a terminal."""
     if not console.is_terminal:
         process.wait()
         return
@@ -125,7 +126,7 @@ def _failure(arm: Arm, code: int, log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
     return (
-        f"training {arm.name} ended with exit code {code}. Its last words, all of them in {log}:\n{said}\n"
-        "Mend that and run the same command again; what is finished is kept. To train this run anew, remove "
+        f"training {arm.name} ended with exit code {code}. Its last lines (all of them are in {log}):\n{said}\n"
+        "Fix that and run the same command again; what is finished is kept. To train this run anew, remove "
         f"{arm.folder.path}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -12,59 +11,56 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from qlora_recipes import standins
-from qlora_recipes.commands.recipe_cli import quiet_libraries, run_command
+from qlora_recipes.commands.flags import Parser, count, file_to_read, file_to_write
 from qlora_recipes.errors import RecipesError, UsageError
+from qlora_recipes.fields import Field
 from qlora_recipes.precision import DTYPES, PRECISIONS, precision_named
 from qlora_recipes.settings import check_storage
 
 _FORMATS = {"llama2": "guanaco_llama2", "falcon": "openassistant_guanaco"}
 _WIDTH = 112  # of a table that goes into a file
 _SPREAD = ("tokens_per_second", "supervised_tokens_per_second", "peak_bytes")
+_FLAGS = (
+    Field("family", f"Literal{list(_FORMATS)}", "architecture (llama2)", "|".join(_FORMATS), "llama2"),
+    Field("hidden_size", "int", "width of the base; 4096 or 4544 is the 7B (1024)", "N", 1024),
+    count("num_hidden_layers", "decoder layers; 32 is the 7B (8)", 8),
+    Field("vocab_size", "int", "size of the vocabulary (that of the 7B model)", "N", None),
+    Field("standin", "bool", "the family's stand-in instead of random weights", default=False),
+    file_to_read("rows", "rows to train on (the bundled ones)"),
+    Field("tokenizer", "str", "tokenizer of the base (the stand-in's)", "FOLDER", None),
+    Field("precision", "str", "of every arm (nf4)", "|".join(PRECISIONS), "nf4"),
+    Field("dtype", f"Literal{list(DTYPES)}", "16-bit dtype (bfloat16)", "|".join(DTYPES), "bfloat16"),
+    Field("storage", "str", "of the recipe's 4-bit weights (auto)", "auto|packed|expanded", "auto"),
+    count("max_length", "longest row, in tokens (2048)", 2048, least=8),
+    Field("lengths", "list[int]", "rows of exactly N tokens each instead", "N", None),
+    Field("pieces", "bool", "also the recipe with each piece of its speed left out", default=False),
+    count("steps", "steps of 8 rows; the first is not timed (3)", 3, least=2),
+    count("repeats", "turns of every arm (3)", 3),
+    count("r", "rank of the adapter on every linear layer (16)", 16),
+    file_to_write("json", "write the figures here"),
+    file_to_write("plot", "draw them here, as PNG"),
+)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exits with 2 and one message when a user can mend what is wrong."""
-    quiet_libraries()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    run_command(lambda: _run(_parser().parse_args(words)), debug="--debug" in words)
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        RecipesError: for what a user can fix.
+    """
+    about = "Tokens/s, memory and loss of a recipe beside the plain TRL script, in turns on this machine."
+    _run(SimpleNamespace(**Parser("throughput.py", about, {"flags": _FLAGS}).parse(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="throughput.py",
-        description="Tokens/s, memory and loss of a recipe beside the plain TRL script, in turns on this machine.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--family", choices=list(_FORMATS), default="llama2", help="architecture (llama2)")
-    parser.add_argument("--hidden", type=int, default=1024, help="width of the base; 4096 or 4544 is the 7B (1024)")
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers; 32 is the 7B (8)")
-    parser.add_argument("--words", type=int, help="size of the vocabulary (that of the 7B model)")
-    parser.add_argument("--standin", action="store_true", help="the family's stand-in instead of random weights")
-    parser.add_argument("--rows", metavar="FILE", help="rows to train on (the bundled ones)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base (the stand-in's)")
-    parser.add_argument("--precision", default="nf4", metavar="|".join(PRECISIONS), help="of every arm (nf4)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="16-bit dtype (bfloat16)")
-    parser.add_argument("--storage", default="auto", help="of the recipe's 4-bit weights: auto, packed or expanded")
-    parser.add_argument("--max_length", type=int, default=2048, help="longest row, in tokens (2048)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="rows of exactly N tokens each instead")
-    parser.add_argument("--pieces", action="store_true", help="also the recipe with each piece of its speed left out")
-    parser.add_argument("--steps", type=int, default=3, help="steps of 8 rows; the first is not timed (3)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of every arm (3)")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter on every linear layer (16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them here")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _run(asked: argparse.Namespace) -> None:
-    _check(asked)
+def _run(asked: SimpleNamespace) -> None:
+    check_storage(asked.storage, precision_named(asked.precision))
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         figures = [measure(asked, Path(folder), length) for length in asked.lengths or [None]]
     from qlora_recipes.experiments.throughput import results
@@ -72,26 +68,14 @@ def _run(asked: argparse.Namespace) -> None:
     for each in figures:
         results.print_table(each, Console(width=None if sys.stdout.isatty() else _WIDTH))
     if asked.json:
-        asked.json.write_text(json.dumps(figures if asked.lengths else figures[0], indent=1) + "\n", encoding="utf-8")
+        Path(asked.json).write_text(
+            json.dumps(figures if asked.lengths else figures[0], indent=1) + "\n", encoding="utf-8"
+        )
     if asked.plot:
-        results.plot(figures, asked.plot)
+        results.plot(figures, Path(asked.plot))
 
 
-def _check(asked: argparse.Namespace) -> None:
-    """Refuse at once what would fail after minutes."""
-    if asked.steps < 2 or asked.repeats < 1:
-        raise UsageError("--steps: expected at least 2, the first of which is not timed; --repeats: at least 1")
-    check_storage(asked.storage, precision_named(asked.precision))
-    if asked.layers < 1:
-        raise UsageError(f"--layers {asked.layers}: expected at least 1")
-    if asked.rows and not Path(asked.rows).is_file():
-        raise UsageError(f"--rows {asked.rows}: there is no such file")
-    for file in filter(None, (asked.json, asked.plot)):
-        if not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: there is no folder {file.parent} to write it into")
-
-
-def measure(asked: argparse.Namespace, folder: Path, length: int | None) -> dict[str, Any]:
+def measure(asked: SimpleNamespace, folder: Path, length: int | None) -> dict[str, Any]:
     """Return the figures of one comparison: of the rows as they are, or of rows of one length."""
     from qlora_recipes.experiments.throughput import bound
     from qlora_recipes.experiments.throughput.arms import ARMS, WITHOUT, Specification
@@ -105,7 +89,12 @@ def measure(asked: argparse.Namespace, folder: Path, length: int | None) -> dict
             turns[arm].append(_in_a_process(arm, asdict(spec), folder))
     arms = {arm: _median(results) for arm, results in turns.items()}
     return {
-        "model": {name: getattr(asked, name) for name in ("family", "hidden", "layers", "standin")},
+        "model": {
+            "family": asked.family,
+            "hidden": asked.hidden_size,
+            "layers": asked.num_hidden_layers,
+            "standin": asked.standin,
+        },
         "rows": {"file": Path(spec.rows).name, "length": length, "max_length": spec.max_length},
         "precision": spec.precision,
         "arms": arms,
@@ -113,7 +102,7 @@ def measure(asked: argparse.Namespace, folder: Path, length: int | None) -> dict
     }
 
 
-def _specification(asked: argparse.Namespace, folder: Path, kind: type) -> Any:
+def _specification(asked: SimpleNamespace, folder: Path, kind: type) -> Any:
     """Make the base, if it is not there yet, and return what the arms share."""
     from transformers import AutoTokenizer
 
@@ -123,14 +112,16 @@ def _specification(asked: argparse.Namespace, folder: Path, kind: type) -> Any:
     base = standin.folder
     if not asked.standin:
         base = folder / "base"
-        words = asked.words or SPECS[asked.family].sizes.vocab_size
+        vocab_size = asked.vocab_size or SPECS[asked.family].sizes.vocab_size
         if not base.is_dir():
             tokenizer = AutoTokenizer.from_pretrained(
                 asked.tokenizer or standin.folder, **SPECS[asked.family].tokenizer
             )
-            if words < len(tokenizer):
-                raise UsageError(f"--words {words}: expected at least the tokenizer's {len(tokenizer):,}")
-            make(Shape(asked.family, asked.hidden, asked.layers, words), tokenizer, base)
+            if vocab_size < len(tokenizer):
+                raise UsageError(
+                    f"--vocab_size: got {vocab_size}, expected at least the tokenizer's {len(tokenizer):,}"
+                )
+            make(Shape(asked.family, asked.hidden_size, asked.num_hidden_layers, vocab_size), tokenizer, base)
     return kind(
         family=asked.family,
         model=str(base),
@@ -140,7 +131,7 @@ def _specification(asked: argparse.Namespace, folder: Path, kind: type) -> Any:
         dtype=PRECISIONS[asked.precision].dtype or asked.dtype,
         max_length=asked.max_length,
         steps=asked.steps,
-        rank=asked.rank,
+        rank=asked.r,
         seed=0,
         storage=asked.storage if PRECISIONS[asked.precision].quant_type else "auto",
     )
@@ -164,7 +155,7 @@ def _in_a_process(arm: str, spec: dict[str, Any], folder: Path) -> dict[str, Any
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode or not result.is_file():
         raise RecipesError(f"the arm {arm} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(result.read_text(encoding="utf-8"))
+    return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _median(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Shape:
     family: str
     hidden: int
     layers: int
-    words: int
+    vocab_size: int
 
     def config(self) -> PreTrainedConfig:
         """Return the configuration.
@@ -35,10 +35,10 @@ class Shape:
         head = _HEAD[self.family]
         if self.hidden % head or self.hidden <= 0:
             raise UsageError(
-                f"--hidden {self.hidden}: expected a multiple of {head}, the size of {self.family}'s heads"
+                f"--hidden_size {self.hidden}: expected a multiple of {head}, the size of {self.family}'s heads"
             )
         common: dict[str, Any] = dict(
-            vocab_size=self.words,
+            vocab_size=self.vocab_size,
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.hidden // head,

@@ -1,0 +1,46 @@
+"""How every program starts and ends: quiet libraries, one message for an error, and its exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+
+from qlora_recipes.errors import EXIT_CODE, RecipesError
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Call a command with its command line (the process's own by default).
+
+    An error of ours is printed as one message, with its traceback under `--debug`, and ends the program with 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    quiet_libraries()
+    try:
+        main(argv)
+    except RecipesError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one for each process
+            message = f"error: {error}".encode("utf-8", "backslashreplace").decode()  # it may quote half a character
+            print(message, file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except BrokenPipeError:  # whoever read it, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is finished is on the disk
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to what this package says; a library's warning that matters is a check of ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # theirs to each other
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load ..." of an optional kernel

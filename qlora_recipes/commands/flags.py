@@ -1,0 +1,178 @@
+"""The one parser of every command: how a flag is declared, read, refused and written back.
+
+A flag is a `Field`: a name, a type and a sentence of help. An unknown flag is refused with the nearest name, a value of
+another type with what was expected, a flag given twice at once. Imports nothing heavy, so that `--help` and a misspelt
+flag answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_recipes.errors import UsageError, nearest
+from qlora_recipes.fields import ABSENT, Field
+
+OTHER_TEMPLATE = Field("other_template", "bool", "take a chat template edited after training", default=False)
+TRUST_REMOTE_CODE = Field("trust_remote_code", "bool", "run the code of a base trained with it", default=False)
+RUN = Field("run", "str", "run folder, such as runs/llama2_guanaco-demo/nf4-seed0", "RUN")
+_FLAG = re.compile(r"--[^\s=]+(=|$)")
+_PLAIN = re.compile(r"[\w.][\w.-]*")
+_COLUMN, _WIDTH = 26, 100
+
+
+def count(name: str, help: str, default: int | None = None, *, least: int = 1) -> Field:
+    """Return a flag that counts something."""
+    return Field(name, "int", help, "N", default, lambda value: value >= least, f"a whole number from {least} up")
+
+
+def file_to_read(name: str, help: str) -> Field:
+    """Return a flag that names a file to read."""
+    return Field(name, "str", help, "FILE", None, lambda file: Path(file).is_file(), "a file that exists")
+
+
+def file_to_write(name: str, help: str) -> Field:
+    """Return a flag that names a file to write."""
+    folder = "a file in a folder that exists"
+    return Field(name, "str", help, "FILE", None, lambda file: Path(file).absolute().parent.is_dir(), folder)
+
+
+class Parser:
+    """Reads one command's flags, and the words before or between them where the command takes any."""
+
+    def __init__(
+        self,
+        prog: str,
+        about: str,
+        sections: Mapping[str, Iterable[Field]],
+        *,
+        words: Field | None = None,
+        hidden: Iterable[Field] = (),
+        derived: Mapping[str, str] | None = None,
+    ) -> None:
+        """Declare a command: its flags under the headings that `--help` shows, and those that it does not list.
+
+        `words` is what stands without a flag, such as run folders. `derived` are names that are no flags, with what to
+        give in their place.
+        """
+        self.prog, self.about, self.words = prog, about, words
+        self._sections = {title: list(flags) for title, flags in sections.items()}
+        shown = [flag for flags in self._sections.values() for flag in flags]
+        self._flags = {flag.name: flag for flag in (*hidden, *shown)}
+        self._derived = derived or {}
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return name to value for what was given, and for flags that have a default.
+
+        `--help` prints and ends the program. A bare `--debug` is left to `run_command`.
+
+        Raises:
+            UsageError: for what is unknown, given twice, missing, or of another type.
+        """
+        if {"-h", "--help"} & set(argv):
+            print(self.help())
+            sys.exit(0)
+        given: dict[str, Any] = {}
+        loose, rest = [], list(argv)
+        while rest:
+            word = rest.pop(0)
+            if not _FLAG.match(word):
+                loose.append(word)
+                continue
+            name, equals, value = word.removeprefix("--").partition("=")
+            if name == "debug" and not equals and not self._takes_debug(rest):
+                continue
+            flag = self.flag(name)
+            if name in given:
+                raise UsageError(f"--{name} is given twice")
+            given[name] = self._value(flag, [value] if equals else self._following(flag, rest))
+        given |= self._loose(loose)
+        return {name: flag.default for name, flag in self._flags.items() if flag.default is not ABSENT} | given
+
+    def flag(self, name: str) -> Field:
+        """Return a flag, or refuse an unknown one with the nearest."""
+        if name in self._flags:
+            return self._flags[name]
+        if name in self._derived:
+            raise UsageError(f"--{name} is not set by hand; it follows from {self._derived[name]}")
+        raise UsageError(f"unknown flag --{name}.{nearest(name, self._flags)} --help lists the flags")
+
+    def _takes_debug(self, rest: Sequence[str]) -> bool:
+        """Whether `--debug` is SFTConfig's own, which has a value."""
+        return "debug" in self._flags and self.words is None and bool(rest) and not _FLAG.match(rest[0])
+
+    def _following(self, flag: Field, rest: list[str]) -> list[str]:
+        """Take the words that belong to a flag from those after it."""
+        count = next((at for at, word in enumerate(rest) if _FLAG.match(word)), len(rest))
+        taken = rest[: count if flag.takes_list else min(count, 1)]
+        if flag.is_switch and (not taken or (self.words is not None and not _is_value(flag, taken))):
+            return ["true"]
+        del rest[: len(taken)]
+        return taken
+
+    def _value(self, flag: Field, words: Sequence[str]) -> Any:
+        try:
+            return flag.parse(words)
+        except UsageError as error:
+            raise UsageError(f"--{error}") from error
+
+    def _loose(self, loose: Sequence[str]) -> dict[str, Any]:
+        """Name the words that belong to no flag, after refusing an empty one, one too many and none."""
+        words = self.words
+        extra = list(loose if words is None else [] if words.takes_list else loose[1:])
+        if extra or "" in loose:
+            raise UsageError(f"unexpected word {[*extra, ''][0]!r}; flags start with --")
+        if words is None:
+            return {}
+        if not loose and words.default is ABSENT:
+            raise UsageError(f"{words.metavar} is missing: {words.help}. {self.prog} --help says more")
+        return {words.name: list(loose) if words.takes_list else [*loose, words.default][0]}
+
+    def help(self) -> str:
+        """Return what `--help` prints."""
+        word = f" {self.words.metavar}{' ...' if self.words.takes_list else ''}" if self.words else ""
+        lines = [f"usage: {self.prog}{word} [--flag value ...]", "", *textwrap.wrap(self.about, _WIDTH)]
+        lines += ["", *_described(self.words.metavar, self.words.help)] if self.words else []
+        for title, flags in self._sections.items():
+            lines += ["", f"{title}:", *(line for flag in flags for line in _described(_with_value(flag), flag.help))]
+        return "\n".join([*lines, *_described("--debug", "show the traceback of an error")])
+
+
+def _with_value(flag: Field) -> str:
+    value = flag.metavar or flag.annotation.replace(" ", "")
+    return f"--{flag.name}" + ("" if value == "bool" else f" {value}{' ...' if flag.takes_list else ''}")
+
+
+def _is_value(flag: Field, words: Sequence[str]) -> bool:
+    try:
+        flag.parse(words)
+    except UsageError:
+        return False
+    return True
+
+
+def _described(name: str, text: str) -> list[str]:
+    lines = textwrap.wrap(text, _WIDTH - _COLUMN)
+    head = f"  {name}"
+    if len(head) < _COLUMN and lines:
+        head += " " * (_COLUMN - len(head)) + lines.pop(0)
+    return [head, *(" " * _COLUMN + line for line in lines)]
+
+
+def argv_of(flags: Mapping[str, Any]) -> list[str]:
+    """Return the command line that `Parser.parse` reads as these values."""
+    return [word for name, value in flags.items() for word in _written(name, value)]
+
+
+def _written(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(i, str) and _PLAIN.fullmatch(i) for i in value):
+        return [f"--{name}", *value]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return [f"--{name}={text}"] if _FLAG.match(text) else [f"--{name}", text]
