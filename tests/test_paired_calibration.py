@@ -161,7 +161,7 @@ def test_the_bootstrap_covers() -> None:
 # Tasks that ask the same documents, or of the same subjects
 
 
-def two_tasks(share: float, spread: float, seed: int, n: int = 400) -> Callable[[float], dict[str, TaskScores]]:
+def two_tasks(share: float, spread: float, seed: int, n: int = 600) -> Callable[[float], dict[str, TaskScores]]:
     """Two tasks that share a part of their documents, with their answers, and effects of eight subjects."""
     rng = np.random.default_rng(seed)
 
@@ -193,8 +193,8 @@ def apart(tasks: dict[str, TaskScores]) -> dict[str, TaskScores]:
 @pytest.mark.parametrize("spread", [0.0, 0.05])
 def test_tasks_that_share_documents_and_subjects_do_not_mislead(share: float, spread: float) -> None:
     draw = two_tasks(share, spread, 13)
-    null = rates(overall(draw(0.0), margin=NO_MARGIN).verdict for _ in range(500))
-    at_margin = rates(overall(draw(0.05), margin=0.05).verdict for _ in range(500))
+    null = rates(overall(draw(0.0), margin=NO_MARGIN).verdict for _ in range(1000))
+    at_margin = rates(overall(draw(0.05), margin=0.05).verdict for _ in range(1000))
     print(f"share {share:.0%}, subjects' spread {spread}: {null['different']:.1%}, {at_margin['equivalent']:.1%} false")
     assert null["different"] <= ALLOWED
     assert at_margin["equivalent"] <= ALLOWED
