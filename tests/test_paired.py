@@ -377,3 +377,55 @@ def test_the_others_refuse() -> None:
         needed_documents(0.2, 0.01, difference=0.01)
     with pytest.raises(ComparisonError, match="got sd -1"):
         needed_documents(-1, 0.01)
+
+
+# A table of means, as papers print them: eight cells of MMLU, QLoRA's Table 4 (arXiv 2305.14314)
+
+BF16 = [38.4, 45.6, 47.2, 50.6, 57.7, 60.5, 61.8, 62.5]
+TABLE_4 = {
+    "fp4": ([37.2, 44.0, 47.3, 50.0, 55.9, 58.5, 61.3, 63.3], -0.85, (-1.51, -0.19), "different"),
+    "nf4": ([39.0, 44.5, 47.5, 50.7, 57.3, 59.2, 61.8, 63.9], -0.05, (-0.64, 0.54), "equivalent"),
+}
+
+
+@pytest.mark.parametrize("precision", TABLE_4)
+def test_a_small_table_of_means_has_the_paired_t_interval(precision: str) -> None:
+    scores, difference, interval, verdict = TABLE_4[precision]
+    found = compare(scores, BF16, margin=1.0)
+    assert found.difference == pytest.approx(difference)
+    assert found.interval == pytest.approx(interval, abs=0.005)
+    assert found.verdict == verdict
+    if precision == "nf4":
+        assert found.p_equivalence == pytest.approx(0.009, abs=0.0005)
+
+
+def test_four_losses_and_no_gain_are_no_difference() -> None:
+    before, after = np.ones(880), np.r_[np.zeros(4), np.ones(876)]
+    found = compare(after, before, margin=0.001)
+    assert found.p_difference == pytest.approx(flips(after, before).p) == pytest.approx(0.125)
+    assert found.interval_95[0] < 0 < found.interval_95[1]
+    assert found.verdict == "inconclusive"
+
+
+def test_the_same_questions_asked_twice_are_as_many_as_asked_once() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 2, 300), rng.integers(0, 2, 300)
+    once = compare(a, b, margin=0.01)
+    twice = overall({name: TaskScores(a, b, None, range(300)) for name in ("asked", "asked again")}, margin=0.01)
+    assert twice.interval == pytest.approx(once.interval)
+    assert (twice.n, twice.n_clusters) == (600, 300)
+    subjects = [i % 20 for i in range(300)]
+    of_one = compare(a, b, margin=0.01, clusters=subjects)
+    of_two = overall({name: TaskScores(a, b, subjects) for name in ("asked", "asked again")}, margin=0.01)
+    assert of_two.interval_95 == pytest.approx(of_one.interval_95)
+    assert of_two.n_clusters == 20
+
+
+def test_where_seeds_are_missing_documents_are_not_asked_for() -> None:
+    rng = np.random.default_rng(4)
+    lost = np.array([0.005, 0.031])[:, None]
+    scores = (rng.uniform(size=(2, 20_000)) > lost).astype(float)
+    found = compare(scores, np.ones_like(scores), margin=0.001)
+    assert found.verdict == "inconclusive"
+    assert found.n_needed is None
+    assert found.seeds_needed is not None and found.seeds_needed > 2

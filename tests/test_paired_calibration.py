@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_recipes.comparison.paired import TaskScores, bits_per_byte_difference, compare, needed_documents, overall
+from qlora_recipes.comparison.paired import (
+    TaskScores,
+    bits_per_byte_difference,
+    compare,
+    detectable_difference,
+    needed_documents,
+    overall,
+)
 
 ALLOWED = 0.065  # of 1,500 repetitions of a true 5 %, 2.7 standard errors
 NO_MARGIN = 1e-6  # nothing is equivalent to within it, so that it hides no false "different"
@@ -149,3 +156,93 @@ def test_the_bootstrap_covers() -> None:
         low, high = bits_per_byte_difference(bits, np.zeros(100), sizes, resamples=500).interval
         covered += low < 0.01 < high
     assert 0.86 <= covered / 400 <= 0.94
+
+
+# Tasks that ask the same documents, or of the same subjects
+
+
+def two_tasks(share: float, spread: float, seed: int, n: int = 600) -> Callable[[float], dict[str, TaskScores]]:
+    """Two tasks that share a part of their documents, with their answers, and effects of eight subjects."""
+    rng = np.random.default_rng(seed)
+
+    def draw(mean: float) -> dict[str, TaskScores]:
+        effects = mean + spread * rng.standard_normal(8)
+        tasks, shared = {}, int(share * n)
+        subject, drawn = rng.integers(0, 8, n), rng.uniform(size=n)
+        for name in ("one", "other"):
+            lean = np.clip(effects[subject], -0.2, 0.2)
+            gained, lost = drawn < 0.1 + lean / 2, drawn > 0.9 + lean / 2
+            texts = [*range(shared), *((name, i) for i in range(n - shared))]
+            tasks[name] = TaskScores(gained, lost, subject.tolist() if spread else None, texts)
+            subject = np.r_[subject[:shared], rng.integers(0, 8, n - shared)]
+            drawn = np.r_[drawn[:shared], rng.uniform(size=n - shared)]
+        return tasks
+
+    return draw
+
+
+def apart(tasks: dict[str, TaskScores]) -> dict[str, TaskScores]:
+    """The same scores, of which nobody knows that tasks share anything."""
+    return {
+        name: TaskScores(task.a, task.b, task.clusters and [(name, label) for label in task.clusters])
+        for name, task in tasks.items()
+    }
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_tasks_that_share_documents_and_subjects_do_not_mislead(share: float, spread: float) -> None:
+    draw = two_tasks(share, spread, 13)
+    null = rates(overall(draw(0.0), margin=NO_MARGIN).verdict for _ in range(1000))
+    at_margin = rates(overall(draw(0.05), margin=0.05).verdict for _ in range(1000))
+    print(f"share {share:.0%}, subjects' spread {spread}: {null['different']:.1%}, {at_margin['equivalent']:.1%} false")
+    assert null["different"] <= ALLOWED
+    assert at_margin["equivalent"] <= ALLOWED
+
+
+@pytest.mark.parametrize(("share", "spread"), [(1.0, 0.0), (0.0, 0.05)])
+def test_taken_for_independent_they_mislead(share: float, spread: float) -> None:
+    draw = two_tasks(share, spread, 14)
+    assert rates(overall(apart(draw(0.0)), margin=NO_MARGIN).verdict for _ in range(600))["different"] >= 0.065
+
+
+@pytest.mark.parametrize("flipped", [0.01, 0.03])
+def test_nor_where_flips_are_rare_and_shared(flipped: float) -> None:
+    rng = np.random.default_rng(15)
+
+    def draw(up: float, down: float) -> dict[str, TaskScores]:
+        drawn = rng.uniform(size=500)
+        scores = TaskScores(drawn < up, drawn > 1 - down, None, range(500))
+        return {"asked": scores, "asked again": scores}
+
+    null = [draw(flipped / 2, flipped / 2) for _ in range(300)]
+    at_margin = [draw(flipped / 2 + 0.005, max(flipped / 2 - 0.005, 0)) for _ in range(300)]
+    assert rates(overall(tasks, margin=NO_MARGIN).verdict for tasks in null)["different"] <= ALLOWED
+    assert rates(overall(tasks, margin=0.01).verdict for tasks in at_margin)["equivalent"] <= ALLOWED
+
+
+# Power: what a benchmark can find
+
+
+@pytest.mark.parametrize(("seeds", "power"), [(1, 0.84), (2, 0.18), (5, 0.9)])
+def test_the_power_that_seeds_leave(seeds: int, power: float) -> None:
+    """A true difference of 1.2 points, half a point of noise between seeds, 3,000 documents of which 5 % flip."""
+    rng = np.random.default_rng(16)
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        mean = 0.012 + (0.005 * rng.standard_normal(seeds) if seeds > 1 else np.zeros(1))
+        lean = np.clip(mean, -0.05, 0.05)[:, None]
+        drawn = rng.uniform(size=(seeds, 3000))
+        return drawn < 0.025 + lean / 2, drawn > 0.975 + lean / 2
+
+    found = rates(compare(*draw(), margin=NO_MARGIN).verdict for _ in range(500))["different"]
+    print(f"{seeds} seeds: power {found:.0%}")
+    assert abs(found - power) < 0.08
+
+
+def test_the_detectable_difference_is_found_in_four_of_five() -> None:
+    smallest = detectable_difference(sd=np.sqrt(0.05), documents=3000)
+    found = flip_rates(3000, 0.025 + smallest / 2, 0.025 - smallest / 2, NO_MARGIN, 17, 1500)
+    assert 0.76 <= found["different"] <= 0.84
+    two, five = (detectable_difference(0.2, 3000, seeds=seeds, seed_sd=0.005) for seeds in (2, 5))
+    assert two > 3 * five

@@ -10,36 +10,48 @@ degrees of freedom are written here, from Bell and McCaffrey (2002). Bad input r
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
-from statsmodels.regression.linear_model import WLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import normal_sample_size_one_tail
-from statsmodels.stats.rates import confint_poisson_2indep, test_poisson_2indep, tost_poisson_2indep
+from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
 
+from qlora_recipes.comparison.intervals import (
+    Floats,
+    Integers,
+    Interval,
+    Reading,
+    joined,
+    over_seeds,
+    rare_events,
+    student,
+    widest,
+)
 from qlora_recipes.errors import ComparisonError
 
-Interval = tuple[float, float]
 Verdict = Literal["equivalent", "different", "inconclusive"]
 
 FEW_DIFFER = 100  # above it the two intervals agree within 3 %, and the score test costs 9 ms
-TOO_FEW_DIFFER = 10  # below it, what an unseen document may do is judged by the span of the scores
 FEWEST_TEXTS = 10  # fewer give a bootstrap little but repeats
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Both arms' scores of one task, `(documents,)` or `(seeds, documents)`, and each document's subject."""
+    """Both arms' scores of one task."""
 
     a: ArrayLike
+    """Shape (documents,) or (seeds, documents)."""
     b: ArrayLike
+    """The same of the baseline."""
     clusters: Sequence[Hashable] | None = None
+    """Each document's subject. A subject that recurs in another task is the same one there."""
+    documents: Sequence[Hashable] | None = None
+    """What tells each document from others, such as its hash. One that recurs in another task is the same there."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,9 @@ class Comparison:
     n_clusters: int
     """Subjects; every document is its own where none were given."""
     n_needed: int | None
-    """When inconclusive, the documents that would bring a verdict; None where there are so many already."""
+    """Documents that would bring a verdict on their own; None where they bring one already, or are so many."""
+    seeds_needed: int | None
+    """Seeds that would bring a verdict if these are typical; None for one seed, or where a verdict is there."""
     seed_differences: tuple[float, ...]
     """Mean of a - b of each seed."""
     seed_interval: Interval | None
@@ -70,16 +84,10 @@ class Comparison:
 
 
 class _Sample(NamedTuple):
-    differences: np.ndarray  # (seeds, documents)
-    clusters: np.ndarray  # (documents,), numbered from 0
+    differences: Floats  # (seeds, documents)
+    labelings: list[Integers]  # of the documents, each (documents,): their subject, their text
     span: float  # from the lowest score, or zero, to the highest
-
-
-class _Reading(NamedTuple):
-    interval: Interval
-    interval_95: Interval
-    p_equivalence: float
-    p_difference: float
+    right_or_wrong: bool  # no score but zero and one other
 
 
 def compare(
@@ -99,7 +107,7 @@ def compare(
     Where few documents differ, a score test for rare events is added, and with several seeds a t interval
     over their means. The widest interval and the largest p-values are reported.
     """
-    return _judge([_sample(TaskScores(scores_a, scores_b, clusters))], margin, limited)
+    return _judge(_samples({"": TaskScores(scores_a, scores_b, clusters)}), margin, limited)
 
 
 def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = False) -> Comparison:
@@ -108,7 +116,7 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
     Each task counts the same, as in the leaderboards' average, so that 10,000 documents of one do not drown
     800 of another. What varies is documents and subjects within the tasks: the verdict is about these tasks.
     """
-    samples = [_sample(task, f"task {name}: ") for name, task in tasks.items()]
+    samples = _samples(tasks)
     seeds = {name: len(sample.differences) for name, sample in zip(tasks, samples, strict=True)}
     if len(set(seeds.values())) != 1:
         raise ComparisonError(f"got tasks with {seeds} seeds, expected as many of each; evaluate the rest")
@@ -118,11 +126,12 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
 def _judge(samples: list[_Sample], margin: float, limited: bool) -> Comparison:
     _check_margin(margin, max(sample.span for sample in samples))
     per_seed = np.mean([sample.differences.mean(axis=1) for sample in samples], axis=0)
-    documents = _over_documents(samples, margin)
-    seeds = [_student([(per_seed, np.ones(len(per_seed)))], margin)] if len(per_seed) > 1 else []
-    reading = _widest(documents + seeds)
+    clusters = joined([sample.labelings for sample in samples])
+    documents = _over_documents(samples, clusters, margin)
+    seeds = [over_seeds(per_seed, margin)] if len(per_seed) > 1 else []
+    reading = widest(documents + seeds)
     verdict = _verdict(reading, margin, limited)
-    n = sum(len(sample.clusters) for sample in samples)
+    n = sum(sample.differences.shape[1] for sample in samples)
     needed = _documents_for_a_verdict(documents, n, margin)
     return Comparison(
         difference=float(per_seed.mean()),
@@ -130,118 +139,80 @@ def _judge(samples: list[_Sample], margin: float, limited: bool) -> Comparison:
         verdict=verdict,
         margin=float(margin),
         n=n,
-        n_clusters=sum(int(sample.clusters.max()) + 1 for sample in samples),
-        n_needed=needed if verdict == "inconclusive" and needed > n else None,
+        n_clusters=len(np.unique(np.concatenate(clusters))),
+        n_needed=needed if _verdict(widest(documents), margin, limited) == "inconclusive" and needed > n else None,
+        seeds_needed=_seeds_for_a_verdict(per_seed, margin) if seeds and verdict == "inconclusive" else None,
         seed_differences=tuple(per_seed.tolist()),
         seed_interval=seeds[0].interval if seeds else None,
         limited=limited,
     )
 
 
-def _verdict(reading: _Reading, margin: float, limited: bool) -> Verdict:
+def _verdict(reading: Reading, margin: float, limited: bool) -> Verdict:
     low, high = reading.interval
     if -margin < low and high < margin:
         return "inconclusive" if limited else "equivalent"
-    low, high = reading.interval_95
-    return "different" if low > 0 or high < 0 else "inconclusive"
+    return "different" if reading.p_difference < 0.05 else "inconclusive"
 
 
-def _widest(readings: list[_Reading]) -> _Reading:
-    """The hull of the intervals and the largest p-values: nothing is claimed that one reading denies."""
-    intervals, intervals_95, p_equivalence, p_difference = zip(*readings, strict=True)
-    return _Reading(_hull(intervals), _hull(intervals_95), max(p_equivalence), max(p_difference))
-
-
-def _hull(intervals: Sequence[Interval]) -> Interval:
-    return min(low for low, _ in intervals), max(high for _, high in intervals)
-
-
-def _over_documents(samples: list[_Sample], margin: float) -> list[_Reading]:
-    readings = [_student([_cluster_means(sample) for sample in samples], margin)]
-    n = sum(len(sample.clusters) for sample in samples)
-    # Weighted so that the mean over all documents is the mean over tasks.
-    weights = [n / (len(samples) * len(sample.clusters)) for sample in samples]
-    pairs = list(zip(weights, samples, strict=True))
-    events = np.concatenate([weight * sample.differences.mean(axis=0) for weight, sample in pairs])
-    if np.count_nonzero(events) < FEW_DIFFER:
-        span = max(weight * sample.span for weight, sample in pairs)
-        readings.append(_rare_events(events, span, margin))
+def _over_documents(samples: list[_Sample], clusters: list[Integers], margin: float) -> list[Reading]:
+    means = [sample.differences.mean(axis=0) for sample in samples]
+    readings = [student(means, clusters, margin)]
+    sizes = list(map(len, means))
+    n = sum(sizes)
+    # Weighted so that the mean over all documents is the mean over tasks; a document of two tasks is one event.
+    weights = [n / (len(samples) * size) for size in sizes]
+    texts = np.unique(np.concatenate([sample.labelings[-1] for sample in samples]), return_inverse=True)[1]
+    weighted = np.repeat(weights, sizes) * np.concatenate(means)
+    events = np.bincount(texts, weights=weighted)
+    differ = np.count_nonzero(events)
+    # Where most documents differ, of a table of ten means say, they are no rare events.
+    if differ < FEW_DIFFER and (all(sample.right_or_wrong for sample in samples) or differ <= len(events) / 2):
+        spans = [
+            np.full(len(each), weight * sample.span)
+            for weight, each, sample in zip(weights, means, samples, strict=True)
+        ]
+        share = len(events) / n
+        span = float(np.bincount(texts, weights=np.concatenate(spans)).max())
+        readings.append(rare_events(events * share, span * share, margin))
     return readings
 
 
-def _cluster_means(sample: _Sample) -> tuple[np.ndarray, np.ndarray]:
-    sizes = np.bincount(sample.clusters)
-    return np.bincount(sample.clusters, weights=sample.differences.mean(axis=0)) / sizes, sizes
-
-
-def _student(parts: list[tuple[np.ndarray, np.ndarray]], margin: float) -> _Reading:
-    """The t interval of the plain mean of parts, each the `(means, sizes)` of its clusters.
-
-    HC2 of means weighted by size is CR2 of the documents (Bell and McCaffrey 2002), and the plain paired t
-    test where each document is its own cluster. Parts join with Welch's degrees of freedom.
-    """
-    fits = [WLS(means, np.ones(len(means)), weights=sizes).fit(cov_type="HC2") for means, sizes in parts]
-    difference = float(np.mean([fit.params[0] for fit in fits]))
-    variances = np.array([fit.bse[0] for fit in fits]) ** 2
-    error = math.sqrt(variances.sum()) / len(fits)
-    shares = variances / variances.sum() if error else np.full(len(fits), 1 / len(fits))
-    t = stats.t(1 / np.sum(shares**2 / [_degrees_of_freedom(sizes) for _, sizes in parts]))
-    half, half_95 = (t.isf([0.05, 0.025]) * error).tolist()
-    with np.errstate(divide="ignore", invalid="ignore"):  # no spread: infinite, and 0 / 0 at a bound
-        z = np.nan_to_num(np.array([margin + difference, margin - difference, abs(difference)]) / error)
-    below, above, beyond = t.sf(z).tolist()
-    return _Reading(
-        (difference - half, difference + half),
-        (difference - half_95, difference + half_95),
-        max(below, above),
-        2 * beyond,
-    )
-
-
-def _degrees_of_freedom(sizes: np.ndarray) -> float:
-    """Satterthwaite's for the CR2 variance of a mean (Bell and McCaffrey 2002, Survey Methodology 28).
-
-    That is clusters - 1 where all are alike, and fewer where a few outweigh the rest: with 6 subjects, one of
-    them 60 % of the documents, clusters - 1 finds a difference that is not there in 14 %, this in 4 %.
-    """
-    share = sizes / sizes.sum()
-    cross = share**2 / (1 - share)
-    return float(1 / (np.sum(share**2) + np.sum(cross) ** 2 - np.sum(cross**2)))
-
-
-def _rare_events(events: np.ndarray, span: float, margin: float) -> _Reading:
-    """The score test of gains against losses, as two Poisson counts among as many documents.
-
-    With few flips the t interval is too short: at 272 documents and a true loss of one point, all of it right
-    to wrong, it is inside a margin of one point in 24 %, the score interval in 6.5 %. Events of unequal size
-    are counted in units of sum(d^2) / sum(|d|), which keeps mean and variance (the scaled Poisson
-    distribution of Bohm and Zech 2014, arXiv 1309.1287); of 0/1 scores that is flips.
-    """
-    size = np.abs(events)
-    unit = np.sum(size**2) / np.sum(size) if np.count_nonzero(size) >= TOO_FEW_DIFFER else span
-    unit = unit or 100 * margin  # all scores are zero: take the margin for one point of a hundred
-    gains, losses = np.sum(size[events > 0]) / unit, np.sum(size[events < 0]) / unit
-    counts, kind = (gains, len(size), losses, len(size)), {"method": "score", "compare": "diff"}
-    with np.errstate(divide="ignore", invalid="ignore"):  # statsmodels forms a ratio too, which is not used
-        p_equivalence = tost_poisson_2indep(*counts, -margin / unit, margin / unit, **kind).pvalue
-        p_difference = test_poisson_2indep(*counts, value=0, **kind).pvalue if gains + losses else 1.0
-        low, high = confint_poisson_2indep(*counts, alpha=0.1, **kind)
-        low_95, high_95 = confint_poisson_2indep(*counts, alpha=0.05, **kind)
-    low, high, low_95, high_95 = (float(unit * bound) for bound in (low, high, low_95, high_95))
-    return _Reading((low, high), (low_95, high_95), float(p_equivalence), float(p_difference))
-
-
-def _documents_for_a_verdict(readings: list[_Reading], n: int, margin: float) -> int:
+def _documents_for_a_verdict(readings: list[Reading], n: int, margin: float) -> int:
     """Where the half widths at 90 and at 95 % add up to the margin, no outcome is inconclusive any more.
 
     The t interval shrinks with the root of the documents, that of rare events about with their number.
     """
-    student, widest = (
-        float(np.ptp(reading.interval) + np.ptp(reading.interval_95)) / 2
-        for reading in (readings[0], _widest(readings))
+    of_t, of_all = (
+        float(np.ptp(reading.interval) + np.ptp(reading.interval_95)) / 2 for reading in (readings[0], widest(readings))
     )
-    sd = student * math.sqrt(n) / float(stats.norm.isf(0.05) + stats.norm.isf(0.025))
-    return max(needed_documents(sd, margin, power=0.95), math.ceil(n * widest / margin))
+    sd = of_t * math.sqrt(n) / float(stats.norm.isf(0.05) + stats.norm.isf(0.025))
+    return max(needed_documents(sd, margin, power=0.95), math.ceil(n * of_all / margin))
+
+
+def _seeds_for_a_verdict(per_seed: Floats, margin: float) -> int | None:
+    """Return the fewest seeds that would decide if their mean and spread stayed; None where 100 would not."""
+    difference, spread = abs(float(per_seed.mean())), float(np.std(per_seed, ddof=1))
+    for seeds in range(len(per_seed) + 1, 101):
+        half, half_95 = (stats.t(seeds - 1).isf([0.05, 0.025]) * spread / math.sqrt(seeds)).tolist()
+        if difference + half < margin or difference > half_95:
+            return seeds
+    return None
+
+
+def detectable_difference(
+    sd: float, documents: int, seeds: int = 1, seed_sd: float = 0.0, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """Return the smallest true difference that would be called *different* with that power.
+
+    `sd` is that of one document's difference, `seed_sd` that of a difference between seeds; the result is in their
+    units. With several seeds both intervals must exclude zero, so the larger of the two figures is returned.
+    """
+    by_documents = (stats.norm.isf(alpha / 2) + stats.norm.isf(1 - power)) * sd / math.sqrt(documents)
+    if seeds == 1:
+        return float(by_documents)
+    by_seeds = TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power) * seed_sd
+    return float(max(by_documents, by_seeds))
 
 
 def needed_documents(sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8) -> int:
@@ -356,23 +327,38 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1].tolist(), strict=True))
 
 
-def _sample(task: TaskScores, where: str = "") -> _Sample:
+def _samples(tasks: Mapping[str, TaskScores]) -> list[_Sample]:
+    """Return the differences of every task, with labels that mean the same in all of them."""
+    numbers: dict[Hashable, int] = {}
+
+    def numbered(labels: Iterable[Hashable]) -> Integers:
+        return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+
+    return [_sample(name, task, numbered) for name, task in tasks.items()]
+
+
+def _sample(name: str, task: TaskScores, numbered: Callable[[Iterable[Hashable]], Integers]) -> _Sample:
+    where = f"task {name}: " if name else ""
     a, b = (np.atleast_2d(_numbers(x, f"{where}scores {arm}")) for arm, x in (("a", task.a), ("b", task.b)))
     if a.shape != b.shape or a.ndim != 2 or not a.size or a.shape[1] < 2:
         raise ComparisonError(
             f"{where}got scores of shape {a.shape} and {b.shape}, expected the same (seeds, documents) of "
             "both, at least 2 documents; align the runs first"
         )
-    span = float(max(a.max(), b.max(), 0.0) - min(a.min(), b.min(), 0.0))
-    if task.clusters is None:
-        return _Sample(a - b, np.arange(a.shape[1]), span)
-    numbers = {label: i for i, label in enumerate(dict.fromkeys(task.clusters))}
-    if len(task.clusters) != a.shape[1] or len(numbers) < 2:
-        raise ComparisonError(
-            f"{where}got {len(task.clusters)} cluster labels, {len(numbers)} of them distinct, for "
-            f"{a.shape[1]} documents, expected one each and 2 distinct; leave clusters out for a single subject"
-        )
-    return _Sample(a - b, np.array([numbers[label] for label in task.clusters]), span)
+    n, labelings = a.shape[1], []
+    if task.clusters is not None:
+        if len(task.clusters) != n or len(set(task.clusters)) < 2:
+            raise ComparisonError(
+                f"{where}got {len(task.clusters)} cluster labels, {len(set(task.clusters))} of them distinct, for "
+                f"{n} documents, expected one each and 2 distinct; leave clusters out for a single subject"
+            )
+        labelings.append(numbered(("subject", label) for label in task.clusters))
+    if task.documents is not None and len(task.documents) != n:
+        raise ComparisonError(f"{where}got {len(task.documents)} document labels for {n} documents, expected one each")
+    labelings.append(numbered(("document", label) for label in task.documents or [(name, i) for i in range(n)]))
+    levels = set(np.unique(a)) | set(np.unique(b)) | {0.0}
+    span = float(max(levels) - min(levels))
+    return _Sample(a - b, labelings, span, right_or_wrong=len(levels) <= 2)
 
 
 def _numbers(values: ArrayLike, what: str) -> np.ndarray:
