@@ -286,5 +286,5 @@ def test_upstream_scores_every_position_on_a_cpu() -> None:
 
 
 def test_the_memory_plan_knows_the_same_tiles() -> None:
-    assert (estimate.TILE_TOKENS, estimate.TILE_CACHED) == (TOKENS, CACHED)
-    assert estimate.SHORT == attention.SHORT
+    assert (step.TILE_TOKENS, step.TILE_CACHED) == (TOKENS, CACHED)
+    assert step.SHORT == attention.SHORT

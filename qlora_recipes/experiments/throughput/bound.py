@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from qlora_recipes.families.family import Sizes
 from qlora_recipes.memory.sizes import linear_shapes, sizes_of
-from qlora_recipes.models import Sizes
 
 _TURNS = 9
 _TOKENS = 2048
