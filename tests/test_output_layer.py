@@ -15,7 +15,7 @@ from trl.trainer import utils
 from qlora_recipes import Recipe
 from qlora_recipes.kernels import attention, output_layer
 from qlora_recipes.kernels.output_layer import CACHED, TOKENS, LogProbs
-from qlora_recipes.memory import estimate
+from qlora_recipes.memory import step
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.training import build
 from qlora_recipes.training.build import build_trainer, load_model
