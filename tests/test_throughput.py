@@ -56,7 +56,7 @@ def test_a_base_of_a_shape_is_loaded_as_that_shape(family: str, hidden: int, tmp
 
 @pytest.mark.parametrize(("family", "hidden"), [("llama2", 1000), ("llama2", 64), ("falcon", 4545), ("falcon", 0)])
 def test_a_width_that_no_heads_make_up_is_refused(family: str, hidden: int) -> None:
-    with pytest.raises(UsageError, match=f"--hidden {hidden}: expected a multiple of"):
+    with pytest.raises(UsageError, match=f"--hidden_size {hidden}: expected a multiple of"):
         models.Shape(family, hidden, 2, 1000).config()
 
 
@@ -129,7 +129,7 @@ def test_the_machine_is_measured_and_the_median_is_taken(monkeypatch: pytest.Mon
         (["--storage", "expandd"], "unknown --storage 'expandd'"),
         (["--rows", "missing.jsonl"], "--rows missing.jsonl: there is no such file"),
         (["--json", "missing/figures.json"], "there is no folder missing"),
-        (["--hidden", "1000"], "--hidden 1000: expected a multiple of 128"),
+        (["--hidden", "1000"], "--hidden_size 1000: expected a multiple of 128"),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(
@@ -154,7 +154,7 @@ def specification(family: str, **others: Any) -> Specification:
         dtype="bfloat16",
         max_length=256,
         steps=2,
-        rank=16,
+        r=16,
         seed=0,
         storage="auto",
     )

@@ -56,8 +56,8 @@ def _check_targets(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise RecipeError(
-                f"lora: target_modules names {target!r}, which {type(base).__name__} does not have; its linear layers are "
-                f"{', '.join(linears)}.{nearest(str(target), linears)}"
+                f"lora: target_modules names {target!r}, which {type(base).__name__} does not have; its linear "
+                f"layers are {', '.join(linears)}.{nearest(str(target), linears)}"
             )
 
 

@@ -69,9 +69,7 @@ def conversation_mask(
     first = torch.zeros_like(later)
     if mask_function(first, first, later - 1, later).any():  # some tokens see later ones
         return dense()
-    begins = (
-        ~mask_function(first, first, later, later - 1)
-    ).nonzero().flatten() + 1  # does not see the token before it
+    begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
     if len(begins) == 0:
         return None
     ends = torch.tensor([0, q_length], device=device)

@@ -96,7 +96,7 @@ def _workloads(settings: Settings, asked: Workload) -> Iterator[Workload]:
 
 
 def _cost(checkpoint_every: int, tokens: int) -> float:
-    """Return the time of a token as a multiple of the shortest: layers that are computed again take half as much more."""
+    """Return the time of a token as a multiple of the shortest; computing a layer again takes half as long."""
     return (1 + (0.5 / checkpoint_every if checkpoint_every else 0)) * (1 + FIXED_TOKENS / tokens)
 
 

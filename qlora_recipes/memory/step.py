@@ -36,7 +36,7 @@ def base_bytes(sizes: Sizes, precision: Precision) -> int:
 
 
 def _stored_bytes(shape: tuple[int, int], precision: Precision) -> int:
-    """Return the bytes of a linear layer, constants and tables included (`QuantState`, `bitsandbytes/functional.py`)."""
+    """Return the bytes of a linear layer, constants and tables included (bitsandbytes' `QuantState`)."""
     inputs, outputs = shape
     weights = inputs * outputs
     if not precision.quantized:

@@ -105,7 +105,12 @@ def measure(asked: argparse.Namespace, folder: Path, length: int | None) -> dict
             turns[arm].append(_in_a_process(arm, asdict(spec), folder))
     arms = {arm: _median(results) for arm, results in turns.items()}
     return {
-        "model": {name: getattr(asked, name) for name in ("family", "hidden", "layers", "standin")},
+        "model": {
+            "family": asked.family,
+            "hidden_size": asked.hidden,
+            "num_hidden_layers": asked.layers,
+            "standin": asked.standin,
+        },
         "rows": {"file": Path(spec.rows).name, "length": length, "max_length": spec.max_length},
         "precision": spec.precision,
         "arms": arms,
@@ -140,7 +145,7 @@ def _specification(asked: argparse.Namespace, folder: Path, kind: type) -> Any:
         dtype=PRECISIONS[asked.precision].dtype or asked.dtype,
         max_length=asked.max_length,
         steps=asked.steps,
-        rank=asked.rank,
+        r=asked.rank,
         seed=0,
         storage=asked.storage if PRECISIONS[asked.precision].quant_type else "auto",
     )
