@@ -98,5 +98,6 @@ class _ByDevice:
 
 def score_supervised_tokens() -> None:
     """Make TRL's trainers score only supervised tokens on a CPU, with the function above."""
-    compact = {"_use_triton": lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)}
-    vars(utils).update(compact, _ChunkedLogProbFunction=_ByDevice)
+    replaced: Any = utils
+    replaced._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)  # "compact" tiles
+    replaced._ChunkedLogProbFunction = _ByDevice

@@ -65,6 +65,7 @@ class RunTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, rows: Sequence[Conversation], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.tokenizer = cast("PreTrainedTokenizerBase", self.processing_class)
         self.count = TokenCount()
         self.signals = StopSignals()
         """The caller puts its own here, which listens to signals; this one does not."""
@@ -107,11 +108,7 @@ class RunTrainer(SFTTrainer):
 
     def _refuse(self, what: str, value: float) -> None:
         step = self.state.global_step + 1
-        non_finite.refuse(what, value, step, self._step_batches, self.rows, self._tokenizer)
-
-    @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return cast("PreTrainedTokenizerBase", self.processing_class)
+        non_finite.refuse(what, value, step, self._step_batches, self.rows, self.tokenizer)
 
     # ---- Stopping ----
 
@@ -169,7 +166,7 @@ class RunTrainer(SFTTrainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict)
-            self._tokenizer.save_pretrained(str(output_dir))
+            self.tokenizer.save_pretrained(str(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card into checkpoints; the run writes its own with its receipt."""

@@ -1,0 +1,100 @@
+"""Private names of libraries: all that the package uses are listed, and none has changed since it was read."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_recipes
+from qlora_recipes.base.upstream import PRIVATE_NAMES, Private
+
+PACKAGE = Path(qlora_recipes.__path__[0])
+LISTED = {private.name for private in PRIVATE_NAMES}
+LIBRARIES = {private.owner.split(".")[0].split(":")[0] for private in PRIVATE_NAMES} | {"accelerate", "bitsandbytes", "peft"}
+STANDARD = {"_actions", "_asdict", "_exit"}
+"""Names of Python's standard library."""
+PRIVATE = re.compile(r"_[a-zA-Z]\w*")
+
+
+def fingerprint(private: Private) -> str:
+    module, _, kind = private.owner.partition(":")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, kind) if kind else owner
+    found = [line.strip() for line in inspect.getsource(owner).splitlines() if re.search(rf"\b{private.name}\b", line)]
+    with suppress(TypeError, OSError):  # attributes of instances have no source of their own
+        found.append(inspect.getsource(getattr(owner, private.name, None)))
+    if owner is torch:
+        found.append(str(getattr(torch.ops.aten, private.name).default._schema))
+    assert found, f"{private.owner} no longer has {private.name}: see {private.used_in}"
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("private", PRIVATE_NAMES, ids=lambda private: f"{private.owner.split(':')[-1]}.{private.name}")
+def test_a_private_name_is_as_it_was_read(private: Private) -> None:
+    assert fingerprint(private) == private.fingerprint, (
+        f"{private.name} has changed in {private.owner}: read it and {private.used_in}, and renew base/upstream.py"
+    )
+    assert re.search(rf"\b{private.name}\b", (PACKAGE / private.used_in).read_text(encoding="utf-8"))
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in PACKAGE.rglob("*.py"):
+        yield path.name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def defined() -> set[str]:
+    """Private names that the package itself defines."""
+    found = set()
+    for _, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+                found.add(node.attr)
+    return found
+
+
+def used(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names that a file reads from an object, asks for by name, or imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            yield from (part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str))
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_private_name_is_used_that_is_not_listed() -> None:
+    known = defined() | LISTED | STANDARD
+    found = {(file, name) for file, tree in trees() for name in used(tree) if PRIVATE.fullmatch(name)}
+    assert not {(file, name) for file, name in found if name not in known}
+
+
+def classes() -> Iterator[type]:
+    for module in pkgutil.walk_packages(qlora_recipes.__path__, "qlora_recipes."):
+        loaded = importlib.import_module(module.name)
+        yield from (each for each in vars(loaded).values() if inspect.isclass(each) and each.__module__ == module.name)
+
+
+def test_no_class_takes_a_private_name_of_its_base_that_is_not_listed() -> None:
+    """Also by accident: a class of ours that calls something `_tokenizer` breaks an SFTTrainer."""
+    for kind in classes():
+        bases = [base for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
+        if not bases:
+            continue
+        source = "\n".join(inspect.getsource(base) for base in bases)
+        for name in set(re.findall(r"\b(?:self\.|def )(_[a-z]\w*)", inspect.getsource(kind))) - LISTED:
+            assert not re.search(rf"\b(self\.|def ){name}\b", source), f"{kind.__name__}.{name} is its base's, too"
