@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import qlora_recipes
-from qlora_recipes.base.upstream import PRIVATE_NAMES, Private
+from qlora_recipes.base.upstream import USED_IN, VERSIONS, Private
 
 PACKAGE = Path(qlora_recipes.__path__[0])
-LISTED = {private.name for private in PRIVATE_NAMES}
-LIBRARIES = {private.owner.split(".")[0].split(":")[0] for private in PRIVATE_NAMES} | {"accelerate", "bitsandbytes", "peft"}
+ENTRIES = [(file, private) for file, names in USED_IN.items() for private in names]
+LISTED = {private.name for _, private in ENTRIES}
+LIBRARIES = {*VERSIONS, "accelerate", "bitsandbytes", "peft"}
 STANDARD = {"_actions", "_asdict", "_exit"}
 """Names of Python's standard library."""
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
@@ -35,21 +36,33 @@ def fingerprint(private: Private) -> str:
         found.append(inspect.getsource(getattr(owner, private.name, None)))
     if owner is torch:
         found.append(str(getattr(torch.ops.aten, private.name).default._schema))
-    assert found, f"{private.owner} no longer has {private.name}: see {private.used_in}"
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
+    assert found, f"{private.owner} no longer has {private.name}"
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:8]
 
 
-@pytest.mark.parametrize("private", PRIVATE_NAMES, ids=lambda private: f"{private.owner.split(':')[-1]}.{private.name}")
-def test_a_private_name_is_as_it_was_read(private: Private) -> None:
-    assert fingerprint(private) == private.fingerprint, (
-        f"{private.name} has changed in {private.owner}: read it and {private.used_in}, and renew base/upstream.py"
+@pytest.mark.parametrize(("file", "private"), ENTRIES, ids=lambda each: each.name if isinstance(each, Private) else "")
+def test_a_private_name_is_as_it_was_read(file: str, private: Private) -> None:
+    found = fingerprint(private)
+    assert found == private.fingerprint, (
+        f"{private.name} of {private.owner} is not what was read in {VERSIONS}: read it again beside {file}, and write "
+        f"{found} into base/upstream.py"
     )
-    assert re.search(rf"\b{private.name}\b", (PACKAGE / private.used_in).read_text(encoding="utf-8"))
+    assert re.search(rf"\b{private.name}\b", (PACKAGE / file).read_text(encoding="utf-8")), f"{file} no longer uses it"
+
+
+def test_the_versions_are_those_that_are_pinned() -> None:
+    text = (PACKAGE.parent / "constraints.txt").read_text(encoding="utf-8").replace("lm-eval", "lm_eval")
+    pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
+    assert {name: pinned[name][: len(version)] for name, version in VERSIONS.items()} == VERSIONS
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
     for path in PACKAGE.rglob("*.py"):
         yield path.name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def defined() -> set[str]:
@@ -61,7 +74,11 @@ def defined() -> set[str]:
                 found.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 found.add(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
                 found.add(node.attr)
     return found
 
@@ -72,7 +89,9 @@ def used(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Attribute):
             yield node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
-            yield from (part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str))
+            yield from (
+                part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)
+            )
         elif isinstance(node, ast.ImportFrom):
             yield from (alias.name for alias in node.names)
 
@@ -93,8 +112,7 @@ def test_no_class_takes_a_private_name_of_its_base_that_is_not_listed() -> None:
     """Also by accident: a class of ours that calls something `_tokenizer` breaks an SFTTrainer."""
     for kind in classes():
         bases = [base for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
-        if not bases:
-            continue
-        source = "\n".join(inspect.getsource(base) for base in bases)
-        for name in set(re.findall(r"\b(?:self\.|def )(_[a-z]\w*)", inspect.getsource(kind))) - LISTED:
+        source = "\n".join(inspect.getsource(base) for base in bases if base.__module__ != "torch._C")
+        listed = {each.name for each in USED_IN.get(kind.__module__.partition(".")[2].replace(".", "/") + ".py", ())}
+        for name in set(re.findall(r"\b(?:self\.|def )(_[a-z]\w*)", inspect.getsource(kind))) - listed:
             assert not re.search(rf"\b(self\.|def ){name}\b", source), f"{kind.__name__}.{name} is its base's, too"

@@ -1,15 +1,15 @@
-"""Every private name of a library that this package calls, overrides or replaces, in one list. Imports nothing.
+"""Every private name of a library that this package calls, overrides or replaces. Imports nothing of the libraries.
 
-Private names change without notice. tests/test_upstream.py fails when the source of one has changed since it was read
-here, and when the package uses one that is not listed. To renew an entry, read the new source and the code that uses
-it, then write down the fingerprint that the test prints. Defects that upstream has are in `repairs.py`.
+Private names change without notice. tests/test_upstream.py fails when the source of one is no longer what was read, and
+when the package uses one that is not listed. To renew an entry, read the new source and the file here that uses the
+name, then write down the fingerprint that the test prints. What upstream does wrong is in `repairs.py`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-VERSIONS = "torch 2.13, transformers 5.23, trl 1.16, lm-eval 0.4.9, evaluate 0.4.6"
+VERSIONS = {"torch": "2.13", "transformers": "5.23", "trl": "1.16", "lm_eval": "0.4.13", "evaluate": "0.4.6"}
 """What the entries were read in."""
 
 
@@ -21,60 +21,63 @@ class Private(NamedTuple):
     name: str
     fingerprint: str
     """Hash of its source and of the lines of its owner that mention it."""
-    used_in: str
-    """File of this package."""
     reason: str
+    """What it is used for or, if it is overridden or replaced, what is wrong with upstream's."""
     until: str
-    """What would make the entry unnecessary."""
+    """When the entry can go."""
 
 
 _TRAINER, _SFT = "transformers.trainer:Trainer", "trl.trainer.sft_trainer:SFTTrainer"
-_OURS, _LM = "training/trainer.py", "lm_eval.models.huggingface:HFLM"
-_RESUMED = "a resumed run loses it, because checkpoints do not hold it"
-_HELD = "a checkpoint of upstream holds it"
-_DOCUMENTED = "never: overriding it is the documented way"
+_CONFIG = "transformers.configuration_utils:PreTrainedConfig"
+_TOKENIZER = "transformers.tokenization_utils_tokenizers:TokenizersBackend"
+_FALCON = "transformers.models.falcon.modeling_falcon:FalconAttention"
+_LM, _METRIC = "lm_eval.models.huggingface:HFLM", "evaluate.module:EvaluationModule"
 
-PRIVATE_NAMES = (
-    Private(_TRAINER, "_run_epoch", "0d37ba76df5f", _OURS, "takes one step too many when no step is left", "it checks first"),
-    Private(_TRAINER, "_finalize_training", "3d1605f103a5", _OURS, "deletes checkpoints unchecked", "a hook before it"),
-    Private(_TRAINER, "_get_grad_norm", "d9290d357b7d", _OURS, "the norm, before it is applied", "on_pre_optimizer_step has it"),
-    Private(_TRAINER, "_get_output_dir", "455c34a21678", _OURS, "saves under another name first", "saving is atomic upstream"),
-    Private(_TRAINER, "_save_checkpoint", "655fd00d1a0f", _OURS, "writes in place and rotates unchecked", "saving is atomic upstream"),
-    Private(_SFT, "_save_checkpoint", "3b1433b99717", _OURS, "stands between ours and Trainer's", "saving is atomic upstream"),
-    Private(_TRAINER, "_save", "7df2bfe705d2", _OURS, "writes training_args.bin, a pickle", "it can be told not to"),
-    Private(_TRAINER, "_load_best_model", "0de30ee83294", _OURS, "freezes the adapter", "the adapter stays trainable"),
-    Private(_TRAINER, "_evaluate", "7cfde4230969", _OURS, "does an evaluation that a fault prevented", "upstream resumes it"),
-    Private(_TRAINER, "_determine_best_metric", "7f685d259403", _OURS, "as above, for the best checkpoint", "upstream resumes it"),
-    Private(_TRAINER, "_tr_loss", "bcae5253513f", _OURS, _RESUMED, _HELD),
-    Private(_TRAINER, "_globalstep_last_logged", "dd0b3fccb37d", _OURS, _RESUMED, _HELD),
-    Private(_SFT, "_metrics", "d7c231d886c9", _OURS, _RESUMED, _HELD),
-    Private(_SFT, "_total_train_tokens", "346721ad1d12", _OURS, _RESUMED, _HELD),
-    Private("trl.trainer.utils", "_use_triton", "daba93371fee", "kernels/output_layer.py", "a CPU gets the GPU's tiles", "as below"),
-    Private(
-        "trl.trainer.utils", "_ChunkedLogProbFunction", "b81616cb60c8", "kernels/output_layer.py",
-        "scores every token in float32, twice", "TRL's is as fast on a CPU (docs/performance.md)",
+# fmt: off
+USED_IN = {
+    "training/trainer.py": (  # docs/trainer.md
+        Private(_TRAINER, "_run_epoch", "0d37ba76", "takes a step when none is left", "it checks first"),
+        Private(_TRAINER, "_finalize_training", "3d1605f1", "deletes checkpoints unchecked", "a callback runs before"),
+        Private(_TRAINER, "_get_grad_norm", "d9290d35", "the norm before it is applied", "a callback has it"),
+        Private(_TRAINER, "_get_output_dir", "455c34a2", "saves in place", "saving is atomic"),
+        Private(_TRAINER, "_save_checkpoint", "655fd00d", "saves in place, deletes unchecked", "saving is atomic"),
+        Private(_SFT, "_save_checkpoint", "3b1433b9", "is called between the two", "saving is atomic"),
+        Private(_TRAINER, "_save", "7df2bfe7", "writes training_args.bin, a pickle", "it can be told not to"),
+        Private(_TRAINER, "_load_best_model", "0de30ee8", "freezes the adapter", "the adapter stays trainable"),
+        Private(_TRAINER, "_evaluate", "7cfde423", "resumes an evaluation", "upstream does it"),
+        Private(_TRAINER, "_determine_best_metric", "7f685d25", "ranks that evaluation", "upstream does it"),
+        Private(_TRAINER, "_tr_loss", "bcae5253", "is lost when a run resumes", "checkpoints hold it"),
+        Private(_TRAINER, "_globalstep_last_logged", "dd0b3fcc", "is lost when a run resumes", "checkpoints hold it"),
+        Private(_SFT, "_metrics", "d7c231d8", "is lost when a run resumes", "checkpoints hold it"),
+        Private(_SFT, "_total_train_tokens", "346721ad", "is lost when a run resumes", "checkpoints hold it"),
     ),
-    Private("trl.kernels.chunked_logprob", "_use_triton", "cc520b91b50e", "kernels/output_layer.py", "is still asked", "as above"),
-    Private("torch", "_softmax_backward_data", "2827cddc7f79", "kernels/attention.py", "softmax's gradient", "it has a public name"),
-    Private(
-        "transformers.models.falcon.modeling_falcon:FalconAttention", "_split_heads", "e6674f3c855c", "base/repairs.py",
-        "splits the fused product", "route_falcon_attention is not needed",
+    "training/build.py": (
+        Private(_CONFIG, "_attn_implementation", "a62d7600", "the attention in use", "it has a public name"),
     ),
-    Private(
-        "transformers.tokenization_utils_tokenizers:TokenizersBackend", "_tokenizer", "5a4e17a9e5a1", "base/repairs.py",
-        "replaces the merges", "merge_spaces_last is not needed",
+    "kernels/output_layer.py": (
+        Private("trl.trainer.utils", "_use_triton", "daba9337", "has a CPU score every token", "it does not"),
+        Private("trl.trainer.utils", "_ChunkedLogProbFunction", "b81616cb", "is slow on a CPU", "it is as fast"),
+        Private("trl.kernels.chunked_logprob", "_use_triton", "cc520b91", "decides for a GPU", "the two above can go"),
     ),
-    Private(
-        "transformers.configuration_utils:PreTrainedConfig", "_commit_hash", "aa8e91fec1b0", "base/loading.py",
-        "the commit that was loaded", "it has a public name",
+    "kernels/attention.py": (
+        Private("torch", "_softmax_backward_data", "2827cddc", "the gradient of softmax", "it has a public name"),
     ),
-    Private(
-        "transformers.configuration_utils:PreTrainedConfig", "_attn_implementation", "a62d7600635f", "training/build.py",
-        "the attention that was chosen", "it has a public name",
+    "base/loading.py": (
+        Private(_CONFIG, "_commit_hash", "aa8e91fe", "the commit that was loaded", "it has a public name"),
     ),
-    Private(_LM, "_loglikelihood_tokens", "c677997b413c", "evaluation/language_model.py", "scores by position", _DOCUMENTED),
-    Private(_LM, "_model_call", "71a2a7231978", "evaluation/language_model.py", "computes under autocast", _DOCUMENTED),
-    Private(_LM, "_model_generate", "59ca30373f9b", "evaluation/language_model.py", "is refused", _DOCUMENTED),
-    Private("evaluate.module:EvaluationModule", "_info", "c536f8c9b409", "evaluation/metrics.py", "a metric's name", _DOCUMENTED),
-    Private("evaluate.module:EvaluationModule", "_compute", "8103b89d3fe8", "evaluation/metrics.py", "a metric", _DOCUMENTED),
-)  # fmt: skip
+    "base/repairs.py": (
+        Private(_FALCON, "_split_heads", "e6674f3c", "splits the fused product", "route_falcon_attention can go"),
+        Private(_TOKENIZER, "_tokenizer", "5a4e17a9", "holds the merges", "merge_spaces_last can go"),
+    ),
+    "evaluation/language_model.py": (
+        Private(_LM, "_loglikelihood_tokens", "c677997b", "does not count truncations", "lm-eval counts them"),
+        Private(_LM, "_model_call", "71a2a723", "does not show progress", "lm-eval shows it"),
+        Private(_LM, "_model_generate", "59ca3037", "does not show progress", "lm-eval shows it"),
+    ),
+    "evaluation/metrics.py": (
+        Private(_METRIC, "_info", "c536f8c9", "is meant to be overridden", "metrics are functions"),
+        Private(_METRIC, "_compute", "8103b89d", "is meant to be overridden", "metrics are functions"),
+    ),
+}
+# fmt: on
+"""File of this package -> the private names in it."""
