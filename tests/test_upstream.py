@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import SFTTrainer
 
 import qlora_recipes
 from qlora_recipes.base.upstream import USED_IN, VERSIONS, Private
+from qlora_recipes.training.trainer import RunTrainer, _Faults
 
 PACKAGE = Path(qlora_recipes.__path__[0])
 ENTRIES = [(file, private) for file, names in USED_IN.items() for private in names]
@@ -116,3 +118,13 @@ def test_no_class_takes_a_private_name_of_its_base_that_is_not_listed() -> None:
         listed = {each.name for each in USED_IN.get(kind.__module__.partition(".")[2].replace(".", "/") + ".py", ())}
         for name in set(re.findall(r"\b(?:self\.|def )(_[a-z]\w*)", inspect.getsource(kind))) - listed:
             assert not re.search(rf"\b(self\.|def ){name}\b", source), f"{kind.__name__}.{name} is its base's, too"
+
+
+def test_the_page_of_the_trainer_has_every_override_and_every_event() -> None:
+    """What docs/trainer.md tells is there, and what is there it tells."""
+    page = (PACKAGE.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+    overridden = {name for name in vars(RunTrainer) if name in dir(SFTTrainer) and not name.startswith("__")}
+    events = {name for name in vars(_Faults) if name.startswith("on_")}
+    assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == overridden | events
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", page))
