@@ -11,19 +11,37 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from trl import SFTTrainer
 
 import qlora_recipes
-from qlora_recipes.base.upstream import USED_IN, VERSIONS, Private
 from qlora_recipes.training.trainer import RunTrainer, _Faults
 
 PACKAGE = Path(qlora_recipes.__path__[0])
-ENTRIES = [(file, private) for file, names in USED_IN.items() for private in names]
-LISTED = {private.name for _, private in ENTRIES}
-LIBRARIES = {*VERSIONS, "accelerate", "bitsandbytes", "peft"}
+DOCS = PACKAGE.parent / "docs"
+
+
+class Private(NamedTuple):
+    """One row of docs/upstream.md."""
+
+    file: str
+    owner: str
+    name: str
+    reason: str
+    until: str
+    fingerprint: str
+
+
+PAGE = (DOCS / "upstream.md").read_text(encoding="utf-8")
+ENTRIES = [
+    Private(*row.replace("`", "").strip("| ").split(" | ")) for row in PAGE.splitlines() if row.startswith("| `")
+]
+VERSIONS = dict(re.findall(r"([\w-]+) (\d[\d.]*\d)", PAGE.partition("Read in ")[2].partition("\n")[0]))
+LISTED = {private.name for private in ENTRIES}
+LIBRARIES = {*VERSIONS, "lm_eval", "accelerate", "bitsandbytes", "peft"}
 STANDARD = {"_actions", "_asdict", "_exit"}
 """Names of Python's standard library."""
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
@@ -42,18 +60,18 @@ def fingerprint(private: Private) -> str:
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:8]
 
 
-@pytest.mark.parametrize(("file", "private"), ENTRIES, ids=lambda each: each.name if isinstance(each, Private) else "")
-def test_a_private_name_is_as_it_was_read(file: str, private: Private) -> None:
+@pytest.mark.parametrize("private", ENTRIES, ids=lambda private: private.name)
+def test_a_private_name_is_as_it_was_read(private: Private) -> None:
     found = fingerprint(private)
     assert found == private.fingerprint, (
-        f"{private.name} of {private.owner} is not what was read in {VERSIONS}: read it again beside {file}, and write "
-        f"{found} into base/upstream.py"
+        f"{private.name} of {private.owner} is not what was read in {VERSIONS}: read it again beside {private.file}, "
+        f"and write {found} into docs/upstream.md"
     )
-    assert re.search(rf"\b{private.name}\b", (PACKAGE / file).read_text(encoding="utf-8")), f"{file} no longer uses it"
+    assert re.search(rf"\b{private.name}\b", (PACKAGE / private.file).read_text(encoding="utf-8")), "no longer used"
 
 
 def test_the_versions_are_those_that_are_pinned() -> None:
-    text = (PACKAGE.parent / "constraints.txt").read_text(encoding="utf-8").replace("lm-eval", "lm_eval")
+    text = (PACKAGE.parent / "constraints.txt").read_text(encoding="utf-8")
     pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
     assert {name: pinned[name][: len(version)] for name, version in VERSIONS.items()} == VERSIONS
 
@@ -115,14 +133,15 @@ def test_no_class_takes_a_private_name_of_its_base_that_is_not_listed() -> None:
     for kind in classes():
         bases = [base for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
         source = "\n".join(inspect.getsource(base) for base in bases if base.__module__ != "torch._C")
-        listed = {each.name for each in USED_IN.get(kind.__module__.partition(".")[2].replace(".", "/") + ".py", ())}
+        file = kind.__module__.partition(".")[2].replace(".", "/") + ".py"
+        listed = {private.name for private in ENTRIES if private.file == file}
         for name in set(re.findall(r"\b(?:self\.|def )(_[a-z]\w*)", inspect.getsource(kind))) - listed:
             assert not re.search(rf"\b(self\.|def ){name}\b", source), f"{kind.__name__}.{name} is its base's, too"
 
 
 def test_the_page_of_the_trainer_has_every_override_and_every_event() -> None:
     """What docs/trainer.md tells is there, and what is there it tells."""
-    page = (PACKAGE.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+    page = (DOCS / "trainer.md").read_text(encoding="utf-8")
     overridden = {name for name in vars(RunTrainer) if name in dir(SFTTrainer) and not name.startswith("__")}
     events = {name for name in vars(_Faults) if name.startswith("on_")}
     assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == overridden | events

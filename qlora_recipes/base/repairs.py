@@ -7,6 +7,7 @@ it did something. Tests show each defect without its repair, and fail with a mes
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -57,24 +58,11 @@ def separate_packed_falcon() -> bool:
         kwargs.setdefault("position_ids", current[0])
         return plain_mask(*args, **kwargs)
 
-    def forward_with_positions(
-        self: Any,
-        input_ids: Any = None,
-        past_key_values: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        **kw: Any,
-    ) -> Any:
-        current[0] = position_ids
+    @functools.wraps(forward)
+    def forward_with_positions(*args: Any, **kwargs: Any) -> Any:
+        current[0] = kwargs.get("position_ids")
         try:
-            return forward(
-                self,
-                input_ids=input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **kw,
-            )
+            return forward(*args, **kwargs)
         finally:
             current[0] = None
 
@@ -92,32 +80,24 @@ def route_falcon_attention(name: str) -> bool:
     takes: the scores of every head are computed in float32.
     """
     from transformers import AttentionInterface
-    from transformers.models.falcon import modeling_falcon
 
-    if name in modeling_falcon.FALCON_ATTENTION_CLASSES:
+    falcon = _falcon()
+    if name in falcon.FALCON_ATTENTION_CLASSES:
         return False
 
-    class RoutedFalconAttention(modeling_falcon.FalconAttention):
-        def forward(  # type: ignore[override]  # only what FalconDecoderLayer passes
-            self: Any,
-            hidden_states: Any,
-            alibi: Any,
-            attention_mask: Any,
-            layer_past: Any = None,
-            position_embeddings: Any = None,
-            **_: Any,
-        ) -> Any:
-            heads = self._split_heads(self.query_key_value(hidden_states))
-            query, key, value = (part.transpose(1, 2) for part in heads)
-            query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
-            if layer_past is not None:
-                key, value = layer_past.update(key, value, self.layer_idx)
-            self.num_key_value_groups = query.shape[1] // key.shape[1]  # which attention functions read
-            attention = AttentionInterface()[name]
-            output, _ = attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)
-            return self.dense(output.flatten(2)), None
+    def forward(self: Any, hidden_states: Any, alibi: Any, attention_mask: Any, **given: Any) -> Any:
+        heads = self._split_heads(self.query_key_value(hidden_states))
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        query, key = falcon.apply_rotary_pos_emb(query, key, *given["position_embeddings"])
+        if given.get("layer_past") is not None:
+            key, value = given["layer_past"].update(key, value, self.layer_idx)
+        self.num_key_value_groups = query.shape[1] // key.shape[1]  # which attention functions read
+        attention = AttentionInterface()[name]
+        output, _ = attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)
+        return self.dense(output.flatten(2)), None
 
-    modeling_falcon.FALCON_ATTENTION_CLASSES[name] = RoutedFalconAttention
+    routed = type("RoutedFalconAttention", (falcon.FalconAttention,), {"forward": forward})
+    falcon.FALCON_ATTENTION_CLASSES[name] = routed
     return True
 
 
