@@ -9,7 +9,6 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +51,11 @@ def fingerprint(private: Private) -> str:
     owner = importlib.import_module(module)
     owner = getattr(owner, kind) if kind else owner
     found = [line.strip() for line in inspect.getsource(owner).splitlines() if re.search(rf"\b{private.name}\b", line)]
-    with suppress(TypeError, OSError):  # attributes of instances have no source of their own
-        found.append(inspect.getsource(getattr(owner, private.name, None)))
+    value = getattr(owner, private.name, None)
+    if (
+        getattr(value, "__module__", None) == module and owner is not torch
+    ):  # neither an instance's nor replaced by ours
+        found.append(inspect.getsource(value))
     if owner is torch:
         found.append(str(getattr(torch.ops.aten, private.name).default._schema))
     assert found, f"{private.owner} no longer has {private.name}"
