@@ -1,6 +1,6 @@
 """The models a recipe can name: hub id, revision, chat template, pad rule, LoRA targets and sizes.
 
-Arithmetic and names only; knows nothing of weights, and imports no torch.
+Names and numbers only; knows nothing about weights, and imports no torch.
 """
 
 from __future__ import annotations
@@ -9,42 +9,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The dimensions of a decoder, under the names the Transformers configurations give them."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    vocab_size: int
-    gated_mlp: bool
-    """Three MLP matrices (gate, up, down) as in Llama, or two as in Falcon."""
-    tied_embeddings: bool
-    """Whether the output layer is the embedding matrix."""
+from qlora_recipes.families.falcon import FALCON
+from qlora_recipes.families.family import Sizes
+from qlora_recipes.families.llama import LLAMA
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One base model and everything a recipe must know of it."""
+    """One base model and everything a recipe must know about it."""
 
     hub_id: str
     """Repository on the hub, or a local folder."""
 
     revision: str
-    """Commit that is loaded, so that a run can be repeated when the repository moves on."""
+    """Commit to load, so that a run can be repeated after the repository has changed."""
 
     family: str
-    """Architecture, and the name of the stand-in that `--demo` puts in its place."""
+    """Name of the stand-in that `--demo` puts in its place; the architecture is `sizes.family`."""
 
     chat_template: ChatTemplate
 
     pad_token: str
-    """A token of the vocabulary that no conversation holds. Never the end-of-turn token, which would then be
-    taken for padding and left out of the loss by some collators; never a new token, which resizes the embedding."""
+    """A token of the vocabulary that no conversation contains. Never the end-of-turn token, which some collators would
+    then take for padding and leave out of the loss; never a new token, which resizes the embedding."""
 
     linear_layers: tuple[str, ...]
     """Names of every linear layer inside a decoder block, the default LoRA targets."""
@@ -52,10 +39,10 @@ class ModelSpec:
     sizes: Sizes
 
     tokenizer: Mapping[str, object] = field(default_factory=dict)
-    """Keyword arguments for the tokenizer, with their reason beside them."""
+    """Keyword arguments for the tokenizer, each with its reason next to it."""
 
     spaces_merge_last: bool = False
-    """Whether pretraining's sentencepiece joined runs of spaces after all other pieces (by scores of -1e9)."""
+    """Whether the sentencepiece of pretraining joined runs of spaces after all other pieces (by scores of -1e9)."""
 
 
 LLAMA_2_7B_CHAT = ModelSpec(
@@ -64,15 +51,15 @@ LLAMA_2_7B_CHAT = ModelSpec(
     family="llama2",
     chat_template=LLAMA_2_CHAT,
     pad_token="<unk>",  # byte fallback leaves <unk> without a use
-    linear_layers=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    linear_layers=LLAMA.linear_layers,
     sizes=Sizes(
+        family=LLAMA,
         hidden_size=4096,
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=32,
         intermediate_size=11008,
         vocab_size=32000,
-        gated_mlp=True,
         tied_embeddings=False,
     ),
     # Meta encodes each turn as "▁[", "INST"; without legacy=True Transformers 5 gives "[", "INST" after <s>,
@@ -87,15 +74,15 @@ FALCON_7B = ModelSpec(
     family="falcon",
     chat_template=FALCON_CHAT,
     pad_token=">>SUFFIX<<",  # reserved in the vocabulary; <|endoftext|> ends the answers
-    linear_layers=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    linear_layers=FALCON.linear_layers,
     sizes=Sizes(
+        family=FALCON,
         hidden_size=4544,
         num_hidden_layers=32,
         num_attention_heads=71,
         num_key_value_heads=1,
         intermediate_size=18176,
         vocab_size=65024,
-        gated_mlp=False,
         tied_embeddings=True,
     ),
 )

@@ -111,7 +111,7 @@ def test_of_the_ways_that_fit_the_fastest_is_taken() -> None:
         work = workload_of(asked, here.device)
         fitting_ways = [
             way
-            for way in fitting._ways(asked, replace(work, storage="packed"))
+            for way in fitting._workloads(asked, replace(work, storage="packed"))
             if training_memory(sizes_for(asked), asked.precision, way).total <= here.bytes
         ]
         if not fitting_ways:

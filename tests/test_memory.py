@@ -17,8 +17,9 @@ from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.memory import estimate
-from qlora_recipes.memory.estimate import GIB, Memory, base_bytes, largest_micro_batch, plan, training_memory
+from qlora_recipes.memory.estimate import GIB, Memory, largest_micro_batch, plan, training_memory
 from qlora_recipes.memory.sizes import adapter_parameters, linear_shapes, parameter_count, sizes_of
+from qlora_recipes.memory.step import base_bytes
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 from qlora_recipes.precision import PRECISIONS

@@ -15,7 +15,7 @@ from trl.trainer import utils
 from qlora_recipes import Recipe
 from qlora_recipes.kernels import attention, output_layer
 from qlora_recipes.kernels.output_layer import CACHED, TOKENS, LogProbs
-from qlora_recipes.memory import estimate
+from qlora_recipes.memory import step
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.training import build
 from qlora_recipes.training.build import build_trainer, load_model
@@ -286,5 +286,5 @@ def test_upstream_scores_every_position_on_a_cpu() -> None:
 
 
 def test_the_memory_plan_knows_the_same_tiles() -> None:
-    assert (estimate.TILE_TOKENS, estimate.TILE_CACHED) == (TOKENS, CACHED)
-    assert estimate.SHORT == attention.SHORT
+    assert (step.TILE_TOKENS, step.TILE_CACHED) == (TOKENS, CACHED)
+    assert step.SHORT == attention.SHORT

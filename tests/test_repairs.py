@@ -29,7 +29,7 @@ Tiny = Callable[[str], Path]
 
 
 def mended(repair: str) -> str:
-    return f"upstream has mended what repairs.{repair} is for: take out the repair, where it is called, and this test"
+    return f"upstream has fixed what repairs.{repair} is for: remove the repair, its call, and this test"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_falcon_linears_are_passed_over_without_the_repair(fresh_falcon: ModuleT
 
 def test_falcon_linears_are_quantized_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
     assert repairs.quantize_falcon_linears()
-    assert not repairs.quantize_falcon_linears()  # nothing is left to mend
+    assert not repairs.quantize_falcon_linears()  # nothing is left to fix
     assert linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))) == 8
 
 
@@ -110,7 +110,7 @@ def gradient_around_an_evaluation(model: PreTrainedModel) -> tuple[torch.Tensor,
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit:UserWarning")  # all that the defect says of itself
 def test_an_evaluation_changes_4_bit_gradients_without_the_repair_alone(tiny: Tiny) -> None:
-    """On CPUs with avx512_bf16; on others there is nothing to mend, which the repair must see."""
+    """On CPUs with avx512_bf16; on others there is nothing to fix, which the repair must see."""
     model = in_4_bits(AutoModelForCausalLM, tiny("llama2"))
     repacks = any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
     if repacks:

@@ -15,6 +15,7 @@ ORDER = [
     "masking",
     "chat_templates",
     "formatters",
+    "families",
     "models",
     "precision",
     "fields",

@@ -22,8 +22,10 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError
 from qlora_recipes.experiments.throughput import arms, bound, command, models, results
 from qlora_recipes.experiments.throughput.arms import Specification
+from qlora_recipes.families.family import Sizes
+from qlora_recipes.families.llama import LLAMA
 from qlora_recipes.memory.sizes import linear_shapes, parameter_count, sizes_of
-from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, Sizes
+from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 from qlora_recipes.training.build import prepare_rows
 
 ROOT = Path(__file__).parent.parent
@@ -60,13 +62,13 @@ def test_a_width_that_no_heads_make_up_is_refused(family: str, hidden: int) -> N
 
 
 SMALL = Sizes(
+    family=LLAMA,
     hidden_size=8,
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=2,
     intermediate_size=16,
     vocab_size=100,
-    gated_mlp=True,
     tied_embeddings=False,
 )
 WEIGHTS = 2 * (4 * 8 * 8 + 3 * 8 * 16)
@@ -153,7 +155,7 @@ def specification(family: str, **others: Any) -> Specification:
         dtype="bfloat16",
         max_length=256,
         steps=2,
-        rank=16,
+        r=16,
         seed=0,
         storage="auto",
     )

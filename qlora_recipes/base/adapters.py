@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
 # Initializations that touch the adapter alone and can be repeated in float32. Others (PiSSA, OLoRA, LoftQ, ...)
-# rewrite the base, and with it make another baseline of every precision.
+# rewrite the base, which would make every precision a different baseline.
 _REPEATABLE = (True, "gaussian")
 
 
 def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
     """Return the base with a new float32 adapter, the same for every precision of one seed.
 
-    PEFT gives an adapter the dtype of its layer and casts it to float32 afterwards: beside a 16-bit base the first
-    weights are rounded, beside a 4-bit base they are not. They are drawn again in float32, right after seeding.
+    PEFT gives an adapter the dtype of its layer and casts it to float32 afterwards: on a 16-bit base the first weights
+    are rounded, on a 4-bit base they are not. Here they are drawn again in float32, right after seeding.
 
     Raises:
         RecipeError: when a target module is not in the model.
@@ -42,12 +42,12 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     set_seed(seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and initialization in _REPEATABLE:
-            module.reset_lora_parameters(ADAPTER, initialization)
+            module.reset_lora_parameters(ADAPTER, initialization)  # type: ignore[no-untyped-call]  # not annotated
     return model
 
 
 def _check_targets(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
-    """PEFT takes a list of which one name matches and passes over the others without a word."""
+    """Refuse unknown names; PEFT accepts a list if one name matches and silently ignores the others."""
     targets = lora.get("target_modules")
     if not isinstance(targets, (list, tuple)):
         return
@@ -56,8 +56,8 @@ def _check_targets(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise RecipeError(
-                f"lora: target_modules names {target!r}, which {type(base).__name__} has not; its linear layers are "
-                f"{', '.join(linears)}.{nearest(str(target), linears)}"
+                f"lora: target_modules names {target!r}, which {type(base).__name__} does not have; its linear "
+                f"layers are {', '.join(linears)}.{nearest(str(target), linears)}"
             )
 
 
@@ -87,7 +87,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
             f"no adapter at {folder}: {WEIGHTS} is missing. Expected the adapter/ folder of a finished run"
         )
     try:
-        # Trainable, so that `adapter_tensors` sees the weights and their hash can be held against the receipt.
+        # Trainable, so that `adapter_tensors` sees the weights and their hash can be compared with the receipt.
         model = PeftModel.from_pretrained(
             base, str(folder), adapter_name=ADAPTER, is_trainable=True, use_safetensors=True
         )
@@ -107,19 +107,20 @@ def generate(
     pad: int,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Continue prompts greedily, as one batch, and return what was added to each.
+    """Continue prompts greedily, as one batch, and return the ids added to each.
 
-    An answer that ended by itself ends with the id `end`; one that was cut at `max_new_tokens` does not.
+    An answer that ended by itself ends with the id `end`; one that was truncated at `max_new_tokens` does not.
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
-    output = model.generate(
+    generate_ids = cast("Callable[..., torch.Tensor]", model.generate)  # PEFT passes on the base's, untyped
+    output = generate_ids(
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        temperature=None,  # a chat model's own settings for sampling, which greedy search warns of
+        temperature=None,  # a chat model's own sampling settings, which greedy search warns about
         top_p=None,
         use_cache=True,
         max_new_tokens=max_new_tokens,
@@ -130,5 +131,5 @@ def generate(
 
 
 def _up_to(ids: list[int], end: int) -> list[int]:
-    """Return the ids up to the first `end`, which stays; padding comes after it."""
+    """Return the ids up to and including the first `end`; padding follows it."""
     return ids[: ids.index(end) + 1] if end in ids else ids

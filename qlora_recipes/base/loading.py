@@ -1,4 +1,4 @@
-"""The tokenizer and the base model, repaired, and counted after loading. The only place a base is loaded."""
+"""The tokenizer and the base model, repaired, and counted after loading. The only place that loads a base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_recipes.base import repairs
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError, TemplateError
+from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import row_scales
 from qlora_recipes.models import ModelSpec
@@ -32,14 +33,14 @@ def load_tokenizer(
     """Return the base's tokenizer with the recipe's chat template and pad token.
 
     Raises:
-        ModelError: when it cannot be had.
+        ModelError: when it cannot be loaded.
         TemplateError: when a token that the recipe relies on is not in the vocabulary.
     """
     own = dict(spec.tokenizer, trust_remote_code=trust_remote_code)
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
-    tokenizer.init_kwargs.update(spec.tokenizer)  # or they are not saved, and a reload gives other ids
-    mended = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
-    tokenizer.repairs = ["merge_spaces_last"] if mended else []  # for the receipt
+    tokenizer: Any = _from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
+    tokenizer.init_kwargs.update(spec.tokenizer)  # otherwise they are not saved, and a reload gives other ids
+    repaired = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
+    tokenizer.repairs = ["merge_spaces_last"] if repaired else []  # for the receipt
     if spec.pad_token not in tokenizer.get_vocab():
         raise TemplateError(
             f"{model} has no token {spec.pad_token!r} to pad with, and a new one would resize the embedding; "
@@ -52,7 +53,7 @@ def load_tokenizer(
         )
     tokenizer.chat_template = spec.chat_template.source
     tokenizer.padding_side = "right"
-    return tokenizer
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def load_base(
@@ -67,7 +68,7 @@ def load_base(
     """Return the frozen base, what was counted in it, and the names of the repairs that were made.
 
     Raises:
-        ModelError: when it cannot be had.
+        ModelError: when it cannot be loaded.
         QuantizationError: when a linear layer is not stored as the precision says.
         SetupError: when the device cannot hold or compute in that precision.
     """
@@ -97,17 +98,19 @@ def load_base(
 
 
 def _repair_architecture(config: PretrainedConfig) -> list[str]:
-    if config.model_type != "falcon":
+    """Make the repairs that the family of a model asks for, and return those that a receipt names."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         return []
-    falcon = (repairs.quantize_falcon_linears, repairs.separate_packed_falcon)
-    for repair in falcon:
-        repair()
-    repairs.route_falcon_attention(attention.NAME)
-    return [repair.__name__ for repair in falcon]
+    for name in family.repairs:
+        getattr(repairs, name)()
+    if family.attention_repair:
+        getattr(repairs, family.attention_repair)(attention.NAME)
+    return list(family.repairs)
 
 
 def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
-    """Call a `from_pretrained`, and say in one sentence why it failed."""
+    """Call a `from_pretrained`; if it fails, say in one sentence why."""
     import huggingface_hub.errors as hub
 
     location = model_location(model)
@@ -121,15 +124,15 @@ def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any
 def _reason(error: Exception) -> str:
     import huggingface_hub.errors as hub
 
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-    if any(isinstance(link, hub.GatedRepoError) for link in chain):
-        return "it is gated. Accept its terms on the hub, then run: hf auth login"
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, hub.GatedRepoError):
+            return "it is gated. Accept its terms on the hub, then run: hf auth login"
+        link = link.__cause__ or link.__context__
     first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return (
         f"{first}. Expected a hub id that can be reached, or a folder with config.json and safetensors (--model); "
-        "weights in pickle (.bin, .pt) are never opened, since that can run code"
+        "weights in pickle (.bin, .pt) are never opened, because that can run code"
     )
 
 
@@ -137,7 +140,7 @@ def _check_device(precision: Precision, dtype: str, device: torch.device) -> Non
     if device.type == "cpu" and dtype == "float16":
         raise SetupError(
             "training in float16 needs CUDA: CPUs multiply float16 up to 1,000 times slower than bfloat16, and its "
-            "gradients need a scaler that is made for GPUs. Use --dtype bfloat16, or --precision bf16"
+            "gradients need a scaler that exists for GPUs only. Use --dtype bfloat16, or --precision bf16"
         )
     if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16, or --precision fp16")
@@ -152,10 +155,10 @@ def describe_base(
     revision: str | None,
     dtype: str,
 ) -> BaseReceipt:
-    """Count what lies in memory: linear layers by class, bytes by storage, and a hash of all of it.
+    """Count what is in memory: linear layers by class, bytes by storage, and a hash of all of it.
 
     What should be quantized is counted on an empty model of the same configuration, so that a layer that quantization
-    overlooked is missed here and not there.
+    overlooked still counts as expected.
     """
     with torch.device("meta"):
         blueprint = AutoModelForCausalLM.from_config(config)
@@ -184,7 +187,7 @@ def _linears(model: PreTrainedModel, kind: type[nn.Module]) -> Iterator[nn.Modul
 
 
 def _is_stored_as(module: nn.Module, precision: Precision) -> bool:
-    """Look at the weights themselves: a layer's class says what was meant, not what was done."""
+    """Look at the weights themselves: a layer's class says what was intended, not what was done."""
     weight = module.weight
     if precision.quant_type is None:
         return weight.dtype == torch.int8
@@ -197,8 +200,8 @@ def _check_quantized(receipt: BaseReceipt, precision: Precision) -> None:
     if precision.quantized and not (quantized.found == quantized.expected > 0):
         raise QuantizationError(
             f"{quantized.found} of {quantized.expected} linear layers of {receipt.model} are stored as "
-            f"{precision.name}; found {receipt.linears}. The rest would train in {receipt.dtype} under a wrong name: "
-            "use --precision bf16, or add a repair for this architecture to qlora_recipes/repairs.py"
+            f"{precision.name}; found {receipt.linears}. The rest would train in {receipt.dtype} under the wrong name: "
+            "use --precision bf16, or add a repair for this architecture to qlora_recipes/base/repairs.py"
         )
 
 
@@ -227,9 +230,9 @@ def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def base_sha256(model: nn.Module) -> str:
-    """Return the hash over the stored bytes of a base, the same with an adapter around it and without."""
+    """Return the hash of the stored bytes of a base, the same with and without an adapter around it."""
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(max_workers=8) as threads:  # hashlib lets go of the interpreter: 3.6 GB at 2 GB/s each
+    with ThreadPoolExecutor(max_workers=8) as threads:  # hashlib releases the interpreter: 3.6 GB at 2 GB/s each
         for part in threads.map(_tensor_sha256, *zip(*stored_tensors(model), strict=True)):
             digest.update(part)
     return digest.hexdigest()
@@ -248,7 +251,7 @@ def base_name(name: str) -> str:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor of any dtype, for hashing."""
-    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_tensors(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:

@@ -1,15 +1,16 @@
-"""Upstream defects, one function each: what is wrong, where, since when, and how to tell that it is mended.
+"""Upstream defects, one function each: what is wrong, where, since when, and how to tell that it is fixed.
 
 A repair looks for its defect instead of comparing versions, does nothing where there is none, and returns whether
-it did something. Tests show each defect without its repair, and fail with a message once upstream has mended it.
+it did something. Tests show each defect without its repair, and fail with a message once upstream has fixed it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,85 +26,82 @@ def quantize_falcon_linears() -> bool:
     `is_loaded_in_4bit`, and warns of another method ("eetq"). The subclass multiplies and adds the bias in two
     roundings instead of one; Falcon-7b has no bias, and its float32 logits do not change.
     """
-    from transformers.models.falcon import modeling_falcon
-
-    if modeling_falcon.FalconLinear is torch.nn.Linear:
+    falcon = _falcon()
+    if falcon.FalconLinear is torch.nn.Linear:
         return False
-    modeling_falcon.FalconLinear = torch.nn.Linear
+    falcon.FalconLinear = torch.nn.Linear
     return True
 
 
+def _falcon() -> Any:
+    """Return Transformers' module of Falcon, untyped because repairs replace what is in it."""
+    from transformers.models.falcon import modeling_falcon
+
+    return modeling_falcon
+
+
 def separate_packed_falcon() -> bool:
-    """Hand Falcon's mask the position ids, so that packed conversations cannot see each other.
+    """Pass the position ids to Falcon's mask, so that packed conversations cannot see each other.
 
     Transformers 5.23, `models/falcon/modeling_falcon.py`, `FalconModel.forward`: `create_causal_mask` is called
     without `position_ids`, from which it tells packed rows apart. The logits of the second conversation of a row move
     by 0.7 when the first one changes; Llama's by 0.
     """
-    from transformers.models.falcon import modeling_falcon
-
-    forward = modeling_falcon.FalconModel.forward
+    falcon = _falcon()
+    forward = falcon.FalconModel.forward
     if "position_ids=" in _call_of(forward, "create_causal_mask") or hasattr(forward, "separates_packed"):
         return False
-    plain_mask = modeling_falcon.create_causal_mask
+    plain_mask = falcon.create_causal_mask
     current: list[torch.Tensor | None] = [None]
 
-    def create_causal_mask(*args, **kwargs):
+    def create_causal_mask(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("position_ids", current[0])
         return plain_mask(*args, **kwargs)
 
-    def forward_with_positions(
-        self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, **kw
-    ):
-        current[0] = position_ids
+    @functools.wraps(forward)
+    def forward_with_positions(*args: Any, **kwargs: Any) -> Any:
+        current[0] = kwargs.get("position_ids")
         try:
-            return forward(
-                self,
-                input_ids=input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **kw,
-            )
+            return forward(*args, **kwargs)
         finally:
             current[0] = None
 
-    forward_with_positions.separates_packed = True
-    modeling_falcon.create_causal_mask = create_causal_mask
-    modeling_falcon.FalconModel.forward = forward_with_positions
+    vars(forward_with_positions)["separates_packed"] = True
+    falcon.create_causal_mask = create_causal_mask
+    falcon.FalconModel.forward = forward_with_positions
     return True
 
 
 def route_falcon_attention(name: str) -> bool:
-    """Have Falcon's layers call the registered attention function of that name. Call before loading.
+    """Make Falcon's layers call the registered attention function of that name. Call before loading.
 
     Transformers 5.23, `models/falcon/modeling_falcon.py`: `FALCON_ATTENTION_CLASSES` knows three names and none that is
-    registered, and `FalconAttention.forward` hands PyTorch one key head for 71 query heads, which no fused kernel
-    takes: the scores of every head are made in float32.
+    registered, and `FalconAttention.forward` gives PyTorch one key head for 71 query heads, which no fused kernel
+    takes: the scores of every head are computed in float32.
     """
     from transformers import AttentionInterface
-    from transformers.models.falcon import modeling_falcon
 
-    if name in modeling_falcon.FALCON_ATTENTION_CLASSES:
+    falcon = _falcon()
+    if name in falcon.FALCON_ATTENTION_CLASSES:
         return False
 
-    class RoutedFalconAttention(modeling_falcon.FalconAttention):
-        def forward(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **_):
-            heads = self._split_heads(self.query_key_value(hidden_states))
-            query, key, value = (part.transpose(1, 2) for part in heads)
-            query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
-            if layer_past is not None:
-                key, value = layer_past.update(key, value, self.layer_idx)
-            self.num_key_value_groups = query.shape[1] // key.shape[1]  # which attention functions read
-            attention = AttentionInterface()[name]
-            output, _ = attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)
-            return self.dense(output.flatten(2)), None
+    def forward(self: Any, hidden_states: Any, alibi: Any, attention_mask: Any, **given: Any) -> Any:
+        heads = self._split_heads(self.query_key_value(hidden_states))
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        query, key = falcon.apply_rotary_pos_emb(query, key, *given["position_embeddings"])
+        if given.get("layer_past") is not None:
+            key, value = given["layer_past"].update(key, value, self.layer_idx)
+        self.num_key_value_groups = query.shape[1] // key.shape[1]  # which attention functions read
+        attention = AttentionInterface()[name]
+        output, _ = attention(self, query, key, value, attention_mask, scaling=self.inv_norm_factor)
+        return self.dense(output.flatten(2)), None
 
-    modeling_falcon.FALCON_ATTENTION_CLASSES[name] = RoutedFalconAttention
+    routed = type("RoutedFalconAttention", (falcon.FalconAttention,), {"forward": forward})
+    falcon.FALCON_ATTENTION_CLASSES[name] = routed
     return True
 
 
-def _call_of(function, name: str) -> str:
+def _call_of(function: Any, name: str) -> str:
     """Return the source text of a function's call of `name`, up to its closing parenthesis."""
     import inspect
 
@@ -113,7 +111,7 @@ def _call_of(function, name: str) -> str:
 
 
 def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Put the merges of spaces alone after all others, where sentencepiece has them. For Llama-2's vocabulary.
+    """Put the merges that consist of spaces after all others, where sentencepiece has them. For Llama-2's vocabulary.
 
     Transformers 5.23, `convert_slow_tokenizer.py`, `SentencePieceExtractor.extract`: where tokenizer.json is made from
     tokenizer.model, merges are ordered by id instead of by score. Runs of spaces have low ids and the score -1e9: two
@@ -123,7 +121,7 @@ def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = content["model"].get("merges", [])
-    ordered = sorted(merges, key=_joins_spaces)  # a stable sort: all else stays in its order
+    ordered = sorted(merges, key=_joins_spaces)  # a stable sort: everything else keeps its order
     if ordered == merges:
         return False
     content["model"]["merges"] = ordered
@@ -142,12 +140,10 @@ def keep_4bit_gradients(model: PreTrainedModel) -> bool:
     repacks the weights for inference, and every training forward after it goes through a kernel without autograd. The
     gradient norm falls from 0.609 to 0.304 with one UserWarning.
     """
-    found = False
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            found = True
-    return found
+    found = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in found:
+        vars(module)["support_avx512bf16_for_cpu"] = False
+    return bool(found)
 
 
 @contextlib.contextmanager
@@ -155,9 +151,9 @@ def float32_adapter(model: PreTrainedModel) -> Iterator[list[str]]:
     """Keep the adapter's weights as they are while an SFTTrainer is built around them.
 
     TRL 1.16, `trainer/sft_trainer.py`, `SFTTrainer.__init__`: where the base is quantized the adapter is cast to
-    bfloat16, elsewhere it stays float32, so that two arms of a comparison differ in more than the base, and a resumed
-    run (whose adapter loads as float32) in more than a pause. Yields the names of the weights that were cast, filled
-    in on leaving.
+    bfloat16, elsewhere it stays float32. Two arms of a comparison would differ in more than the base, and a resumed
+    run (whose adapter loads as float32) from an uninterrupted one. Yields the names of the weights that were cast,
+    filled in on exit.
     """
     weights = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     cast: list[str] = []

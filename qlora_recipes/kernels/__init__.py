@@ -1,1 +1,1 @@
-"""The fast path: replacements for what PyTorch, PEFT and TRL compute. Imports nothing else of this package."""
+"""The fast path: replacements for what PyTorch, PEFT and TRL compute. Imports nothing else from this package."""

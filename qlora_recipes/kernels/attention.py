@@ -1,17 +1,17 @@
 """Attention within each conversation of a packed row, without a mask over the pairs of all of them.
 
 Transformers tells packed conversations apart by a mask of tokens x tokens, computes all of its scores and throws most
-of them away. Here the mask is replaced by where conversations begin, which reaches every layer the way a mask does
+of them away. Here the positions where conversations begin replace the mask. They reach every layer the way a mask does
 (through checkpointing too), and each conversation attends by itself: 16 times fewer scores for 16 equal ones.
 
-Knows nothing of recipes or adapters. Registered as `by_conversation`; where rows are not packed it is `sdpa`.
+Knows nothing about recipes or adapters. Registered as `by_conversation`; where rows are not packed it is `sdpa`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -21,11 +21,11 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "by_conversation"
 SHORT = 512
-"""Tokens of a row whose conversations are told apart by a mask all the same: scores cost less than turns of a loop."""
+"""Rows of up to this many tokens keep the mask: its scores cost less than the iterations of a loop."""
 _SDPA_ALONE = ("softcap", "s_aux", "position_bias")
-"""What some models ask of their attention, and `sdpa` does or refuses."""
+"""Arguments that some models pass to their attention, and that `sdpa` handles or refuses."""
 BLOCK = 128
-"""Queries of one product on a CPU: more computes scores of later tokens for nothing, fewer keep the cores waiting."""
+"""Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
 
 
 def conversation_mask(
@@ -43,10 +43,10 @@ def conversation_mask(
 ) -> torch.Tensor | None:
     """Return where the conversations of one packed row begin, and its end: int32, ascending, [conversations + 1].
 
-    None is a row of one conversation. Anything else (padding, several rows, a cache, a sliding window, a mask of a
-    model's own) gets the mask that `sdpa` has.
+    None is a row of one conversation. Anything else (padding, several rows, a cache, a sliding window, a mask that a
+    model makes itself) gets the mask of `sdpa`.
     """
-    packed = not allow_is_causal_skip  # Transformers' sign for a mask that is more than causal
+    packed = not allow_is_causal_skip  # how Transformers signals a mask that is more than causal
     plain = batch_size == 1 and SHORT < q_length == kv_length and local_size is None and not use_vmap
 
     def dense() -> torch.Tensor | None:
@@ -67,9 +67,9 @@ def conversation_mask(
         return dense()
     later = torch.arange(1, q_length, device=device)
     first = torch.zeros_like(later)
-    if mask_function(first, first, later - 1, later).any():  # some see what comes after them
+    if mask_function(first, first, later - 1, later).any():  # some tokens see later ones
         return dense()
-    begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # sees not the token before
+    begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
     if len(begins) == 0:
         return None
     ends = torch.tensor([0, q_length], device=device)
@@ -86,7 +86,7 @@ def attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend causally, within each conversation where `attention_mask` says where they begin.
+    """Attend causally, and within each conversation if `attention_mask` says where they begin.
 
     query [batch, heads, tokens, size]; key and value [batch, key/value heads, tokens, size]; returns
     [batch, tokens, heads, size], as Transformers' attention functions do.
@@ -101,19 +101,19 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if plain and _has_flash(query):
-        longest = others.get("max_length_q") or int(bounds.diff().max())  # to ask the GPU is to wait for it
+        longest = others.get("max_length_q") or int(bounds.diff().max())  # asking the GPU means waiting for it
         return _on_gpu(query, key, value, bounds, longest, scaling), None
     if on_cpu:
         with torch.autocast("cpu", enabled=False):  # which would compute the scores in 16 bits
-            return _CausalOnCPU.apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
+            return _apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
     lengths = bounds.diff().tolist()
     rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
-    parts = [sdpa_attention_forward(module, *row, None, dropout, scaling, **others)[0] for row in rows]
+    parts = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, **others)[0] for q, k, v in rows]
     return torch.cat(parts, dim=1), None
 
 
 def _has_flash(query: torch.Tensor) -> bool:
-    """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU from Ampere on."""
+    """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU, Ampere or later."""
     if not query.is_cuda or query.dtype == torch.float32 or query.shape[-1] % 8:
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -122,20 +122,20 @@ def _has_flash(query: torch.Tensor) -> bool:
 def _on_gpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scaling: float
 ) -> torch.Tensor:
-    """FlashAttention of PyTorch's own (2.13, `torch/nn/attention/varlen.py`): needs no package beside it."""
-    rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
+    """PyTorch's own FlashAttention (2.13, `torch/nn/attention/varlen.py`), which needs no other package."""
+    q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     output = varlen_attn(
-        *rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
     )
-    return output[None]
+    return cast(torch.Tensor, output)[None]  # with what else was asked for it would be a tuple
 
 
 class _CausalOnCPU(torch.autograd.Function):
     """Causal attention in blocks of queries, computed again for the backward pass.
 
-    PyTorch's own for CPUs takes 1.3 to 2 times as long at 512 tokens and as long at 2,048 (docs/performance.md). Scores
-    and softmax are in float32, probabilities are rounded to the dtype of the values before they weigh them, as there.
+    PyTorch's own for CPUs takes 1.3 to 2 times as long at 512 tokens and as long at 2,048 (docs/performance.md). As
+    there, scores and softmax are in float32, and probabilities are rounded to the dtype of the values.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class _CausalOnCPU(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # torch does not annotate its __call__
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         shared, tokens, size = key.shape
@@ -182,10 +182,9 @@ class _CausalOnCPU(torch.autograd.Function):
 def _weights(
     query: torch.Tensor, key: torch.Tensor, begin: int, end: int, scaling: float
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """Yield each block of a conversation: its first and last token, and [key heads, group x block, ...] of queries and
-    of probabilities.
+    """Yield each block of a conversation: its bounds, and [key heads, group x block, ...] of queries and probabilities.
 
-    Queries that share a key head are rows of one product, so that keys and values need not be repeated.
+    Queries that share a key head are rows of one product, so keys and values need not be repeated.
     """
     shared = len(key)
     grouped = query.unflatten(0, (shared, -1))
@@ -200,5 +199,6 @@ def _weights(
         yield start, stop, rows, torch.softmax(scores, dim=-1).to(query.dtype)
 
 
+_apply: Callable[..., torch.Tensor] = _CausalOnCPU.apply  # which torch does not annotate
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, conversation_mask)

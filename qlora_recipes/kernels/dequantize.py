@@ -1,12 +1,13 @@
-"""Quantized weights that are dequantized for every product, or once and kept: packed or expanded.
+"""Quantized weights, dequantized for every product (packed), or once and kept (expanded).
 
 Expanded, NF4 computes with the numbers of NF4 at the speed of 16 bits, and takes the memory of both: the packed weights
-stay, since they are what was loaded, counted and hashed.
+stay, because they are what was loaded, counted and hashed.
 """
 
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -16,39 +17,41 @@ EXPANDED = "expanded_weight"
 
 
 def expand(model: nn.Module, dtype: torch.dtype) -> int:
-    """Keep the 16-bit weight of every 4-bit linear beside it; return the bytes that takes."""
+    """Keep a 16-bit copy of every 4-bit linear layer's weight; return the bytes that the copies take."""
     layers = [module for module in model.modules() if is_4bit(module)]
     for layer in layers:
         setattr(layer, EXPANDED, dequantized(layer).to(dtype))
-        layer.forward = MethodType(_forward, layer)
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
     return sum(getattr(layer, EXPANDED).nbytes for layer in layers)
 
 
-def is_4bit(module: nn.Module) -> bool:
+def is_4bit(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer's weight is stored in bitsandbytes' 4 bits."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def dequantized(module: nn.Linear) -> torch.Tensor:
-    """Return a linear layer's weight as it is multiplied with, whatever it is stored as."""
+    """Return a linear layer's weight as it is multiplied, however it is stored."""
     from bitsandbytes import functional as stored
 
-    weight = module.weight
+    weight: Any = module.weight  # a parameter of bitsandbytes has attributes that no type knows
     if is_4bit(module):
-        return stored.dequantize_4bit(weight.data, weight.quant_state)
-    if weight.dtype == torch.int8:
-        return stored.int8_vectorwise_dequant(weight.data, row_scales(module))
-    return weight.data
+        found: torch.Tensor = stored.dequantize_4bit(weight.data, weight.quant_state)
+    elif weight.dtype == torch.int8:
+        found = stored.int8_vectorwise_dequant(weight.data, row_scales(module))
+    else:
+        found = weight.data
+    return found
 
 
-def row_scales(module: nn.Module) -> torch.Tensor | None:
-    """Return the scales of an int8 layer, which move from its weight to its state with the first pass."""
+def row_scales(module: nn.Module) -> Any:
+    """Return the scales of an int8 layer, a tensor that moves from its weight to its state with the first pass."""
     found = getattr(module.weight, "SCB", None)
     return found if found is not None else getattr(getattr(module, "state", None), "SCB", None)
 
 
 def weight_of(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight that a layer multiplies with: kept, or dequantized now."""
+    """Return the weight that a layer multiplies by: kept, or dequantized now."""
     kept = getattr(layer, EXPANDED, None)
     return (dequantized(layer) if kept is None else kept).to(dtype)
 

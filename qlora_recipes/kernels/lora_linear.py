@@ -1,17 +1,18 @@
 """A linear layer with its LoRA update in one function, without copies of its input.
 
-PEFT casts the input of each adapter to float32 and autocast casts it back, scales and adds in passes of their own, and
-each adapter keeps its own copy for the backward pass. Here the update is added by the product itself, the input is
-kept once, and a quantized weight is dequantized once in each direction for both. The adapter's weights stay float32;
-products are in 16 bits, as under autocast.
+PEFT casts the input of each adapter to float32, autocast casts it back, scaling and adding are passes of their own, and
+each adapter keeps its own copy for the backward pass. Here the product itself adds the update, the input is kept once,
+and a quantized weight is dequantized once in each direction for both. The adapter's weights stay float32; products are
+in 16 bits, as under autocast.
 
 y = x W^T + s (x A^T) B^T (arXiv 2106.09685, section 4.1), its gradient for a frozen W.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -48,7 +49,11 @@ class _LoraLinear(torch.autograd.Function):
         return d_x, None, d_a, d_b, None
 
 
-def _forward(self: LoraLayer, x: torch.Tensor, *arguments: Any, **others: Any) -> torch.Tensor:
+_apply: Callable[..., torch.Tensor] = _LoraLinear.apply  # which torch does not annotate
+
+
+def _forward(self: Any, x: torch.Tensor, *arguments: Any, **others: Any) -> torch.Tensor:
+    """Take the place of `forward` in a LoraLayer, which PEFT types as no module."""
     name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
     half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if (
@@ -59,23 +64,25 @@ def _forward(self: LoraLayer, x: torch.Tensor, *arguments: Any, **others: Any) -
         or others
         or half == torch.float32
     ):
-        return type(self).forward(self, x, *arguments, **others)
+        return cast(torch.Tensor, type(self).forward(self, x, *arguments, **others))
     layer, scaling = self.get_base_layer(), self.scaling[name]
+    y: torch.Tensor
     with torch.autocast(x.device.type, enabled=False):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if is_4bit(layer) and not torch.is_grad_enabled():  # bitsandbytes has kernels that never write the weight out
             x = x.to(half)
-            return layer(x) + (x @ a.to(half).T) @ (b * scaling).to(half).T
-        y = _LoraLinear.apply(x.to(half).flatten(0, -2), layer, a, b, scaling)
-        return y.unflatten(0, x.shape[:-1])
+            y = layer(x) + (x @ a.to(half).T) @ (b * scaling).to(half).T
+        else:
+            y = _apply(x.to(half).flatten(0, -2), layer, a, b, scaling).unflatten(0, x.shape[:-1])
+    return y
 
 
 def fuse_lora_layers(model: nn.Module) -> int:
-    """Give every plain LoRA layer on a 16-bit or 4-bit linear the function above; return how many.
+    """Give every plain LoRA layer on a 16-bit or 4-bit linear layer the function above; return how many there are.
 
-    Left to PEFT are dropout, DoRA and other variants, biases, and int8, whose product is its library's own; and at
-    each call several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
-    gathers a weight when the module that owns it is called, and here it is not.
+    PEFT keeps dropout, DoRA and other variants, biases, and int8, whose product belongs to its library; and, at each
+    call, several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
+    gathers a weight when the module that owns it is called, and here it is not called.
     """
     plain = [
         layer
@@ -91,6 +98,7 @@ def _is_plain(layer: LoraLayer, name: str | None) -> bool:
     base = layer.get_base_layer()
     return (
         isinstance(base, nn.Linear)
+        and name is not None
         and name in layer.lora_A
         and base.weight.dtype != torch.int8
         and isinstance(layer.lora_dropout[name], nn.Identity)

@@ -1,13 +1,14 @@
-"""The output layer and its loss on a CPU: tiles of plain logits, of the supervised tokens alone.
+"""The output layer and its loss on a CPU: tiles of plain logits, for the supervised tokens only.
 
-TRL computes them without ever holding all logits, by a kernel for GPUs. Its way on a CPU, in `trl/trainer/utils.py` and
-`trl/kernels/chunked_logprob.py` of 1.16, scores every position, in float32, in tiles that are 32,768 words wide
-whatever the vocabulary, and twice: once more for the gradient. Here a tile's gradient is made while its logits are at
-hand, so that two 16-bit products are all there is.
+TRL computes them with a kernel for GPUs that never holds all logits. On a CPU its code (`trl/trainer/utils.py` and
+`trl/kernels/chunked_logprob.py` of 1.16) scores every position, in float32, in tiles that are 32,768 entries wide
+whatever the vocabulary, and twice: a second time for the gradient. Here a tile's gradient is computed while its logits
+exist, so two 16-bit products are enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer import utils
 
 TOKENS = 512
-"""Tokens of one tile of logits: enough that reading the weights costs less than multiplying by them."""
+"""Tokens in one tile of logits: enough that reading the weights costs less than multiplying by them."""
 CACHED = 32
-"""Tokens whose float32 probabilities are worked on at a time; of 32,000 words they stay in a core's cache."""
+"""Tokens whose float32 probabilities are computed at a time; with a vocabulary of 32,000 they fit a core's cache."""
 
 
 _COMPUTED = {"log_probs", "entropy", "is_top1"}
 
 
 class LogProbs(torch.autograd.Function):
-    """Log-probability of each label, with what TRL logs beside it; takes what TRL's own function takes."""
+    """Log-probability of each label, and the metrics TRL logs with it; takes the arguments of TRL's own function."""
 
     @staticmethod
     def forward(
@@ -35,16 +36,16 @@ class LogProbs(torch.autograd.Function):
         labels: torch.Tensor,
         *_: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        """hidden [tokens, size], weight [words, size], labels [tokens] -> log-probability, entropy, is_top1: [tokens].
+        """hidden [tokens, size], weight [vocabulary, size], labels [tokens] -> log_probs, entropy, is_top1 [tokens].
 
         The gradient of a log-probability is (one-hot - probabilities) x weight; it is kept in 16 bits, and scaled
         in the backward pass.
         """
-        count, words = len(hidden), len(weight)
+        count, vocab_size = len(hidden), len(weight)
         log_probs, entropy = torch.empty(2, count)
         is_top1 = torch.empty(count, dtype=torch.bool)
         gradient = torch.empty_like(hidden, dtype=weight.dtype) if ctx.needs_input_grad[0] else None
-        buffer = weight.new_empty(min(TOKENS, count), words)
+        buffer = weight.new_empty(min(TOKENS, count), vocab_size)
         for start in range(0, count, TOKENS):
             rows = slice(start, min(start + TOKENS, count))
             logits = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - start])
@@ -74,9 +75,8 @@ def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
     probs = log_probs.exp()
     of_labels = log_probs.gather(1, labels[:, None])
     likeliest = log_probs.amax(dim=-1) == of_labels.squeeze(1)
-    likeliest[likeliest.clone()] = (
-        log_probs[likeliest].argmax(dim=-1) == labels[likeliest]
-    )  # of equals the first counts
+    # Among equals the first counts.
+    likeliest[likeliest.clone()] = log_probs[likeliest].argmax(dim=-1) == labels[likeliest]
     entropy = -log_probs.mul_(probs).sum(dim=-1)
     torch.neg(probs, out=probs)
     logits.copy_(probs.scatter_add_(1, labels[:, None], torch.ones_like(of_labels)))
@@ -84,7 +84,7 @@ def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 class _ByDevice:
-    """The function above on a CPU, for a frozen output layer and what an SFTTrainer asks of it; else TRL's own."""
+    """The function above on a CPU, for a frozen output layer and what an SFTTrainer asks for; otherwise TRL's own."""
 
     @staticmethod
     def apply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *arguments: Any) -> Any:
@@ -92,10 +92,12 @@ class _ByDevice:
         plain = (temperature, softcap, scale) == (1.0, None, 1.0) and set(outputs) <= _COMPUTED
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         function = LogProbs if hidden.device.type == "cpu" and plain and frozen else ChunkedLogProbFunction
-        return function.apply(hidden, weight, bias, *arguments)
+        apply: Callable[..., Any] = function.apply  # which torch does not annotate
+        return apply(hidden, weight, bias, *arguments)
 
 
 def score_supervised_tokens() -> None:
-    """Have TRL's trainers score supervised tokens alone on a CPU, by the function above."""
-    utils._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)  # "compact" tiles
-    utils._ChunkedLogProbFunction = _ByDevice
+    """Make TRL's trainers score only supervised tokens on a CPU, with the function above."""
+    replaced: Any = utils
+    replaced._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)  # "compact" tiles
+    replaced._ChunkedLogProbFunction = _ByDevice

@@ -1,7 +1,7 @@
-"""What a recipe leaves open, fitted to the machine by the memory plan: how a step is cut up, checkpointing, storage.
+"""Settings that a recipe leaves open, chosen to fit the machine: micro-batch, checkpointing, storage.
 
-The global batch stays what the recipe says, and so does the loss; only what is computed at a time changes. All
-precisions of one dtype are cut up as the 16-bit base allows, so that the arms of a comparison stay alike.
+The global batch stays what the recipe says, and so does the loss; only how much is computed at a time changes. All
+precisions of one dtype get the micro-batch that the 16-bit base allows, so that the arms of a comparison stay alike.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qlora_recipes.errors import ModelError
+from qlora_recipes.families.family import Sizes
 from qlora_recipes.memory.estimate import GIB, training_memory
 from qlora_recipes.memory.sizes import sizes_for
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
-from qlora_recipes.models import Sizes
 from qlora_recipes.precision import PRECISIONS, Precision
 from qlora_recipes.settings import Settings
 
 ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a micro-batch from which on more of them are not computed faster. Rows that are not packed count a quarter
-of the longest, as conversations do."""
+"""Tokens of a micro-batch beyond which a token takes no less time. Rows that are not packed count as a quarter of the
+longest, as conversations do."""
 FIXED_TOKENS = 200
-"""Tokens that take as long as dequantizing the base forward and backward, as every micro-batch does: 0.41 ns a
-weight beside 845 GFLOP/s on a CPU with 16-bit products, 0.52 ps beside 790 TFLOP/s on an H200."""
+"""Tokens that take as long as dequantizing the base forward and backward, which every micro-batch does: 0.41 ns a
+weight against 845 GFLOP/s on a CPU with 16-bit products, 0.52 ps against 790 TFLOP/s on an H200."""
 USABLE = 0.9
-"""Share of the memory that is planned with; fragments and libraries take the rest."""
+"""Share of the memory that a plan may fill; fragments and libraries take the rest."""
 _CHECKPOINTING = (0, 4, 2, 1)
-"""Off, or every n-th layer: the fewer are computed again the faster, and the more memory it takes."""
+"""Off, or every n-th layer: with fewer layers to compute again, a step is faster and takes more memory."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Machine:
     device: str
     """`cuda` or `cpu`."""
     bytes: int
-    """Memory that it may fill."""
+    """Memory that the process may fill."""
     processes: int = 1
     """Of the whole run."""
     sharded: bool = False
-    """Whether FSDP or DeepSpeed divides the model among them, which no plan knows."""
+    """Whether FSDP or DeepSpeed divides the model among them, which the plan does not cover."""
 
 
 def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
     """Return the settings with nothing left open.
 
-    Where the memory of a run cannot be planned (see `workload.left_out`; dimensions that cannot be had), or not one row
-    fits, a step is cut up as the library's defaults say.
+    Where the memory of a run cannot be planned (see `workload.left_out`; unknown dimensions), or not even one row
+    fits, the library's defaults decide.
     """
     packed = replace(settings, storage="packed" if settings.storage == "auto" else settings.storage)
     try:
         sizes, asked = sizes_for(settings), workload_of(packed, machine.device, machine.processes)
-    except ModelError:  # which loading says better
+    except ModelError:  # loading raises it with a better message
         return replace(packed, auto_fields=frozenset())
     if left_out(settings) or machine.sharded:
         return replace(packed, auto_fields=frozenset())
@@ -72,17 +72,17 @@ def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
 
 
 def _fastest_that_fits(sizes: Sizes, settings: Settings, asked: Workload, machine: Machine) -> Workload | None:
-    """Return the fastest way to cut up a step that fits, with a 16-bit base too if one does, or None."""
+    """Return the fastest workload that fits, with a 16-bit base too if one does, or None."""
     even = next(each for each in PRECISIONS.values() if each.dtype == settings.dtype)
     for precisions in ((even, settings.precision), (settings.precision,)):
-        for work in _ways(settings, asked):
+        for work in _workloads(settings, asked):
             if all(training_memory(sizes, each, work).total <= machine.bytes for each in precisions):
                 return work
     return None
 
 
-def _ways(settings: Settings, asked: Workload) -> Iterator[Workload]:
-    """Yield the ways to cut up a step, the fastest first."""
+def _workloads(settings: Settings, asked: Workload) -> Iterator[Workload]:
+    """Yield the ways to divide a step into micro-batches, the fastest first."""
     batch = asked.rows * asked.accumulation
     every = _CHECKPOINTING if "checkpointing" in settings.auto_fields else (asked.checkpoint_every,)
     typical = asked.length if settings.training.get("packing") else max(1, asked.length // 4)
@@ -96,19 +96,19 @@ def _ways(settings: Settings, asked: Workload) -> Iterator[Workload]:
 
 
 def _cost(checkpoint_every: int, tokens: int) -> float:
-    """Return the time of a token as a multiple of the least: half as much again for layers that are computed again."""
+    """Return the time of a token as a multiple of the shortest; computing a layer again takes half as long."""
     return (1 + (0.5 / checkpoint_every if checkpoint_every else 0)) * (1 + FIXED_TOKENS / tokens)
 
 
 def describe(settings: Settings, machine: Machine) -> str:
-    """Return in one line what a fitted run computes at a time, and the memory planned for it; nothing unplanned."""
+    """Return in one line what a fitted run computes at a time and its planned memory; empty if there is no plan."""
     try:
         work = workload_of(settings, machine.device, machine.processes)
         memory = training_memory(sizes_for(settings), settings.precision, work)
     except ModelError:
         return ""
     checkpointing = {0: "no checkpointing", 1: "every layer checkpointed"}.get(
-        work.checkpoint_every, f"every {work.checkpoint_every}. layer checkpointed"
+        work.checkpoint_every, f"one layer in {work.checkpoint_every} checkpointed"
     )
     weights = f"{_named(settings.precision)} {settings.storage}, " if settings.precision.quant_type else ""
     return (

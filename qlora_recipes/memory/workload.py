@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_recipes.families.family import Sizes
 from qlora_recipes.memory.sizes import linear_shapes, sizes_for
-from qlora_recipes.models import Sizes
 from qlora_recipes.settings import Settings
 
 
@@ -23,18 +23,18 @@ class Workload:
     targets: Sequence[str]
     """Names of the linear layers that carry an adapter."""
     packing: bool = True
-    """Rows are laid end to end in one row of `rows` x `length` tokens, without padding (TRL's `bfd`)."""
+    """Rows are joined end to end into one row of `rows` x `length` tokens, without padding (TRL's `bfd`)."""
     checkpoint_every: int = 1
-    """Every n-th layer keeps its input alone and is computed again; 0 keeps everything of every layer."""
+    """Every n-th layer keeps only its input and is computed again; 0 keeps everything of every layer."""
     accumulation: int = 1
-    """Micro-batches to a step; from two on, the gradients of the one before are there throughout."""
+    """Micro-batches per step; from two on, the gradients of earlier ones are in memory throughout."""
     dropout: bool = False
     optim: str = "adamw_torch_fused"
     processes: int = 1
     storage: str = "packed"
-    """Whether 4-bit weights lie there once more in 16 bits: `packed` or `expanded`."""
+    """Whether 4-bit weights are kept a second time in 16 bits: `packed` (no) or `expanded` (yes)."""
     device: str = "cuda"
-    """`cuda` or `cpu`: the libraries take other ways on each."""
+    """`cuda` or `cpu`: the libraries compute differently on each."""
 
     @property
     def tokens(self) -> int:
@@ -69,7 +69,7 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
 
 
 def _targets(named: Any, sizes: Sizes) -> tuple[str, ...]:
-    """PEFT matches the end of a module's name; a pattern or `all-linear` counts as every linear layer."""
+    """Return the target layers. PEFT matches the end of a name; a pattern or `all-linear` counts as all of them."""
     linears = linear_shapes(sizes)
     if named is None or isinstance(named, str):
         return tuple(linears)
@@ -77,7 +77,7 @@ def _targets(named: Any, sizes: Sizes) -> tuple[str, ...]:
 
 
 def left_out(settings: Settings) -> list[str]:
-    """Return the settings that change the memory of a run and that no formula here knows."""
+    """Return the settings that change the memory of a run and that no formula covers."""
     lora = ("modules_to_save", "rank_pattern", "layers_to_transform", "use_dora", "bias")
     training = ("fsdp", "deepspeed", "activation_offloading", "torch_compile", "use_liger_kernel")
     found = [name for name in lora if settings.lora.get(name) not in (None, False, "none", [], {})]

@@ -1,4 +1,7 @@
-"""The SFTTrainer of a run: it counts its tokens, refuses a NaN, and goes on after a fault as if there had been none."""
+"""The SFTTrainer of a run: counts its tokens, refuses a NaN, and resumes after a fault as if there had been none.
+
+docs/trainer.md explains every method that replaces one of upstream; docs/upstream.md lists the private names.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import set_peft_model_state_dict
@@ -17,8 +20,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from trl import SFTTrainer
 
 from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
+from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
-from qlora_recipes.data.prepare import Conversation
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.preflight.probes import preserving_state
 from qlora_recipes.run import checkpoints
@@ -27,6 +30,7 @@ from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.training import non_finite
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import TrainOutput
 
 
@@ -49,34 +53,37 @@ class TokenCount:
 
 
 class _EvaluationStopped(Exception):
-    """A signal came while held-out rows were scored."""
+    """A signal arrived while held-out rows were scored."""
 
 
 class RunTrainer(SFTTrainer):
-    """SFTTrainer with checkpoints that are whole or do not count, from which a run goes on to the same bits.
+    """SFTTrainer with checkpoints that are whole or do not count, from which a run resumes to the same bits.
 
-    Beyond what upstream keeps, a checkpoint holds the token counts, the figures gathered since the last logged step
-    and the time spent; an evaluation that a fault prevented is made up for before the next step.
+    In addition to what upstream saves, a checkpoint holds the token counts, the metrics gathered since the last logged
+    step and the time spent. An evaluation that a fault prevented is done before the next step.
     """
 
     def __init__(self, *args: Any, rows: Sequence[Conversation], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.tokenizer = cast("PreTrainedTokenizerBase", self.processing_class)
         self.count = TokenCount()
         self.signals = StopSignals()
-        """Those that the caller listens to; nobody's until it says so."""
+        """The caller puts its own here, which listens to signals; this one does not."""
         self.stopping = False
+        """Whether any process was told to stop."""
         self.rows = rows
-        """What is trained on, to be named when it goes wrong."""
+        """The training rows, which an error names."""
         self.seconds_before = 0.0
-        """Time that earlier sessions spent on the steps that are kept."""
+        """Time that earlier sessions spent on the steps that were kept."""
         self._continued: Path | None = None
+        """Checkpoint that is resumed, until a step or an evaluation is about to begin."""
         self._aside: Path | None = None
         self._step_batches: list[Mapping[str, Any]] = []
         self._overflows = 0
         self.add_callback(_Faults(self))
 
-    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._continued = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._continued = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- A step ----
@@ -84,15 +91,15 @@ class RunTrainer(SFTTrainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.count.add(inputs)
         self._step_batches.append({name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")})
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        # With several processes one of them alone would raise, and leave the others waiting; its gradient reaches all.
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]  # TRL
+        # With several processes only one would raise and leave the others waiting; its gradient reaches all of them.
         if self.accelerator.num_processes == 1 and not torch.isfinite(loss):
             self._refuse("loss", float(loss))
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())  # DeepSpeed may have none to give
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())  # DeepSpeed may not have one
         self._overflows = 0 if finite else self._overflows + 1
         if self._overflows > (non_finite.SCALER_TRIES if self.accelerator.scaler is not None else 0):
             self._refuse("gradient norm", float(norm))
@@ -101,27 +108,17 @@ class RunTrainer(SFTTrainer):
 
     def _refuse(self, what: str, value: float) -> None:
         step = self.state.global_step + 1
-        non_finite.refuse(what, value, step, self._step_batches, self.rows, self.processing_class)
+        non_finite.refuse(what, value, step, self._step_batches, self.rows, self.tokenizer)
 
     # ---- Stopping ----
 
     def check_signals(self) -> bool:
-        """Return whether any process was told to stop; all processes must ask together."""
+        """Return whether any process was told to stop; all processes must call this together."""
         self.stopping = self.signals.received is not None
         if self.accelerator.num_processes > 1:
             told = torch.tensor([int(self.stopping)], device=self.args.device)
             self.stopping = bool(self.accelerator.reduce(told, "sum").item())
         return self.stopping
-
-    def _maybe_log_save_evaluate(
-        self, tr_loss: torch.Tensor, grad_norm: Any, model: torch.nn.Module, trial: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        except _EvaluationStopped:
-            self._save_checkpoint(model, trial)
-        if self.stopping:
-            raise self.stopped()
 
     def stopped(self) -> Stopped:
         """Return what ends the run: the signal, and the step that was saved, if one was."""
@@ -132,17 +129,21 @@ class RunTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside else super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
+        folder, name = self._folder, f"checkpoint-{self.state.global_step}"
         if checkpoints.Checkpoint(folder / name).fault() is None:
-            return  # of the same step, and so of the same bits
+            return  # of the same step, and so with the same bits
         best = self.state.best_model_checkpoint
         if self.args.should_save:
             checkpoints.prepare(folder)
         self.accelerator.wait_for_everyone()
         self._aside = folder / checkpoints.WRITING
         try:
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]  # TRL
             write_json(self._aside / name / self._progress_file, self._progress())
         finally:
             self._aside = None
@@ -156,28 +157,28 @@ class RunTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _best(self, folder: Path) -> str | None:
-        """Return the checkpoint of the step that scored best, where there is one."""
+        """Return the checkpoint of the step with the best score, if it exists."""
         path = folder / f"checkpoint-{self.state.best_global_step}"
         return str(path) if path.is_dir() else None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save adapter and tokenizer, and not upstream's training_args.bin: a pickle that can hold the hub token."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save adapter and tokenizer, but not upstream's training_args.bin: a pickle that can hold the hub token."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            self.tokenizer.save_pretrained(str(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no card into the checkpoints; the run's own is written with its receipt."""
+        """Write no model card into checkpoints; the run writes its own with its receipt."""
 
-    # ---- Going on ----
+    # ---- Resuming ----
 
     @property
     def _progress_file(self) -> str:
         return f"progress-{self.args.process_index}.json"
 
     def _progress(self) -> dict[str, Any]:
-        """Return what upstream forgets between two sessions."""
+        """Return what upstream does not carry over from one session to the next."""
         return {
             "count": asdict(self.count),
             "seconds": self.seconds,
@@ -192,8 +193,8 @@ class RunTrainer(SFTTrainer):
         """Time spent on the steps so far, over all sessions."""
         return self.seconds_before + time.monotonic() - self._began
 
-    def go_on(self) -> None:
-        """Start the clock, and take up what the checkpoint holds."""
+    def begin(self) -> None:
+        """Start the clock, and restore what upstream does not restore from the checkpoint."""
         self._began = time.monotonic()
         if not self._continued:
             return
@@ -205,16 +206,16 @@ class RunTrainer(SFTTrainer):
         self._globalstep_last_logged = progress["last_logged_step"]
         self._metrics["train"].update(progress["metrics_since_log"])
         self._total_train_tokens = progress["tokens"]
-        if self.state.best_model_checkpoint:  # as it was called where it was written
-            best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        if self.state.best_model_checkpoint:  # a path in the folder where it was written
+            best = self._folder / Path(self.state.best_model_checkpoint).name
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._make_up_evaluation()
         if self.state.global_step >= self.state.max_steps or self._out_of_patience():
-            self.control.should_training_stop = True  # nothing is left; upstream would go one step further
+            self.control.should_training_stop = True  # nothing is left to do; upstream would take one more step
         else:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
         self._make_up_evaluation()
@@ -222,19 +223,17 @@ class RunTrainer(SFTTrainer):
             self._save_checkpoint(self.model, None)
             raise self.stopped()
         self.signals.loop_runs = False
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes without looking
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes without checking
         try:
-            return super()._finalize_training(*args)
+            output: TrainOutput = super()._finalize_training(*args)  # type: ignore[no-untyped-call]  # transformers
+            return output
         finally:
             self.args.save_total_limit = limit
 
     def _make_up_evaluation(self) -> None:
-        """Score the held-out rows where a fault came between a step and its evaluation."""
+        """Score the held-out rows if a fault came between a step and its evaluation."""
         if self._continued and self._evaluation_due():
-            try:
-                self._determine_best_metric(self._evaluate(None, None), None)
-            except _EvaluationStopped:
-                raise self.stopped() from None
+            self._determine_best_metric(self._evaluate(None, None), None)
         self._continued = None
 
     def _evaluation_due(self) -> bool:
@@ -252,12 +251,20 @@ class RunTrainer(SFTTrainer):
         return any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in stoppers)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the held-out rows without moving the random numbers that training draws."""
-        with preserving_state(None):
-            return super().evaluate(*args, **kwargs)
+        """Score the held-out rows without changing the random numbers that training draws.
+
+        A signal meanwhile saves the step, unless that is the one resumed from, and ends the run.
+        """
+        try:
+            with preserving_state(None):
+                return super().evaluate(*args, **kwargs)
+        except _EvaluationStopped:
+            if self.state.global_step and not self._continued:
+                self._save_checkpoint(self.model, None)
+            raise self.stopped() from None
 
     def _load_best_model(self) -> None:
-        best = checkpoints.Checkpoint(Path(self.state.best_model_checkpoint))
+        best = checkpoints.Checkpoint(Path(str(self.state.best_model_checkpoint)))
         if fault := best.fault():
             raise RunFolderError(
                 f"{best.path} has the best held-out loss and is damaged: {fault}. Restore it from a copy and give "
@@ -265,26 +272,30 @@ class RunTrainer(SFTTrainer):
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
-        else:  # upstream's way freezes the adapter, which is then counted as nothing
+        else:  # upstream freezes the adapter, whose weights would then count as 0
             set_peft_model_state_dict(self.model, load_file(best.path / WEIGHTS), adapter_name=ADAPTER)
 
 
 class _Faults(TrainerCallback):
-    """Looks for a signal where a run can stop, and takes up a checkpoint where one is gone on from."""
+    """Looks for a signal wherever a run can stop, and restores a checkpoint that is resumed."""
 
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        self.trainer.go_on()
+        self.trainer.begin()
         self.trainer.signals.loop_runs = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.check_signals():
             control.should_save, control.should_evaluate = True, False
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self.trainer.stopping:
+            raise self.trainer.stopped()
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.check_signals():
-            raise _EvaluationStopped if state.global_step else self.trainer.stopped()
+            raise _EvaluationStopped

@@ -1,5 +1,5 @@
-"""How fast a recipe trains beside the plain script that a user would otherwise write, and how near the machine's bound.
+"""How fast a recipe trains compared with the plain script a user would otherwise write, and with the machine's bound.
 
-`models.py` makes the base, `arms.py` trains one arm in a process of its own, `bound.py` measures the machine,
-`command.py` takes turns and `results.py` tells what came out.
+`models.py` makes the base, `arms.py` trains one arm in its own process, `bound.py` measures the machine, `command.py`
+lets the arms take turns and `results.py` shows the figures.
 """

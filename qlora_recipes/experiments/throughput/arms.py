@@ -1,10 +1,10 @@
-"""Train one arm for a few steps, in a process of its own, and write down how fast it was.
+"""Train one arm for a few steps, in its own process, and write down how fast it was.
 
 python -m qlora_recipes.experiments.throughput.arms ARM SPECIFICATION.json RESULT.json
 
 The arms see the same rows, token for token and label for label, in the same batches, with an adapter of the same shape,
-the same schedule and seed. `plain` is what TRL's documentation shows, with its defaults; `plain_bf16` says bfloat16
-where a user who knows would; `recipe` is this package.
+the same schedule and seed. `plain` is what TRL's documentation shows, with its defaults; `plain_bf16` sets bfloat16
+where an experienced user would; `recipe` is this package.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -26,8 +25,8 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora_recipes import DatasetSpec, Recipe, environment, formatters
-from qlora_recipes.base import loading
 from qlora_recipes.experiments.throughput.models import SPECS
+from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
@@ -44,7 +43,7 @@ from qlora_recipes.training.trainer import TokenCount
 ARMS = ("plain", "plain_bf16", "recipe")
 WITHOUT = tuple(f"without_{piece}" for piece in ("attention", "output_layer", "lora_linear", "storage", "packing",
                 "fitting", "threads"))  # fmt: skip
-"""The recipe's arm with one piece left out, to see what the piece is worth."""
+"""The recipe's arm with one piece left out, which shows what the piece contributes."""
 BATCH = 8
 """Rows of a step: TRL's default."""
 
@@ -61,18 +60,18 @@ class Specification:
     dtype: str
     max_length: int
     steps: int
-    rank: int
+    r: int
     seed: int
     storage: str
 
 
 def settings_of(spec: Specification) -> Settings:
-    """Return the settings of the recipe's arm, with everything left open that a recipe may leave open."""
+    """Return the settings of the recipe's arm, with everything open that a recipe may leave open."""
     given = getattr(formatters, spec.format_row) if spec.format_row else None
     declared = {
         "model": SPECS[spec.family],
         "dataset": DatasetSpec(spec.rows, format_row=given, held_out=0.0),
-        "lora": dict(r=spec.rank, lora_alpha=spec.rank),
+        "lora": dict(r=spec.r, lora_alpha=spec.r),
         "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
         "__module__": __name__,
     }
@@ -91,15 +90,14 @@ def leave_out(arm: str, read: Run) -> Run:
     settings = fit_to_memory(settings, machine())
     if arm == "without_storage":
         settings = replace(settings, storage="packed")
-    if arm == "without_packing":
-        settings.training["padding_free"] = False
+    if arm in ("without_packing", "without_attention"):
+        settings = replace(settings, training={**settings.training, "padding_free": arm == "without_attention"})
     if arm == "without_attention":
-        settings.training["padding_free"] = True
-        loading.attention = SimpleNamespace(NAME="sdpa")
+        attention.NAME = "sdpa"
     if arm == "without_output_layer":
-        build.score_supervised_tokens = lambda: None
+        vars(build)["score_supervised_tokens"] = lambda: None
     if arm == "without_lora_linear":
-        build.fuse_lora_layers = lambda model: 0
+        vars(build)["fuse_lora_layers"] = lambda model: 0
     if arm == "without_threads":
         torch.set_num_threads(1)  # as `accelerate launch` leaves a CPU run
     return replace(read, prepared=replace(read.prepared, settings=settings))
@@ -136,7 +134,9 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             bnb_4bit_use_double_quant=stored.double_quant,
             **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
         )
-    mixed = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
+    others: dict[str, Any] = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
+    if sixteen:
+        others["model_init_kwargs"] = {"dtype": spec.dtype}
     trainer = SFTTrainer(
         spec.model,
         args=SFTConfig(
@@ -146,38 +146,42 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             save_strategy="no",
             use_cpu=cpu,
             disable_tqdm=True,
-            **({"model_init_kwargs": {"dtype": spec.dtype}} if sixteen else {}),
-            **mixed,
+            **others,
             **_shared(spec),
         ),
         train_dataset=dataset,
         processing_class=read.tokenizer,
         quantization_config=quantization,
         peft_config=LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.rank,
+            r=spec.r,
+            lora_alpha=spec.r,
             target_modules=list(SPECS[spec.family].linear_layers),
             task_type="CAUSAL_LM",
         ),
     )
-    if mixed:  # TRL has cast the adapter to bfloat16, which a float16 run's gradient scaler cannot take
-        for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
+    if spec.dtype == "float16":  # TRL has cast the adapter to bfloat16, which a gradient scaler cannot handle
+        for weight in (weight for weight in _model(trainer).parameters() if weight.requires_grad):
             weight.data = weight.data.float()
     return trainer
 
 
+def _model(trainer: SFTTrainer) -> torch.nn.Module:
+    return cast(torch.nn.Module, trainer.model)
+
+
 class _Clock(TrainerCallback):
-    """Takes the time of every step, and counts the tokens in it."""
+    """Measures the time of every step, and counts its tokens."""
 
     def __init__(self, trainer: SFTTrainer) -> None:
-        self.count, self.steps, self.device = TokenCount(), [], trainer.args.device
-        step = trainer.training_step
+        self.count, self.device = TokenCount(), trainer.args.device
+        self.steps: list[dict[str, float]] = []
+        step: Callable[..., torch.Tensor] = trainer.training_step
 
         def counted(model: torch.nn.Module, inputs: Mapping[str, Any], *arguments: Any) -> torch.Tensor:
             self.count.add(inputs)
             return step(model, inputs, *arguments)
 
-        trainer.training_step = counted
+        vars(trainer)["training_step"] = counted
         trainer.add_callback(self)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -196,7 +200,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
     """Train an arm and return what it did; the first step, which warms up, is not in the speed."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(arm, spec, folder)
-        clock, beside = _Clock(trainer), non_weight_bytes(trainer.model)
+        clock, beside = _Clock(trainer), non_weight_bytes(_model(trainer))
         environment.reset_peak(trainer.args.device.type)
         trainer.train()
     counted = clock.steps[1:]
@@ -211,7 +215,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         "tokens_per_micro_batch": total["real"] / total["micro_batches"],
         "padding_share": 1 - total["real"] / total["positions"],
         "quantized_linears": sum(
-            getattr(weight, "quant_state", None) is not None for weight in trainer.model.parameters()
+            getattr(weight, "quant_state", None) is not None for weight in _model(trainer).parameters()
         ),
         "storage": _storage(trainer),
         "micro_batch": trainer.args.per_device_train_batch_size,
@@ -222,7 +226,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
 
 
 def _memory(arm: str, beside: int, spec: Specification, device: str) -> dict[str, int]:
-    """Return the peak of the training alone, and what the plan said of it, for the arm that has one."""
+    """Return the peak of the training alone, and the planned one, for the arm that has a plan."""
     if arm != "recipe":
         return {}
     planned = estimate.plan(fit_to_memory(settings_of(spec), machine()), device=device).training
@@ -230,7 +234,7 @@ def _memory(arm: str, beside: int, spec: Specification, device: str) -> dict[str
 
 
 def _storage(trainer: SFTTrainer) -> str:
-    return "expanded" if any(hasattr(module, EXPANDED) for module in trainer.model.modules()) else "packed"
+    return "expanded" if any(hasattr(module, EXPANDED) for module in _model(trainer).modules()) else "packed"
 
 
 def main() -> None:

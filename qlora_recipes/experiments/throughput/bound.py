@@ -1,8 +1,8 @@
 """The fastest that this machine could train, from a product and a copy measured in the same run.
 
-Every linear layer takes 4 flop a token and weight without checkpointing (2 forward, 2 for the gradient of its input;
-the weight is frozen), the output layer the same for each supervised token. A packed 4-bit base is also dequantized
-twice a micro-batch, half a byte read and two written for each weight.
+Every linear layer takes 4 flop per token and weight without checkpointing (2 forward, 2 for the gradient of its input;
+the weight is frozen), the output layer as many for each supervised token. A packed 4-bit base is also dequantized
+twice per micro-batch, half a byte read and two written for each weight.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from qlora_recipes.families.family import Sizes
 from qlora_recipes.memory.sizes import linear_shapes, sizes_of
-from qlora_recipes.models import Sizes
 
 _TURNS = 9
 _TOKENS = 2048
@@ -26,12 +26,12 @@ _COPIED = 2**28  # bytes, more than any cache
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured of it."""
+    """What was measured on it."""
 
     flops: float
-    """16-bit products of an MLP's shape, forward and backward: flop a second."""
+    """Flop per second in 16-bit products of an MLP's shape, forward and backward."""
     copied: float
-    """Bytes read and written a second by a copy."""
+    """Bytes that a copy reads and writes per second."""
 
 
 def measure(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Machine:
@@ -47,7 +47,7 @@ def measure(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median of several turns, after one that counts for nothing; a GPU is given many at a time."""
+    """Return the median of several runs after one that does not count; a GPU gets many at a time."""
     taken, launches = [], 50 if device.type == "cuda" else 1
     for _ in range(_TURNS + 1):
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def tokens_per_second(machine: Machine, sizes: Sizes, supervised_share: float, packed_tokens: float | None) -> float:
-    """Return the bound; `packed_tokens` are those of a micro-batch where 4-bit weights are dequantized for each."""
+    """Return the bound; `packed_tokens` are the tokens of a micro-batch if 4-bit weights are dequantized for each."""
     linears = sizes.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
     head = sizes.vocab_size * sizes.hidden_size * supervised_share
     seconds = 4 * (linears + head) / machine.flops
@@ -70,7 +70,7 @@ def tokens_per_second(machine: Machine, sizes: Sizes, supervised_share: float, p
 
 
 def run_identity(spec: Any, recipe: Mapping[str, Any]) -> dict[str, float]:
-    """Return the bound of a comparison as its report holds it, for what the recipe's arm computed."""
+    """Return the bound of a comparison, as its report has it, for what the recipe's arm computed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(recipe["threads"])

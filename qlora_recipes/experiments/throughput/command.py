@@ -91,8 +91,8 @@ def measure(asked: SimpleNamespace, folder: Path, length: int | None) -> dict[st
     return {
         "model": {
             "family": asked.family,
-            "hidden": asked.hidden_size,
-            "layers": asked.num_hidden_layers,
+            "hidden_size": asked.hidden_size,
+            "num_hidden_layers": asked.num_hidden_layers,
             "standin": asked.standin,
         },
         "rows": {"file": Path(spec.rows).name, "length": length, "max_length": spec.max_length},
@@ -131,7 +131,7 @@ def _specification(asked: SimpleNamespace, folder: Path, kind: type) -> Any:
         dtype=PRECISIONS[asked.precision].dtype or asked.dtype,
         max_length=asked.max_length,
         steps=asked.steps,
-        rank=asked.r,
+        r=asked.r,
         seed=0,
         storage=asked.storage if PRECISIONS[asked.precision].quant_type else "auto",
     )

@@ -1,55 +1,56 @@
-"""Bases with random weights in the shapes of a family: speed and memory do not depend on what the weights are."""
+"""Bases with random weights in the shapes of a family: speed and memory do not depend on the weights' values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import FalconConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_recipes.errors import UsageError
 from qlora_recipes.models import MODELS, ModelSpec
 
 SPECS: dict[str, ModelSpec] = {spec.family: spec for spec in MODELS.values()}
-_HEAD = {"llama2": 128, "falcon": 64}
-"""Size of an attention head in Llama-2-7B and Falcon-7B."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of a family; all else follows as in the 7B model."""
+    """A decoder of a family; everything else is in proportion to the 7B model."""
 
     family: str
-    hidden: int
-    layers: int
+    hidden_size: int
+    num_hidden_layers: int
     vocab_size: int
 
     def config(self) -> PreTrainedConfig:
         """Return the configuration.
 
         Raises:
-            UsageError: for a width that is no multiple of the family's attention heads.
+            UsageError: for a width that is no multiple of the size of the family's attention heads.
         """
-        head = _HEAD[self.family]
-        if self.hidden % head or self.hidden <= 0:
+        whole = SPECS[self.family].sizes
+        head = whole.hidden_size // whole.num_attention_heads
+        if self.hidden_size % head or self.hidden_size <= 0:
             raise UsageError(
-                f"--hidden_size {self.hidden}: expected a multiple of {head}, the size of {self.family}'s heads"
+                f"--hidden_size {self.hidden_size}: expected a multiple of {head}, the size of {self.family}'s heads"
             )
-        common: dict[str, Any] = dict(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // head,
-            max_position_embeddings=4096,
+        heads = self.hidden_size // head
+        sizes = replace(
+            whole,
+            hidden_size=self.hidden_size,
+            num_key_value_heads=heads if whole.num_key_value_heads == whole.num_attention_heads else 1,
+            intermediate_size=whole.intermediate_size * self.hidden_size // whole.hidden_size,
         )
-        if self.family == "falcon":
-            return FalconConfig(
-                **common, multi_query=True, parallel_attn=True, new_decoder_architecture=False, bias=False
-            )
-        inner = SPECS["llama2"].sizes.intermediate_size * self.hidden // SPECS["llama2"].sizes.hidden_size
-        return LlamaConfig(**common, intermediate_size=inner, tie_word_embeddings=False, rms_norm_eps=1e-5)
+        return AutoConfig.for_model(
+            whole.family.model_types[0],
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=heads,
+            max_position_embeddings=4096,
+            **whole.family.config_from_sizes(sizes),
+        )
 
 
 def make(shape: Shape, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -14,7 +14,7 @@ _GIB = 2**30
 
 
 def print_table(figures: Mapping[str, Any], console: Console) -> None:
-    """Print one comparison: an arm a row, ratios to the plain script, the share of the bound."""
+    """Print one comparison: a row for each arm, ratios to the plain script, the share of the bound."""
     arms, bound = figures["arms"], figures["bound"]
     console.print(Text(_title(figures), style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -43,7 +43,7 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
 
 def _title(figures: Mapping[str, Any]) -> str:
     model, rows = figures["model"], figures["rows"]
-    base = "its stand-in" if model["standin"] else f"{model['hidden']} x {model['layers']} layers"
+    base = "its stand-in" if model["standin"] else f"{model['hidden_size']} x {model['num_hidden_layers']} layers"
     of = f"rows of {rows['length']} tokens" if rows["length"] else rows["file"]
     return f"{model['family']}, {base}, {figures['precision']}, {of}"
 
@@ -64,7 +64,7 @@ def _plan(found: Mapping[str, Any]) -> str:
 
 
 def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw tokens/s of every arm, a group for each comparison, with the bound as a line over it."""
+    """Draw the tokens/s of every arm, a group for each comparison with the bound as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
