@@ -142,7 +142,9 @@ EDITS: list[tuple[str, str, Any]] = [
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every file that a command reads, all of them whole."""
     root = tmp_path_factory.mktemp("whole")
-    record_margin(plan_benchmark(RECIPE, precisions=PRECISIONS, seeds=[0], margin=1.0, flags={"demo": True}, output=root))
+    record_margin(
+        plan_benchmark(RECIPE, precisions=PRECISIONS, seeds=[0], margin=1.0, flags={"demo": True}, output=root)
+    )
     runs = [RunFolder(make_run(root, name, scores=answers(40))) for name in PRECISIONS]
     for run in runs:
         run.held_out.write_text(json.dumps([{"place": "line 1", "messages": MESSAGES}]))

@@ -163,17 +163,12 @@ def _over_documents(samples: list[_Sample], clusters: list[Integers], margin: fl
     # Weighted so that the mean over all documents is the mean over tasks; a document of two tasks is one event.
     weights = [n / (len(samples) * size) for size in sizes]
     texts = np.unique(np.concatenate([sample.labelings[-1] for sample in samples]), return_inverse=True)[1]
-    weighted = np.repeat(weights, sizes) * np.concatenate(means)
-    events = np.bincount(texts, weights=weighted)
+    events = np.bincount(texts, weights=np.repeat(weights, sizes) * np.concatenate(means)).astype(float)
     differ = np.count_nonzero(events)
     # Where most documents differ, of a table of ten means say, they are no rare events.
     if differ < FEW_DIFFER and (all(sample.right_or_wrong for sample in samples) or differ <= len(events) / 2):
-        spans = [
-            np.full(len(each), weight * sample.span)
-            for weight, each, sample in zip(weights, means, samples, strict=True)
-        ]
-        share = len(events) / n
-        span = float(np.bincount(texts, weights=np.concatenate(spans)).max())
+        spans = np.multiply(weights, [sample.span for sample in samples])
+        share, span = len(events) / n, float(np.bincount(texts, weights=np.repeat(spans, sizes)).max())
         readings.append(rare_events(events * share, span * share, margin))
     return readings
 

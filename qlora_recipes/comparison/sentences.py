@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_recipes.comparison.paired import Comparison, Interval
+from qlora_recipes.comparison.intervals import Interval
+from qlora_recipes.comparison.paired import Comparison
 
 
 def sentence(name: str, baseline: str, found: Comparison, tasks: Sequence[str], seeds: Sequence[int]) -> str:

@@ -111,7 +111,7 @@ def restore_base(key: BaseKey) -> RestoredBase:
         device=device,
         trust_remote_code=key.trust_remote_code,
     )
-    model.eval()  # type: ignore[no-untyped-call]  # transformers 5.23 gives it no types
+    model.eval()
     return RestoredBase(model, receipt.sha256)
 
 

@@ -55,7 +55,7 @@ def train_falcon(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_with_chat_words(texts), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers 5.23 gives it no types
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
