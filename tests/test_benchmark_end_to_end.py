@@ -20,7 +20,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 @pytest.fixture(scope="module")
 def benchmark(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     output = tmp_path_factory.mktemp("benchmark") / "b"
-    flags = ["--model", str(tiny("llama2")), "--max_steps", "3", "--max_length", "128", "--warmup_steps", "0"]
+    flags = {"demo": True, "model": str(tiny("llama2")), "max_steps": 3, "max_length": 128, "warmup_steps": 0}
     plan = plan_benchmark(
         RECIPE,
         precisions=["nf4", "bf16"],
@@ -28,7 +28,6 @@ def benchmark(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
         margin=1.0,
         tasks=["held_out", "held_out_answers"],
         limit=3,
-        demo=True,
         flags=flags,
         output=output,
     )

@@ -13,10 +13,10 @@ import pytest
 from fake_runs import answers, make_run
 
 from qlora_recipes import cli
-from qlora_recipes.commands import chat, merge
-from qlora_recipes.commands.recipe_cli import run_command, settings_from
+from qlora_recipes.commands.entry import run_command
+from qlora_recipes.commands.recipe_cli import settings_from
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.evaluation import harness
+from qlora_recipes.evaluation import harness, loaded
 from qlora_recipes.evaluation.kl_files import Divergence, LayerError, write_divergence, write_quantization_error
 from qlora_recipes.evaluation.loaded import RestoredBase
 from qlora_recipes.evaluation.records import sha256
@@ -39,7 +39,7 @@ COMMANDS: dict[str, Callable[[Path], None]] = {
     "chat": lambda root: cli.main(["chat", str(root / "bf16-seed0")]),
     "merge": lambda root: cli.main(["merge", str(root / "bf16-seed0")]),
     "benchmark": lambda root: run_command(
-        lambda: benchmark.main([str(RECIPE), "--demo", "--precisions", *PRECISIONS, "--output", str(root)])
+        benchmark.main, [str(RECIPE), "--demo", "--precisions", *PRECISIONS, "--output", str(root)]
     ),
     "resume": lambda root: load_recipe(RECIPE).main(["--demo", "--resume", "--output_dir", str(root / "started")]),
 }
@@ -158,7 +158,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for module in (chat, merge, harness):
+    for module in (loaded, harness):
         monkeypatch.setattr(module, "restore_base", lambda key: RestoredBase(None, "base-bf16"))
     yield shutil.copytree(whole, tmp_path / "runs")
 

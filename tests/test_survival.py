@@ -375,7 +375,7 @@ def test_other_weights_or_rows_under_the_same_names_are_another_run(runs: Runs, 
 
 
 def test_a_finished_run_has_nothing_to_resume(runs: Runs) -> None:
-    with pytest.raises(RunFolderError, match="finished run; there is nothing to resume"):
+    with pytest.raises(RunFolderError, match="finished run; nothing is left to resume"):
         runs.train("whole", resume=True)
 
 
