@@ -71,7 +71,7 @@ $(BIN)/python:
 	    'Name another: make PYTHON=python3.12 install' >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-# Both arms, their evaluation and the report; run again, it goes on with what is missing.
+# Both arms, their evaluation and the report; run again, it does what is missing.
 demo: $(STAMP)
 	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes import load_recipe
+from qlora_recipes import load_recipe, preflight
 from qlora_recipes.cli import VERBS
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.memory.estimate import plan
@@ -68,3 +68,13 @@ def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
     (tmp_path / "tickets.py").write_text("\n".join(lines))
     recipe = load_recipe(tmp_path / "tickets.py")
     assert [m["role"] for m in recipe.formatter()({"subject": "a", "reply": "b"})] == ["user", "assistant"]
+
+
+def test_the_checks_are_as_many_as_the_readme_says() -> None:
+    figures = re.search(
+        r"(\d+) checks: (\d+) before the base is loaded, (\d+) before the first step, and (\d+) after", README
+    )
+    assert figures is not None
+    stages = preflight.BEFORE_LOADING, preflight.BEFORE_TRAINING, [*preflight.AFTER_TRAINING, *preflight.AFTER_SAVING]
+    counts = [len(stage) for stage in stages]
+    assert [int(figure) for figure in figures.groups()] == [sum(counts), *counts]
