@@ -6,7 +6,7 @@ Reads files; what is missing is left out, and what was measured on other weights
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qlora_recipes.comparison.evaluated import Arms, Results, Run, check_weights, read_results
 from qlora_recipes.evaluation.kl_files import Divergence, LayerError, read_divergence, read_quantization_error
@@ -22,13 +22,13 @@ NOISE = "noise"
 class Controls:
     """What is measured besides the scores of the arms, each where there is any."""
 
-    bases: Mapping[str, Results] = field(default_factory=dict)
+    bases: Mapping[str, Results]
     """Precision to the scores of its base before tuning."""
-    cross_base: Mapping[str, Sequence[Results]] = field(default_factory=dict)
+    cross_base: Mapping[str, Sequence[Results]]
     """Precision to the scores of the baseline's adapters on that precision's base, in the order of the seeds."""
-    divergences: Mapping[str, Divergence] = field(default_factory=dict)
+    divergences: Mapping[str, Divergence]
     """Precision, or `noise`, to its distance from the baseline's distributions."""
-    quantization_errors: Mapping[str, list[LayerError]] = field(default_factory=dict)
+    quantization_errors: Mapping[str, list[LayerError]]
     """Precision to the error of each of its layers."""
 
 

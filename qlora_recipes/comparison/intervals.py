@@ -47,9 +47,10 @@ def _hull(intervals: Sequence[Interval]) -> Interval:
 
 
 def joined(texts: Integers, subjects: Integers) -> Integers:
-    """Return each document's cluster, numbered from 0, given its text's and its subject's number.
+    """Return each document's cluster, numbered from 0, by the numbers of its text and its subject, shape (documents,).
 
-    Documents that share a text or a subject are of one cluster; and so are those that share one through others.
+    Documents that share a text or a subject are of one cluster; and so are those that share one through others. Texts
+    and subjects are each numbered from 0, without gaps.
     """
     nodes = texts, texts.max() + 1 + subjects
     graph = coo_array((np.ones(len(texts)), nodes), shape=(int(nodes[1].max()) + 1,) * 2)
