@@ -65,15 +65,14 @@ def compare_folders(
     from qlora_recipes.comparison.controls import read_controls
     from qlora_recipes.comparison.evaluated import group, read_scores
 
-    runs = [read_scores(folder, tasks) for folder in folders]
-    arms = group(runs)
+    arms = group([read_scores(folder, tasks) for folder in folders])
     if baseline is not None and baseline not in arms:
         raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
     baseline = baseline or choose_baseline(list(arms))
+    arms = {baseline: arms[baseline], **arms}  # the baseline first
     if earlier_margins is None:
         earlier_margins = _earlier_margins(output, margin) if output else []
-    controls = read_controls(runs, baseline)
-    return build_report(runs, margin=margin, baseline=baseline, controls=controls, earlier_margins=earlier_margins)
+    return build_report(arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins)
 
 
 def _earlier_margins(output: Path, margin: float) -> list[float]:

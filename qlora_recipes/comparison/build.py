@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
-from qlora_recipes.comparison.evaluated import AlignedScores, Run, align_runs, group
-from qlora_recipes.comparison.findings import Arm, Contrast, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
+from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.paired import Comparison
 from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
-from qlora_recipes.errors import ComparisonError
 from qlora_recipes.precision import PRECISIONS
-
-FEWEST_DOCUMENTS = 20
-"""Fewer per task leave an interval of some 20 points at best, which supports no verdict."""
-
-
-@dataclass(frozen=True)
-class _Aligned:
-    """Everything that was measured, with its documents in one order."""
-
-    arms: Mapping[str, AlignedScores]
-    """The baseline first."""
-    bases: Mapping[str, AlignedScores]
-    cross_base: Mapping[str, AlignedScores]
-    seeds: Sequence[int]
-
-    @property
-    def baseline(self) -> AlignedScores:
-        return next(iter(self.arms.values()))
 
 
 def choose_baseline(precisions: Sequence[str]) -> str:
@@ -46,92 +27,56 @@ def choose_baseline(precisions: Sequence[str]) -> str:
     return full[0] if len(full) == 1 else precisions[-1]
 
 
-def build_report(
-    runs: Sequence[Run],
-    *,
-    margin: float,
-    baseline: str | None = None,
-    controls: Controls | None = None,
-    earlier_margins: Sequence[float] = (),
-) -> Report:
-    """Compare every precision among the runs with the baseline; `margin` is in points.
+def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margins: Sequence[float] = ()) -> Report:
+    """Compare every arm with the first one, the baseline; `margin` is in points.
 
     Raises:
-        ComparisonError: when the runs differ in more than precision and seed, or cannot be aligned.
+        ComparisonError: when the runs cannot be aligned, or have too few scores for a verdict.
     """
-    arms = group(runs)
-    baseline = baseline or choose_baseline(list(arms))
-    arms = {name: arms[name] for name in sorted(arms, key=lambda name: name != baseline)}
-    controls = controls or Controls()
-    aligned = _align(arms, controls)
-    _check_enough(aligned.baseline)
-    criteria = criteria_for(aligned.baseline, margin)
-    in_order = [run for by_seed in arms.values() for run in by_seed.values()]
-    tuning = _tuning_effect(aligned.baseline, aligned.bases.get(baseline), criteria)
-    first = in_order[0].receipt
+    runs = [run for by_seed in arms.values() for run in by_seed.values()]
+    first = runs[0].receipt
+
+    def aligned(name: str, results: Sequence[Results]) -> AlignedScores:
+        return align_runs(name, results, runs[0].results)
+
+    scores = {name: aligned(name, [run.results for run in by_seed.values()]) for name, by_seed in arms.items()}
+    bases = {name: aligned(f"{name} base before tuning", [results]) for name, results in controls.bases.items()}
+    cross_base = {
+        name: aligned(f"{first.precision} adapter on the {name} base", results)
+        for name, results in controls.cross_base.items()
+    }
+    baseline, *others = scores.values()
+    seeds = list(arms[baseline.name])
+    criteria = criteria_for(baseline, margin)
+    noise = None
+    if len(seeds) > 1:  # the baseline's second seed against its first: the difference that no precision makes
+        one, two = (AlignedScores(f"{baseline.name} seed {seeds[i]}", [baseline.results[i]]) for i in (0, 1))
+        noise = contrast(two, one, seeds[:1], criteria, controls.divergences.get(NOISE))
+    errors = controls.quantization_errors
+    effects = list(_effects(scores, bases, cross_base, criteria))
+    tuning = effects[0].comparison if baseline.name in bases else None
     return Report(
         recipe=first.recipe,
         demo=first.demo,
         model=first.base.model,
         dtype=first.dtype,
-        baseline=baseline,
-        seeds=list(aligned.seeds),
+        baseline=baseline.name,
+        seeds=seeds,
         margin=margin,
         earlier_margins=list(earlier_margins),
-        limit=_limit(aligned.baseline),
-        arms=[_arm(list(arms[name].values()), one, criteria) for name, one in aligned.arms.items()],
+        limit=criteria.limit,
+        arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
         contrasts=[
-            _with_controls(contrast(one, aligned.baseline, aligned.seeds, criteria), controls, name)
-            for name, one in aligned.arms.items()
-            if name != baseline
+            contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
+            for one in others
         ],
-        noise=_noise(aligned, criteria, controls),
-        controls=[
-            Control(one.name, mean_scores(one, criteria))
-            for one in (*aligned.bases.values(), *aligned.cross_base.values())
-        ],
-        effects=[
-            *([tuning] if tuning else []),
-            *(effect for name in aligned.cross_base for effect in _effects(name, aligned, criteria)),
-        ],
-        losses=[_loss_curve(run) for run in in_order],
-        validity=validity(in_order),
-        caveats=list(_caveats(list(aligned.arms.values()), tuning, criteria, earlier_margins)),
+        noise=noise,
+        controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
+        effects=effects,
+        losses=[_loss_curve(run) for run in runs],
+        validity=validity(runs),
+        caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),
     )
-
-
-def _align(arms: Mapping[str, Mapping[int, Run]], controls: Controls) -> _Aligned:
-    (baseline, by_seed), *_ = arms.items()
-    reference = next(iter(by_seed.values())).results
-    return _Aligned(
-        arms={name: align_runs(name, [run.results for run in runs.values()], reference) for name, runs in arms.items()},
-        bases={
-            name: align_runs(f"{name} base before tuning", [controls.bases[name]], reference)
-            for name in arms
-            if name in controls.bases
-        },
-        cross_base={
-            name: align_runs(f"{baseline} adapter on the {name} base", controls.cross_base[name], reference)
-            for name in arms
-            if name in controls.cross_base
-        },
-        seeds=list(by_seed),
-    )
-
-
-def _limit(scores: AlignedScores) -> int | None:
-    limits = [result.limit for result in scores.results[0].tasks.values() if result.limit is not None]
-    return min(limits) if limits else None
-
-
-def _check_enough(scores: AlignedScores) -> None:
-    fewest = FEWEST_DOCUMENTS if _limit(scores) is None else 2
-    for task, documents in scores.results[0].documents.items():
-        if len(documents) < fewest and scores.task(task).kind != "bits_per_byte":
-            raise ComparisonError(
-                f"{task} has {len(documents)} documents, too few to say anything; expected at least {fewest}. Leave it "
-                "out with --tasks, or evaluate more of it"
-            )
 
 
 def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:
@@ -150,49 +95,32 @@ def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:
     )
 
 
-def _with_controls(found: Contrast, controls: Controls, name: str) -> Contrast:
-    return replace(
-        found,
-        divergence=controls.divergences.get(name),
-        quantization_error=list(controls.quantization_errors.get(name, ())),
-    )
+def _effects(
+    arms: Mapping[str, AlignedScores],
+    bases: Mapping[str, AlignedScores],
+    cross_base: Mapping[str, AlignedScores],
+    criteria: Criteria,
+) -> Iterator[Effect]:
+    """Yield what tuning did to the baseline; then the steps from it to an arm, by what a base does in which stage."""
 
+    def effect(name: str, meaning: str, a: AlignedScores, b: AlignedScores) -> Effect:
+        return Effect(name, meaning, overall_difference(a, b, criteria))
 
-def _noise(aligned: _Aligned, criteria: Criteria, controls: Controls) -> Contrast | None:
-    """Compare the baseline's second seed with its first: the difference that no precision makes."""
-    if len(aligned.seeds) < 2:
-        return None
-    name, results = aligned.baseline.name, aligned.baseline.results
-    first, second = (
-        AlignedScores(f"{name} seed {seed}", [one]) for seed, one in zip(aligned.seeds[:2], results, strict=False)
-    )
-    return _with_controls(contrast(second, first, aligned.seeds[:1], criteria), controls, NOISE)
-
-
-def _effects(name: str, aligned: _Aligned, criteria: Criteria) -> list[Effect]:
-    """Split the way from the baseline to an arm into what its base does to answers and what it does to training."""
-    baseline, arm, cross_base, bases = aligned.baseline, aligned.arms[name], aligned.cross_base[name], aligned.bases
-    steps = [
-        ("inference", f"the {baseline.name} adapter, on {name} against on its own base", cross_base, baseline),
-        ("training", f"the adapter trained on {name} against the {baseline.name} one, both on {name}", arm, cross_base),
-    ]
-    if name in bases and baseline.name in bases:
-        before = ("before tuning", "the two bases without an adapter", bases[name], bases[baseline.name])
-        steps.insert(0, before)
-    return [Effect(f"{name}: {step}", meaning, overall_difference(a, b, criteria)) for step, meaning, a, b in steps]
-
-
-def _tuning_effect(baseline: AlignedScores, before: AlignedScores | None, criteria: Criteria) -> Effect | None:
-    """Return what tuning did to the baseline, by its first seed; None where the base was not scored."""
-    if before is None:
-        return None
-    first = AlignedScores(baseline.name, baseline.results[:1])
-    meaning = f"{baseline.name} after tuning against before, first seed"
-    return Effect(f"{baseline.name}: tuning", meaning, overall_difference(first, before, criteria))
+    of, baseline = next(iter(arms.items()))
+    before = bases.get(of)
+    if before:
+        first = AlignedScores(of, baseline.results[:1])
+        yield effect(f"{of}: tuning", f"{of} after tuning against before, first seed", first, before)
+    for name, crossed in cross_base.items():
+        if before and name in bases:
+            yield effect(f"{name}: before tuning", "the two bases without an adapter", bases[name], before)
+        yield effect(f"{name}: inference", f"the {of} adapter, on {name} against on its own base", crossed, baseline)
+        meaning = f"the adapter trained on {name} against the {of} one, both on {name}"
+        yield effect(f"{name}: training", meaning, arms[name], crossed)
 
 
 def _caveats(
-    arms: Sequence[AlignedScores], tuning: Effect | None, criteria: Criteria, earlier_margins: Sequence[float]
+    arms: Sequence[AlignedScores], tuning: Comparison | None, criteria: Criteria, earlier_margins: Sequence[float]
 ) -> Iterator[str]:
     """Yield reasons to believe a verdict less than its interval says: the agreement of arms that cannot disagree."""
     if earlier_margins:
@@ -204,10 +132,10 @@ def _caveats(
             extreme = "wrong" if scores == {0.0} else "right" if scores == {1.0} else "scored the same"
             yield f"{task} cannot tell the arms apart: every answer of every arm is {extreme}."
     if tuning is not None:
-        low, high = tuning.comparison.interval_95
+        low, high = tuning.interval_95
         if low <= 0 <= high:
             yield (
-                f"Tuning itself made no difference that these tasks can see: {points(tuning.comparison.difference)} "
+                f"Tuning itself made no difference that these tasks can see: {points(tuning.difference)} "
                 f"(95 % interval {interval((low, high))}). Adapters that learned nothing agree in any precision."
             )
 

@@ -16,18 +16,18 @@ from qlora_recipes.comparison.findings import BitsContrast, ChangedAnswer, Contr
 from qlora_recipes.comparison.paired import (
     FEWEST_TEXTS,
     Comparison,
-    Flips,
     TaskScores,
     bits_per_byte_difference,
-    compare,
     flips,
     holm,
     overall,
 )
 from qlora_recipes.comparison.sentences import sentence
 from qlora_recipes.errors import ComparisonError
-from qlora_recipes.evaluation.records import DocRecord
+from qlora_recipes.evaluation.kl_files import Divergence, LayerError
 
+FEWEST_DOCUMENTS = 20
+"""Fewer per task leave an interval of some 20 points at best, which supports no verdict."""
 POINTS = 100
 SHOWN = 5
 """Changed answers shown of each kind."""
@@ -36,11 +36,12 @@ _KINDS = {(1.0, 0.0): "right to wrong", (0.0, 1.0): "wrong to right", (0.0, 0.0)
 
 @dataclass(frozen=True)
 class Criteria:
-    """What every contrast of a report is judged criteria."""
+    """What every contrast of a report is judged by."""
 
     margin: float
     """Points."""
-    limited: bool
+    limit: int | None
+    """Documents per task that the evaluation was limited to."""
     verdict: Sequence[str]
     """Tasks that the overall verdict is over."""
     secondary: Sequence[str]
@@ -51,9 +52,17 @@ def criteria_for(reference: AlignedScores, margin: float) -> Criteria:
     """Choose the tasks of the verdict: right or wrong and other scores of 0 to 1; generations where that is all.
 
     Raises:
-        ComparisonError: when no task has such scores.
+        ComparisonError: when no task has such scores, or one has too few documents.
     """
-    tasks = reference.results[0].tasks
+    tasks = reference.tasks
+    limit = min((result.limit for result in tasks.values() if result.limit is not None), default=None)
+    fewest = FEWEST_DOCUMENTS if limit is None else 2
+    for task, documents in reference.results[0].documents.items():
+        if len(documents) < fewest and tasks[task].kind != "bits_per_byte":
+            raise ComparisonError(
+                f"{task} has {len(documents)} documents, too few to say anything; expected at least {fewest}. Leave it "
+                "out with --tasks, or evaluate more of it"
+            )
     unit = [task for task in tasks if reference.scores(task).min() >= 0 and reference.scores(task).max() <= 1]
     scored = [task for task in unit if tasks[task].kind in ("accuracy", "score")]
     generated = [task for task in unit if tasks[task].kind == "generation"]
@@ -62,8 +71,7 @@ def criteria_for(reference: AlignedScores, margin: float) -> Criteria:
             f"the tasks {', '.join(tasks)} have no score between 0 and 1, and a verdict needs one. Evaluate with "
             "--tasks standin_choice, mmlu or another of that kind"
         )
-    limited = any(result.limit is not None for result in tasks.values())
-    return Criteria(margin, limited, scored or generated, generated if scored else [])
+    return Criteria(margin, limit, scored or generated, generated if scored else [])
 
 
 def mean_scores(aligned: AlignedScores, criteria: Criteria) -> dict[str, float]:
@@ -71,7 +79,14 @@ def mean_scores(aligned: AlignedScores, criteria: Criteria) -> dict[str, float]:
     return {task: float(POINTS * aligned.scores(task).mean()) for task in (*criteria.verdict, *criteria.secondary)}
 
 
-def contrast(a: AlignedScores, b: AlignedScores, seeds: Sequence[int], criteria: Criteria) -> Contrast:
+def contrast(
+    a: AlignedScores,
+    b: AlignedScores,
+    seeds: Sequence[int],
+    criteria: Criteria,
+    divergence: Divergence | None = None,
+    quantization_error: Sequence[LayerError] = (),
+) -> Contrast:
     """Compare an arm `a` with its baseline `b`, over all their seeds."""
     found = overall_difference(a, b, criteria)
     counts = _count_flips(a, b, seeds)
@@ -84,74 +99,54 @@ def contrast(a: AlignedScores, b: AlignedScores, seeds: Sequence[int], criteria:
         flips=counts,
         changed=_changed_answers(a, b, seeds),
         changed_share=_changed_share(counts),
-        bits=[_bits(task, a, b) for task, result in b.results[0].tasks.items() if result.kind == "bits_per_byte"],
-        divergence=None,
-        quantization_error=[],
+        bits=[_bits(task, a, b) for task, result in b.tasks.items() if result.kind == "bits_per_byte"],
+        divergence=divergence,
+        quantization_error=list(quantization_error),
     )
 
 
-def overall_difference(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> Comparison:
-    """Compare over the tasks of the verdict, each counting the same."""
-    return overall(
-        {task: _scores(a, b, task) for task in criteria.verdict}, margin=criteria.margin, limited=criteria.limited
-    )
-
-
-def _scores(a: AlignedScores, b: AlignedScores, task: str) -> TaskScores:
-    subjects = [document.subject for document in b.documents(task)[0]]
-    clusters = subjects if len(set(subjects)) > 1 else None
-    return TaskScores(POINTS * a.scores(task), POINTS * b.scores(task), clusters)
+def overall_difference(
+    a: AlignedScores, b: AlignedScores, criteria: Criteria, tasks: Sequence[str] | None = None
+) -> Comparison:
+    """Compare over some tasks, or those of the verdict, each counting the same."""
+    scores = {}
+    for task in tasks or criteria.verdict:
+        subjects = [document.subject for document in b.documents(task)[0]]
+        clusters = subjects if len(set(subjects)) > 1 else None
+        scores[task] = TaskScores(POINTS * a.scores(task), POINTS * b.scores(task), clusters)
+    return overall(scores, margin=criteria.margin, limited=criteria.limit is not None)
 
 
 def _task_contrasts(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> list[TaskContrast]:
-    found = {}
-    for task in (*criteria.verdict, *criteria.secondary):
-        scores = _scores(a, b, task)
-        found[task] = compare(
-            scores.a, scores.b, margin=criteria.margin, clusters=scores.clusters, limited=criteria.limited
-        )
-    adjusted = holm({task: comparison.p_difference for task, comparison in found.items()})
     of_a, of_b = mean_scores(a, criteria), mean_scores(b, criteria)
+    found = {task: overall_difference(a, b, criteria, [task]) for task in of_a}
+    adjusted = holm({task: comparison.p_difference for task, comparison in found.items()})
     return [
-        TaskContrast(task, b.task(task).metric, of_a[task], of_b[task], comparison, adjusted[task])
+        TaskContrast(task, b.tasks[task].metric, of_a[task], of_b[task], comparison, adjusted[task])
         for task, comparison in found.items()
     ]
 
 
 def _bits(task: str, a: AlignedScores, b: AlignedScores) -> BitsContrast:
-    of_a, of_b = _mean_bits(task, a), _mean_bits(task, b)
+    of_a, of_b = (arm.scores(task, of="bits").mean(axis=0) for arm in (a, b))
     sizes = np.array([document.bytes for document in b.documents(task)[0]], dtype=float)
     found = bits_per_byte_difference(of_a, of_b, sizes) if len(sizes) >= FEWEST_TEXTS else None
     return BitsContrast(task, float(of_a.sum() / sizes.sum()), float(of_b.sum() / sizes.sum()), found)
 
 
-def _mean_bits(task: str, aligned: AlignedScores) -> np.ndarray:
-    """Return the bits of each document, the mean over seeds."""
-    bits = [[document.bits for document in documents] for documents in aligned.documents(task)]
-    mean: np.ndarray = np.array(bits, dtype=float).mean(axis=0)
-    return mean
-
-
 def _right_or_wrong(aligned: AlignedScores) -> list[str]:
-    return [task for task, result in aligned.results[0].tasks.items() if result.kind == "accuracy"]
+    return [task for task, result in aligned.tasks.items() if result.kind == "accuracy"]
 
 
 def _count_flips(a: AlignedScores, b: AlignedScores, seeds: Sequence[int]) -> list[FlipCount]:
     """Count the flips of every task whose documents are right or wrong, for each seed."""
-    return [
-        FlipCount(task, seed, _flips(of_a, of_b))
-        for task in _right_or_wrong(b)
-        for seed, of_a, of_b in zip(seeds, a.documents(task), b.documents(task), strict=True)
-    ]
-
-
-def _flips(a: Sequence[DocRecord], b: Sequence[DocRecord]) -> Flips:
-    return flips(
-        [document.score for document in a],
-        [document.score for document in b],
-        [document.answer for document in a],
-        [document.answer for document in b],
-    )
+    counts = []
+    for task in _right_or_wrong(b):
+        for seed, of_a, of_b in zip(seeds, a.documents(task), b.documents(task), strict=True):
+            scores = ([document.score for document in documents] for documents in (of_a, of_b))
+            answers = ([document.answer for document in documents] for documents in (of_a, of_b))
+            counts.append(FlipCount(task, seed, flips(*scores, *answers)))
+    return counts
 
 
 def _changed_share(counts: Sequence[FlipCount]) -> float | None:

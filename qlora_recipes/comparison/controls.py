@@ -6,9 +6,9 @@ Reads files; what is missing is left out, and what was measured on other weights
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from qlora_recipes.comparison.evaluated import Results, Run, check_weights, group, read_results
+from qlora_recipes.comparison.evaluated import Arms, Results, Run, check_weights, read_results
 from qlora_recipes.evaluation.kl_files import Divergence, LayerError, read_divergence, read_quantization_error
 from qlora_recipes.evaluation.records import UnfinishedTaskError
 
@@ -22,61 +22,48 @@ NOISE = "noise"
 class Controls:
     """What is measured besides the scores of the arms, each where there is any."""
 
-    bases: Mapping[str, Results] = field(default_factory=dict)
+    bases: Mapping[str, Results]
     """Precision to the scores of its base before tuning."""
-    cross_base: Mapping[str, Sequence[Results]] = field(default_factory=dict)
+    cross_base: Mapping[str, Sequence[Results]]
     """Precision to the scores of the baseline's adapters on that precision's base, in the order of the seeds."""
-    divergences: Mapping[str, Divergence] = field(default_factory=dict)
+    divergences: Mapping[str, Divergence]
     """Precision, or `noise`, to its distance from the baseline's distributions."""
-    quantization_errors: Mapping[str, list[LayerError]] = field(default_factory=dict)
+    quantization_errors: Mapping[str, list[LayerError]]
     """Precision to the error of each of its layers."""
 
 
-def read_controls(runs: Sequence[Run], baseline: str) -> Controls:
-    """Return everything that the run folders hold besides the runs' own scores.
+def read_controls(arms: Arms) -> Controls:
+    """Return everything that the run folders hold besides the runs' own scores; the baseline is the first arm.
 
     Raises:
         ComparisonError: when a control was scored with other weights than the runs'.
         RunFolderError: when a file is damaged.
     """
-    arms = group(runs)
-    others = [name for name in arms if name != baseline]
+    reference, *more_seeds = next(iter(arms.values())).values()
+    others = {name: next(iter(by_seed.values())).folder for name, by_seed in list(arms.items())[1:]}
+    pairs = others | ({NOISE: more_seeds[0].folder} if more_seeds else {})
     return Controls(
-        bases={name: base for name, by_seed in arms.items() if (base := _base(name, by_seed)) is not None},
-        cross_base={name: found for name in others if (found := _cross_base(name, arms, baseline))},
-        divergences=_divergences(arms, baseline),
-        quantization_errors={
-            name: errors for name in others if (errors := read_quantization_error(_first(arms[name]).folder))
-        },
+        bases={name: base for name in arms if (base := _base(name, arms[name]))},
+        cross_base={name: results for name in others if (results := _cross_base(name, arms))},
+        divergences={name: found for name, run in pairs.items() if (found := read_divergence(reference.folder, run))},
+        quantization_errors={name: errors for name, run in others.items() if (errors := read_quantization_error(run))},
     )
-
-
-def _first(by_seed: Mapping[int, Run]) -> Run:
-    return next(iter(by_seed.values()))
 
 
 def _base(name: str, by_seed: Mapping[int, Run]) -> Results | None:
     """The base has no seed: it is scored once, in the folder of any of its runs."""
-    for run in by_seed.values():
-        found = _read(run, BASE, f"{name} base before tuning", None, run.receipt.base.sha256)
-        if found is not None:
-            return found
-    return None
+    read = (_read(run, BASE, f"{name} base before tuning", None, run.receipt.base.sha256) for run in by_seed.values())
+    return next((results for results in read if results), None)
 
 
-def _cross_base(name: str, arms: Mapping[str, Mapping[int, Run]], baseline: str) -> list[Results]:
+def _cross_base(name: str, arms: Arms) -> list[Results]:
     """All seeds or none: fewer seeds cannot be compared with means of more."""
-    found = [
-        _read(
-            run,
-            f"on-{name}",
-            f"{baseline} seed {seed} on {name}",
-            run.receipt.adapter.final_sha256,
-            arms[name][seed].receipt.base.sha256,
-        )
-        for seed, run in arms[baseline].items()
-    ]
-    scored = [results for results in found if results is not None]
+    baseline, by_seed = next(iter(arms.items()))
+    found = []
+    for seed, run in by_seed.items():
+        adapter, base = run.receipt.adapter.final_sha256, arms[name][seed].receipt.base.sha256
+        found.append(_read(run, f"on-{name}", f"{baseline} seed {seed} on {name}", adapter, base))
+    scored = [results for results in found if results]
     return scored if len(scored) == len(found) else []
 
 
@@ -88,11 +75,3 @@ def _read(run: Run, control: str, name: str, adapter: str | None, base: str) -> 
         return None
     check_weights(results, adapter, base, "this control again with --overwrite")
     return results
-
-
-def _divergences(arms: Mapping[str, Mapping[int, Run]], baseline: str) -> dict[str, Divergence]:
-    reference = _first(arms[baseline]).folder
-    pairs = {name: _first(by_seed).folder for name, by_seed in arms.items() if name != baseline}
-    if len(arms[baseline]) > 1:
-        pairs[NOISE] = list(arms[baseline].values())[1].folder
-    return {name: found for name, run in pairs.items() if (found := read_divergence(reference, run)) is not None}

@@ -8,6 +8,8 @@ from markupsafe import Markup
 
 # Control characters, lone surrogates, and the marks that change the direction of what follows them.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+# Letters written from right to left.
+_TURNED = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#$])")
 
 
@@ -29,9 +31,4 @@ def markdown(value: object) -> str:
         return str(value)
     text = plain(value).replace("&", "&amp;").replace("\t", "␉").replace("\n", "␊")
     text = _MARKDOWN.sub(r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
-    return text if text.isascii() or not _turns(text) else f"\u2068{text}\u2069"
-
-
-def _turns(text: str) -> bool:
-    """Whether the text has letters written from right to left."""
-    return bool(re.search("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]", text))
+    return f"\u2068{text}\u2069" if _TURNED.search(text) else text

@@ -9,30 +9,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote
 
 import numpy as np
 
-from qlora_recipes.comparison.receipts import check_same
+from qlora_recipes.comparison.receipts import receipt_differences
 from qlora_recipes.errors import ComparisonError, nearest
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, read_task
+from qlora_recipes.run.differences import shortened
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 
 # What two results of one task must share, so that the same thing was measured in the same way.
 _SAME_MEASUREMENT = (
-    "kind",
-    "metric",
-    "higher_is_better",
-    "version",
-    "limit",
-    "num_fewshot",
-    "chat_template",
-    "template_sha256",
-    "batch_size",
-    "loglikelihood_dtype",
-    "device",
-)
+    "kind metric higher_is_better version limit num_fewshot chat_template template_sha256 batch_size "
+    "loglikelihood_dtype device"
+).split()
 # What makes two documents the same one; never their place in the task.
 _IDENTITY = ("task", "doc_hash", "prompt_hash", "target_hash")
 _Key = tuple[str | int, ...]
@@ -65,6 +58,10 @@ class Run:
         return self.receipt.seed
 
 
+Arms = Mapping[str, Mapping[int, Run]]
+"""Precision to seed to run; the baseline first once it is chosen."""
+
+
 @dataclass(frozen=True)
 class AlignedScores:
     """The same thing measured with one or more seeds, its documents in the order of a common reference."""
@@ -73,17 +70,18 @@ class AlignedScores:
     results: Sequence[Results]
     """One for each seed."""
 
-    def task(self, name: str) -> TaskResult:
-        """Return the first seed's result, whose conditions are those of the others too."""
-        return self.results[0].tasks[name]
+    @property
+    def tasks(self) -> Mapping[str, TaskResult]:
+        """The first seed's results, whose conditions are those of the others too."""
+        return self.results[0].tasks
 
     def documents(self, task: str) -> list[Sequence[DocRecord]]:
         """Return the documents of a task, one sequence for each seed."""
         return [seed.documents[task] for seed in self.results]
 
-    def scores(self, task: str) -> np.ndarray:
-        """Return the scores of a task, shape (seeds, documents)."""
-        return np.array([[document.score for document in documents] for documents in self.documents(task)])
+    def scores(self, task: str, of: Literal["score", "bits"] = "score") -> np.ndarray:
+        """Return the scores of a task, or the bits of its texts, shape (seeds, documents)."""
+        return np.array([[getattr(document, of) for document in documents] for documents in self.documents(task)])
 
 
 def read_results(folder: Path, tasks: Sequence[str], name: str) -> Results:
@@ -94,9 +92,7 @@ def read_results(folder: Path, tasks: Sequence[str], name: str) -> Results:
         RunFolderError: when a file is damaged.
     """
     read = {task: read_task(folder, task) for task in tasks}
-    return Results(
-        name, {task: result for task, (result, _) in read.items()}, {task: docs for task, (_, docs) in read.items()}
-    )
+    return Results(name, {task: read[task][0] for task in tasks}, {task: read[task][1] for task in tasks})
 
 
 def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
@@ -111,7 +107,11 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
         raise ComparisonError(
             f"{path} has a receipt and no adapter; expected a run as training left it. Train it again"
         )
-    there = _evaluated_tasks(folder)
+    there = [unquote(file.name.removesuffix(".docs.jsonl")) for file in sorted(folder.evaluation.glob("*.docs.jsonl"))]
+    if not there:
+        raise ComparisonError(
+            f"{path} is not evaluated: {folder.evaluation} holds no scores. Run: qlora-recipes evaluate RUN"
+        )
     if missing := [task for task in tasks or () if task not in there]:
         raise ComparisonError(
             f"{path} is not evaluated on {missing[0]!r}, only on {', '.join(there)}.{nearest(missing[0], there)} "
@@ -120,15 +120,6 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
     results = read_results(folder.evaluation, tasks or there, str(path))
     check_weights(results, receipt.adapter.final_sha256, receipt.base.sha256, "the run again")
     return Run(folder, receipt, results)
-
-
-def _evaluated_tasks(folder: RunFolder) -> list[str]:
-    there = [unquote(file.name.removesuffix(".docs.jsonl")) for file in sorted(folder.evaluation.glob("*.docs.jsonl"))]
-    if not there:
-        raise ComparisonError(
-            f"{folder.path} is not evaluated: {folder.evaluation} holds no scores. Run: qlora-recipes evaluate RUN"
-        )
-    return there
 
 
 def check_weights(results: Results, adapter: str | None, base: str, what: str) -> None:
@@ -162,16 +153,8 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
             )
     if len(arms) < 2:
         raise ComparisonError(f"got runs of {', '.join(arms) or 'nothing'} alone, expected two precisions or more")
-    first = runs[0]
     for run in runs[1:]:
-        names = str(first.folder.path), str(run.folder.path)
-        check_same(first.receipt, run.receipt, names, same_seed=False)
-    _check_pairs(arms)
-    return {precision: dict(sorted(by_seed.items())) for precision, by_seed in arms.items()}
-
-
-def _check_pairs(arms: Mapping[str, Mapping[int, Run]]) -> None:
-    """Every arm has every seed, and the runs of one seed started from the same adapter."""
+        _check_same(runs[0], run, same_seed=False)
     (one, first), *others = arms.items()
     for precision, by_seed in others:
         if by_seed.keys() != first.keys():
@@ -180,8 +163,18 @@ def _check_pairs(arms: Mapping[str, Mapping[int, Run]]) -> None:
                 "runs are compared seed by seed. Train what is missing"
             )
         for seed, run in by_seed.items():
-            names = str(first[seed].folder.path), str(run.folder.path)
-            check_same(first[seed].receipt, run.receipt, names)
+            _check_same(first[seed], run)
+    return {precision: dict(sorted(by_seed.items())) for precision, by_seed in arms.items()}
+
+
+def _check_same(a: Run, b: Run, *, same_seed: bool = True) -> None:
+    """Refuse two runs that differ in anything but precision (and, unless `same_seed`, the seed)."""
+    found = receipt_differences(a.receipt, b.receipt, same_seed=same_seed)
+    if lines := [f"  - {key}: {shortened(left)} and {shortened(right)}" for key, left, right in found]:
+        raise ComparisonError(
+            f"{a.folder.path} and {b.folder.path} differ in more than precision:\n" + "\n".join(lines) + "\n"
+            "Expected equal values in both; train one of them again with the other's settings"
+        )
 
 
 def align_runs(name: str, results: Sequence[Results], reference: Results) -> AlignedScores:

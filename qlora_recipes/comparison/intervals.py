@@ -46,25 +46,16 @@ def _hull(intervals: Sequence[Interval]) -> Interval:
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
-def joined(labels: Sequence[Sequence[Integers]]) -> list[Integers]:
-    """Return each task's cluster numbers, given one or more labelings of its documents (such as text and subject).
+def joined(texts: Integers, subjects: Integers) -> Integers:
+    """Return each document's cluster, numbered from 0, by the numbers of its text and its subject, shape (documents,).
 
-    Documents that share a label, in one task or in several, are of one cluster; and so are those that share one
-    through others. Labels are whole numbers, of which one stands for the same thing in every task; the labelings of a
-    task must not use each other's numbers.
+    Documents that share a text or a subject are of one cluster; and so are those that share one through others. Texts
+    and subjects are each numbered from 0, without gaps.
     """
-    sizes = [len(labelings[0]) for labelings in labels]
-    starts, total = np.cumsum([0, *sizes]), sum(sizes)
-    pairs = [
-        (np.arange(start, start + size), total + labeling)
-        for start, size, labelings in zip(starts, sizes, labels, strict=False)
-        for labeling in labelings
-    ]
-    documents, nodes = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    count = int(nodes.max()) + 1
-    graph = coo_array((np.ones(len(nodes)), (documents, nodes)), shape=(count, count))
-    numbers = np.unique(connected_components(graph, directed=False)[1][:total], return_inverse=True)[1]
-    return [numbers[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    nodes = texts, texts.max() + 1 + subjects
+    graph = coo_array((np.ones(len(texts)), nodes), shape=(int(nodes[1].max()) + 1,) * 2)
+    clusters: Integers = connected_components(graph, directed=False)[1][texts]
+    return clusters
 
 
 def student(differences: Sequence[Floats], clusters: Sequence[Integers], margin: float) -> Reading:

@@ -10,7 +10,7 @@ degrees of freedom are written here, from Bell and McCaffrey (2002). Bad input r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -85,7 +85,8 @@ class Comparison:
 
 class _Sample(NamedTuple):
     differences: Floats  # (seeds, documents)
-    labelings: list[Integers]  # of the documents, each (documents,): their subject, their text
+    texts: Sequence[Hashable]  # what tells each document from others
+    subjects: Sequence[Hashable]  # each document's text where there are none
     span: float  # from the lowest score, or zero, to the highest
     right_or_wrong: bool  # no score but zero and one other
 
@@ -107,7 +108,7 @@ def compare(
     Where few documents differ, a score test for rare events is added, and with several seeds a t interval
     over their means. The widest interval and the largest p-values are reported.
     """
-    return _judge(_samples({"": TaskScores(scores_a, scores_b, clusters)}), margin, limited)
+    return overall({"": TaskScores(scores_a, scores_b, clusters)}, margin=margin, limited=limited)
 
 
 def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = False) -> Comparison:
@@ -116,31 +117,28 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
     Each task counts the same, as in the leaderboards' average, so that 10,000 documents of one do not drown
     800 of another. What varies is documents and subjects within the tasks: the verdict is about these tasks.
     """
-    samples = _samples(tasks)
-    seeds = {name: len(sample.differences) for name, sample in zip(tasks, samples, strict=True)}
-    if len(set(seeds.values())) != 1:
-        raise ComparisonError(f"got tasks with {seeds} seeds, expected as many of each; evaluate the rest")
-    return _judge(samples, margin, limited)
-
-
-def _judge(samples: list[_Sample], margin: float, limited: bool) -> Comparison:
+    samples = [_sample(name, task) for name, task in tasks.items()]
+    seeds_of = {name: len(sample.differences) for name, sample in zip(tasks, samples, strict=True)}
+    if len(set(seeds_of.values())) != 1:
+        raise ComparisonError(f"got tasks with {seeds_of} seeds, expected as many of each; evaluate the rest")
     _check_margin(margin, max(sample.span for sample in samples))
     per_seed = np.mean([sample.differences.mean(axis=1) for sample in samples], axis=0)
-    clusters = joined([sample.labelings for sample in samples])
-    documents = _over_documents(samples, clusters, margin)
+    texts = _numbered([text for sample in samples for text in sample.texts])
+    clusters = joined(texts, _numbered([subject for sample in samples for subject in sample.subjects]))
+    documents = _over_documents(samples, texts, clusters, margin)
     seeds = [over_seeds(per_seed, margin)] if len(per_seed) > 1 else []
     reading = widest(documents + seeds)
     verdict = _verdict(reading, margin, limited)
-    n = sum(sample.differences.shape[1] for sample in samples)
-    needed = _documents_for_a_verdict(documents, n, margin)
+    needed = _documents_for_a_verdict(documents, len(texts), margin)
+    too_few = _verdict(widest(documents), margin, limited) == "inconclusive" and needed > len(texts)
     return Comparison(
         difference=float(per_seed.mean()),
         **reading._asdict(),
         verdict=verdict,
         margin=float(margin),
-        n=n,
-        n_clusters=len(np.unique(np.concatenate(clusters))),
-        n_needed=needed if _verdict(widest(documents), margin, limited) == "inconclusive" and needed > n else None,
+        n=len(texts),
+        n_clusters=int(clusters.max()) + 1,
+        n_needed=needed if too_few else None,
         seeds_needed=_seeds_for_a_verdict(per_seed, margin) if seeds and verdict == "inconclusive" else None,
         seed_differences=tuple(per_seed.tolist()),
         seed_interval=seeds[0].interval if seeds else None,
@@ -155,14 +153,12 @@ def _verdict(reading: Reading, margin: float, limited: bool) -> Verdict:
     return "different" if reading.p_difference < 0.05 else "inconclusive"
 
 
-def _over_documents(samples: list[_Sample], clusters: list[Integers], margin: float) -> list[Reading]:
+def _over_documents(samples: list[_Sample], texts: Integers, clusters: Integers, margin: float) -> list[Reading]:
     means = [sample.differences.mean(axis=0) for sample in samples]
-    readings = [student(means, clusters, margin)]
-    sizes = list(map(len, means))
-    n = sum(sizes)
+    sizes, n = list(map(len, means)), len(texts)
+    readings = [student(means, np.split(clusters, np.cumsum(sizes)[:-1]), margin)]
     # Weighted so that the mean over all documents is the mean over tasks; a document of two tasks is one event.
     weights = [n / (len(samples) * size) for size in sizes]
-    texts = np.unique(np.concatenate([sample.labelings[-1] for sample in samples]), return_inverse=True)[1]
     events = np.bincount(texts, weights=np.repeat(weights, sizes) * np.concatenate(means)).astype(float)
     differ = np.count_nonzero(events)
     # Where most documents differ, of a table of ten means say, they are no rare events.
@@ -249,7 +245,7 @@ def flips(
 
     Scores are 0 or 1, shape (documents,); answers are what each arm chose, compared with `!=`.
     """
-    a, b = _numbers(scores_a, "scores a"), _numbers(scores_b, "scores b")
+    a, b = _finite(scores_a, "scores a"), _finite(scores_b, "scores b")
     answers = [x for x in (answers_a, answers_b) if x is not None]
     if not a.shape == b.shape == (a.size,) or len(answers) == 1 or {a.size, *map(len, answers)} != {a.size}:
         raise ComparisonError(
@@ -286,7 +282,7 @@ def bits_per_byte_difference(
     All are of shape (documents,). Few texts of very unequal length make the interval too short: at 60, with
     a log-normal spread of 0.7, that of 90 % covers 83 % (600 simulations).
     """
-    a, b, sizes = _numbers(bits_a, "bits a"), _numbers(bits_b, "bits b"), _numbers(n_bytes, "bytes")
+    a, b, sizes = _finite(bits_a, "bits a"), _finite(bits_b, "bits b"), _finite(n_bytes, "bytes")
     if not a.shape == b.shape == sizes.shape == (a.size,) or a.size < FEWEST_TEXTS or sizes.min() <= 0:
         raise ComparisonError(
             f"got bits of shape {a.shape} and {b.shape} and bytes of shape {sizes.shape}, expected one of each "
@@ -322,41 +318,40 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1].tolist(), strict=True))
 
 
-def _samples(tasks: Mapping[str, TaskScores]) -> list[_Sample]:
-    """Return the differences of every task, with labels that mean the same in all of them."""
-    numbers: dict[Hashable, int] = {}
-
-    def numbered(labels: Iterable[Hashable]) -> Integers:
-        return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
-
-    return [_sample(name, task, numbered) for name, task in tasks.items()]
-
-
-def _sample(name: str, task: TaskScores, numbered: Callable[[Iterable[Hashable]], Integers]) -> _Sample:
+def _sample(name: str, task: TaskScores) -> _Sample:
     where = f"task {name}: " if name else ""
-    a, b = (np.atleast_2d(_numbers(x, f"{where}scores {arm}")) for arm, x in (("a", task.a), ("b", task.b)))
+    a, b = (np.atleast_2d(_finite(x, f"{where}scores {arm}")) for arm, x in (("a", task.a), ("b", task.b)))
     if a.shape != b.shape or a.ndim != 2 or not a.size or a.shape[1] < 2:
         raise ComparisonError(
             f"{where}got scores of shape {a.shape} and {b.shape}, expected the same (seeds, documents) of "
             "both, at least 2 documents; align the runs first"
         )
-    n, labelings = a.shape[1], []
-    if task.clusters is not None:
-        if len(task.clusters) != n or len(set(task.clusters)) < 2:
-            raise ComparisonError(
-                f"{where}got {len(task.clusters)} cluster labels, {len(set(task.clusters))} of them distinct, for "
-                f"{n} documents, expected one each and 2 distinct; leave clusters out for a single subject"
-            )
-        labelings.append(numbered(("subject", label) for label in task.clusters))
+    n, subjects = a.shape[1], task.clusters
+    if subjects is not None and (len(subjects) != n or len(set(subjects)) < 2):
+        raise ComparisonError(
+            f"{where}got {len(subjects)} cluster labels, {len(set(subjects))} of them distinct, for {n} documents, "
+            "expected one each and 2 distinct; leave clusters out for a single subject"
+        )
     if task.documents is not None and len(task.documents) != n:
         raise ComparisonError(f"{where}got {len(task.documents)} document labels for {n} documents, expected one each")
-    labelings.append(numbered(("document", label) for label in task.documents or [(name, i) for i in range(n)]))
+    texts = list(task.documents or [(name, i) for i in range(n)])
     levels = set(np.unique(a)) | set(np.unique(b)) | {0.0}
-    span = float(max(levels) - min(levels))
-    return _Sample(a - b, labelings, span, right_or_wrong=len(levels) <= 2)
+    return _Sample(
+        differences=a - b,
+        texts=texts,
+        subjects=[("subject", label) for label in subjects] if subjects is not None else texts,
+        span=float(max(levels) - min(levels)),
+        right_or_wrong=len(levels) <= 2,
+    )
 
 
-def _numbers(values: ArrayLike, what: str) -> np.ndarray:
+def _numbered(labels: Sequence[Hashable]) -> Integers:
+    """Return each label's number, from 0 in the order of their first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+
+
+def _finite(values: ArrayLike, what: str) -> np.ndarray:
     numbers = np.asarray(values, dtype=float)
     if len(bad := np.argwhere(~np.isfinite(numbers))):
         raise ComparisonError(

@@ -40,14 +40,16 @@ _LONGEST = 28  # characters of a label before it is cut
 
 def forest_plot(report: Report) -> Markup:
     """Draw every difference with its 90 and 95 % interval, and the margin as a band."""
-    groups = [_rows(contrast) for contrast in (*report.contrasts, *([report.noise] if report.noise else []))]
-    rows = [row for group in groups for row in group]
+    contrasts = [*report.contrasts, *([report.noise] if report.noise else [])]
+    rows = [row for contrast in contrasts for row in _rows(contrast)]
     figure, axes = _figure(0.9 + 0.32 * len(rows), width=_WIDTH - _LABELS)
     axes.axvspan(-report.margin, report.margin, color=_BAND, linewidth=0)
     axes.axvline(0, color=_FAINT, linewidth=1)
     for height, (label, found, bold) in enumerate(reversed(rows)):
-        _draw_difference(axes, height, found, bold=bold)
-        weight = "bold" if bold else "normal"
+        color, weight = _VERDICTS[found.verdict], "bold" if bold else "normal"
+        axes.plot(found.interval_95, (height, height), color=color, linewidth=1)
+        axes.plot(found.interval, (height, height), color=color, linewidth=4 if bold else 2.5, solid_capstyle="butt")
+        axes.plot([found.difference], [height], marker="o", color=color, markersize=7 if bold else 5)
         axes.annotate(
             _short(label), (0, height), (-8, 0), ("axes fraction", "data"), "offset points",
             ha="right", va="center", color=_INK, weight=weight, parse_math=False,
@@ -61,34 +63,23 @@ def forest_plot(report: Report) -> Markup:
 def _rows(contrast: Contrast) -> list[tuple[str, Comparison, bool]]:
     """The contrast over all tasks, and beneath it each task where there are several."""
     label = f"{contrast.name} − {contrast.baseline}"  # noqa: RUF001  a minus
-    tasks = [(f"{found.task}", found.comparison, False) for found in contrast.tasks]
+    tasks = [(found.task, found.comparison, False) for found in contrast.tasks]
     return [(label, contrast.overall, True), *(tasks if len(tasks) > 1 else [])]
-
-
-def _draw_difference(axes: Axes, height: int, found: Comparison, *, bold: bool) -> None:
-    color = _VERDICTS[found.verdict]
-    axes.plot(found.interval_95, (height, height), color=color, linewidth=1)
-    axes.plot(found.interval, (height, height), color=color, linewidth=4 if bold else 2.5, solid_capstyle="butt")
-    axes.plot([found.difference], [height], marker="o", color=color, markersize=7 if bold else 5)
 
 
 def loss_plot(losses: Sequence[LossCurve]) -> Markup:
     """Draw the training losses of all runs, each as a running mean, one color for each precision."""
     figure, axes = _figure(2.9)
     colors = _colors([curve.precision for curve in losses])
-    labeled: set[str] = set()
     for curve in losses:
-        label = None if curve.precision in labeled else plain(curve.precision)
-        labeled.add(curve.precision)
         axes.plot(
             curve.steps, running_mean(curve.losses, 20), color=colors[curve.precision], linewidth=1.4, alpha=0.85,
-            label=label, linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
+            label=plain(curve.precision) if curve.seed == losses[0].seed else None,
+            linestyle="-" if curve.precision == losses[0].precision else (0, (4, 1.5)),
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.locator_params(axis="x", integer=True)
-    axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
-    if labeled:
-        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    _add_legend(axes)
     return _markup(figure, "loss", "Training loss of every run")
 
 
@@ -104,8 +95,7 @@ def error_plot(report: Report) -> Markup | None:
         axes.plot(range(1, len(errors) + 1), errors, ".", color=colors[contrast.name], label=plain(contrast.name))
     highest = max(layer.relative_error for contrast in contrasts for layer in contrast.quantization_error)
     axes.set(xlabel="linear layer, from input to output", ylabel="relative error, %", ylim=(0, 118 * highest))
-    axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    _add_legend(axes)
     return _markup(figure, "error", "Quantization error by layer")
 
 
@@ -124,6 +114,11 @@ def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
     axes.xaxis.label.set(color=_INK, fontsize=9)
     axes.yaxis.label.set(color=_INK, fontsize=9)
     return figure, axes
+
+
+def _add_legend(axes: Axes) -> None:
+    axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
 
 
 def _markup(figure: Figure, name: str, title: str) -> Markup:

@@ -6,59 +6,24 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from qlora_recipes.errors import ComparisonError
-from qlora_recipes.run.differences import differences, shortened
+from qlora_recipes.run.differences import differences
 from qlora_recipes.run.receipt import Receipt
 
 # Sections and keys that every arm shares. Left out on purpose: timings, paths, the command, git, how the base is
 # stored and which repairs it needed, checks, and the adapter after training.
 SHARED = (
-    "recipe",
-    "demo",
-    "dtype",
-    "settings",
-    "data",
-    "template",
-    "versions",
-    "base.model",
-    "base.revision",
-    "base.parameters",
-    "adapter.targets",
-    "adapter.modules",
-    "adapter.parameters",
-    "adapter.dtype",
-    "training.steps",
-    "training.micro_batches",
-    "training.tokens",
-    "training.supervised_tokens",
-    "training.packed",
-    "training.processes",
-    "training.device",
-    "training.attention",
-)
+    "recipe demo dtype settings data template versions base.model base.revision base.parameters adapter.targets "
+    "adapter.modules adapter.parameters adapter.dtype training.steps training.micro_batches training.tokens "
+    "training.supervised_tokens training.packed training.processes training.device training.attention"
+).split()
 # Those of them, and others, that follow from the seed.
-SEEDED = ("seed", "adapter.initial_sha256")
+SEEDED = ["seed", "adapter.initial_sha256"]
 _OF_SEED = {"settings.training.seed", "training.tokens", "training.supervised_tokens", "training.micro_batches"}
-
-
-def check_same(a: Receipt, b: Receipt, names: tuple[str, str], *, same_seed: bool = True) -> None:
-    """Refuse two receipts that differ in anything but precision (and, unless `same_seed`, the seed).
-
-    Raises:
-        ComparisonError: naming every key that differs, with both values.
-    """
-    found = list(receipt_differences(a, b, same_seed=same_seed))
-    if found:
-        lines = [f"  - {key}: {shortened(left)} and {shortened(right)}" for key, left, right in found]
-        raise ComparisonError(
-            f"{names[0]} and {names[1]} differ in more than precision:\n" + "\n".join(lines) + "\n"
-            "Expected equal values in both; train one of them again with the other's settings"
-        )
 
 
 def receipt_differences(a: Receipt, b: Receipt, *, same_seed: bool = True) -> Iterator[tuple[str, Any, Any]]:
     """Yield every dotted key in which two receipts differ and should not, with both values."""
-    for name in SHARED + (SEEDED if same_seed else ()):
+    for name in SHARED + (SEEDED if same_seed else []):
         section = attrgetter(name)
         for key, left, right in differences(section(a), section(b), name):
             if same_seed or key not in _OF_SEED:

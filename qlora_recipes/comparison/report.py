@@ -68,13 +68,8 @@ def render_html(report: Report) -> str:
     """Return one self-contained page."""
     environment = _environment(autoescape=True, finalize=_visible)
     css = Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.jinja").render(
-        report=report,
-        css=css,
-        forest=forest_plot(report),
-        losses=loss_plot(report.losses),
-        errors=error_plot(report),
-    )
+    plots = {"forest": forest_plot(report), "losses": loss_plot(report.losses), "errors": error_plot(report)}
+    return environment.get_template("report.html.jinja").render(report=report, css=css, **plots)
 
 
 def render_markdown(report: Report) -> str:
@@ -84,20 +79,15 @@ def render_markdown(report: Report) -> str:
 
 @cache
 def _environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("qlora_recipes.comparison", "."), autoescape=autoescape, finalize=finalize
-    )
-    environment.filters.update(signed=signed, interval=interval, number=_number, p=_p_value, size=_size)
+    loader = PackageLoader("qlora_recipes.comparison", ".")
+    environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize)
+    environment.filters.update(signed=signed, interval=interval, number="{:g}".format, p=_p_value, size=_size)
     return environment
 
 
 def _visible(value: Any) -> Any:
     """Markup passes; in anything else invisible characters become symbols, and Jinja escapes the rest."""
     return value if isinstance(value, Markup) else plain(value)
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
 
 
 def _p_value(value: float) -> str:

@@ -13,41 +13,36 @@ from qlora_recipes.run.receipt import Receipt
 
 def validity(runs: Sequence[Run]) -> list[Fact]:
     """Return the facts of runs that have been grouped and aligned, including those that would have been refused."""
-    return [*_trained(runs), *_evaluated(runs)]
+    found = (*_trained(runs), *_evaluated(runs))
+    facts = [Fact(name, "pass" if holds else "warn", figure) for name, holds, figure in found]
+    if any(result.limit is not None for run in runs for result in run.results.tasks.values()):
+        facts.append(Fact("limit", "fail", "the evaluation was limited: this is not a result"))
+    return facts
 
 
-def _fact(name: str, holds: bool, figure: str) -> Fact:
-    return Fact(name, "pass" if holds else "warn", figure)
-
-
-def _trained(runs: Sequence[Run]) -> Iterator[Fact]:
+def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     receipts = [run.receipt for run in runs]
     first = receipts[0]
     data, adapter = first.data, first.adapter
-    yield _fact("receipts", True, f"equal in {len(SHARED + SEEDED)} sections: {', '.join(SHARED + SEEDED)}")
-    yield _fact("base as stored", True, "; ".join(dict.fromkeys(_storage(receipt) for receipt in receipts)))
-    yield _fact(
-        "data",
-        data.answers_truncated == 0,
+    yield "receipts", True, f"equal in {len(SHARED + SEEDED)} sections: {', '.join(SHARED + SEEDED)}"
+    yield "base as stored", True, "; ".join(dict.fromkeys(_storage(receipt) for receipt in receipts))
+    counted = (
         f"{data.source}: {data.rows_used:,} of {data.rows_in:,} rows, {data.rows_held_out:,} held out, "
         f"{data.supervised_tokens:,} of {data.tokens:,} tokens in the loss, {data.answers_truncated:,} "
-        f"answers cut; fingerprint {data.fingerprint[:12]} in every run",
+        f"answers cut; fingerprint {data.fingerprint[:12]} in every run"
     )
-    yield _fact(
-        "adapter before training",
-        True,
-        f"{adapter.parameters:,} weights in {adapter.dtype}; "
-        + "; ".join(dict.fromkeys(f"seed {one.seed}: sha256 {one.adapter.initial_sha256[:12]}" for one in receipts))
-        + " in every precision",
-    )
+    yield "data", data.answers_truncated == 0, counted
+    drawn = "; ".join(dict.fromkeys(f"seed {one.seed}: sha256 {one.adapter.initial_sha256[:12]}" for one in receipts))
+    weights = f"{adapter.parameters:,} weights in {adapter.dtype}"
+    yield "adapter before training", True, f"{weights}; {drawn} in every precision"
     checks = [check for receipt in receipts for check in receipt.checks]
     odd = sorted({f"{check.name}: {check.figure}" for check in checks if check.verdict in ("warn", "fail")})
     passed = sum(check.verdict == "pass" for check in checks)
-    yield _fact("checks in training", not odd, "; ".join([f"{passed} of {len(checks)} passed", *odd]))
+    yield "checks in training", not odd, "; ".join([f"{passed} of {len(checks)} passed", *odd])
     repairs = sorted({repair for receipt in receipts for repair in receipt.repairs})
-    yield _fact("upstream defects repaired", True, ", ".join(repairs) or "none found")
-    yield _fact("versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items()))
-    yield _fact("device", True, f"{first.training.device}, attention {first.training.attention}")
+    yield "upstream defects repaired", True, ", ".join(repairs) or "none found"
+    yield "versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    yield "device", True, f"{first.training.device}, attention {first.training.attention}"
 
 
 def _storage(receipt: Receipt) -> str:
@@ -57,30 +52,28 @@ def _storage(receipt: Receipt) -> str:
     return f"{receipt.precision}: {linears}{counted}"
 
 
-def _evaluated(runs: Sequence[Run]) -> Iterator[Fact]:
+def _evaluated(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     results = [result for run in runs for result in run.results.tasks.values()]
     first = runs[0].results
     weights = f"hashes of adapter and base are the receipt's in {len(runs)} of {len(runs)} runs"
-    yield _fact("weights evaluated", True, weights)
+    yield "weights evaluated", True, weights
     differences = [r.adapter_on_off_difference for r in results if r.adapter_on_off_difference is not None]
     if differences:
-        figure = f"switching it off moves a logit by {min(differences):.3g} or more"
-        yield _fact("adapter acts", min(differences) > 0, figure)
+        least = min(differences)
+        yield "adapter acts", least > 0, f"switching it off moves a logit by {least:.3g} or more"
     documents = "; ".join(f"{task}: {len(documents):,}" for task, documents in first.documents.items())
-    yield _fact("documents", True, f"{documents}; paired by hashes of document, prompt and target")
-    yield _fact("tasks", True, "; ".join(_conditions(result) for result in first.tasks.values()))
+    yield "documents", True, f"{documents}; paired by hashes of document, prompt and target"
+    yield "tasks", True, "; ".join(_conditions(result) for result in first.tasks.values())
     dtypes = sorted({result.loglikelihood_dtype for result in results})
-    yield _fact("log-likelihoods", dtypes == ["float32"], f"summed in {', '.join(dtypes)}")
+    yield "log-likelihoods", dtypes == ["float32"], f"summed in {', '.join(dtypes)}"
     for name, field in (("requests cut", "truncated"), ("prompts unlike training", "prompts_unlike_training")):
         number = sum(getattr(result, field) for result in results)
-        yield _fact(name, number == 0, f"{number:,} in all runs")
+        yield name, number == 0, f"{number:,} in all runs"
     templates = {result.template_sha256 for result in results if result.chat_template}
     if templates:
         trained = {run.receipt.template.sha256 for run in runs}
         shown = ", ".join(sorted(str(template)[:12] for template in templates))
-        yield _fact("chat template", templates == trained, f"sha256 {shown}, as in training")
-    if any(result.limit is not None for result in results):
-        yield Fact("limit", "fail", "the evaluation was limited: this is not a result")
+        yield "chat template", templates == trained, f"sha256 {shown}, as in training"
 
 
 def _conditions(result: TaskResult) -> str:
