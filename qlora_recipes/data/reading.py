@@ -16,7 +16,6 @@ from qlora_recipes.errors import DataError, nearest
 
 _PARQUET_ROWS = 500  # converted to Python objects at once; upstream converts 65,536
 _PARQUET_BYTES = 2**20  # read at once from a column; upstream reads a whole row group, 209 MiB for a file of 163
-Row = dict[str, Any]
 Rows = Iterator[tuple[str, Any]]
 """Pairs of a place, such as `line 3`, and the row found there."""
 
@@ -127,8 +126,7 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BYTES)
-        batches = file.iter_batches(_PARQUET_ROWS)
+        batches = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BYTES).iter_batches(_PARQUET_ROWS)
         rows = (row for batch in batches for row in batch.to_pylist())
         for index, row in enumerate(rows):
             yield f"row {index}", row
