@@ -1,7 +1,6 @@
-"""Usable rows in an Arrow file on disk, read back one at a time, so that memory does not grow with their number.
+"""Usable rows in an Arrow file on disk, read back a few at a time, so that memory does not grow with their number.
 
-The file has its own folder in the system's folder for temporary files (set `TMPDIR` for another). It is removed when
-nothing refers to its rows any more, or with the process. Knows nothing of how rows are read, formatted or encoded.
+The file is in a folder of its own among the temporary files; set `TMPDIR` to put it elsewhere.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Rows(Sequence[Conversation]):
     """Conversations on disk; each is read again whenever it is asked for."""
 
     def __init__(self, file: _RowFile, table: Dataset) -> None:
-        self._file = file  # held, since the file is removed with it
+        self._file = file  # held, since it removes the file when it goes
         self._table = table
 
     def __len__(self) -> int:

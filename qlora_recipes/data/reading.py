@@ -1,7 +1,6 @@
 """Rows from a JSON, JSONL, CSV or Parquet file, or from the hub, each with its place in the source.
 
-JSON lines, CSV, Parquet and the hub's datasets are read a few rows at a time, whatever their size. Python's parser
-loads a JSON list as a whole: save a list of a million rows as JSON lines.
+All are read a few rows at a time, except a JSON list, which is loaded whole: save a million rows as JSON lines.
 """
 
 from __future__ import annotations
