@@ -254,7 +254,7 @@ FORMATTERS: dict[str, Formatter] = {
     formatter.__name__: formatter
     for formatter in (messages, sharegpt, alpaca, question_answer, guanaco_llama2, guanaco_text)
 }
-"""Every formatter under its name, in the order in which `detect` tries them."""
+"""Every formatter under its name."""
 
 _SHAPES: dict[str, dict[str, str]] = {
     "messages": {"messages": ""},
@@ -264,7 +264,7 @@ _SHAPES: dict[str, dict[str, str]] = {
     "guanaco_llama2": {"text": "<s>[INST]"},
     "guanaco_text": {"text": "### Human:"},
 }
-"""How `detect` knows a formatter's rows: the columns that they have, each with what its text starts with."""
+"""The columns of a formatter's rows, each with what its text starts with, in the order that `detect` tries them."""
 
 
 def detect(row: Row) -> Formatter:
