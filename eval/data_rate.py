@@ -151,7 +151,7 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
         "marks": [asdict(mark) for mark in meter.marks],
         "receipt": asdict(data.receipt),
         "copies_bytes": copies.stat().st_size,
-        "prepared_bytes": sum(Path(file["filename"]).stat().st_size for file in data.dataset(data.train).cache_files),
+        "prepared_bytes": sum(Path(file["filename"]).stat().st_size for file in data.train.dataset().cache_files),
     }
 
 

@@ -1,20 +1,6 @@
-"""Every error a user can cause, in one tree.
+"""Every error a user can cause: a RecipesError, and the builtin that it refines, so that `except ValueError` works.
 
-    RecipesError
-    ├── RecipeError          (TypeError)      a recipe declares something that cannot work
-    ├── UsageError           (ValueError)     a flag, a name or a combination of them
-    ├── DataError            (ValueError)     a file, a row or a column
-    ├── TemplateError        (ValueError)     a chat template, or text that it cannot hold
-    ├── ModelError           (OSError)        a base model or an adapter that cannot be had
-    ├── QuantizationError    (RuntimeError)   the base is not stored as the precision says
-    ├── CheckError           (RuntimeError)   a check on the loaded model or the trained adapter failed
-    ├── DivergenceError      (ArithmeticError) a loss or a gradient that is NaN or infinite
-    ├── SetupError     (RuntimeError)   versions, devices, disk or network
-    ├── RunFolderError       (OSError)        a run folder that is taken, damaged or another's
-    └── ComparisonError      (ValueError)     two runs that cannot be held against each other
-
-Each also is the builtin that it refines, so that `except ValueError` still works for who knows nothing
-of this package. A message says what was got, what was expected and the likely fix.
+A message says what was found, what was expected and the likely fix.
 """
 
 from __future__ import annotations
@@ -26,15 +12,15 @@ EXIT_CODE = 2
 
 
 class RecipesError(Exception):
-    """Something a user can mend; the command line prints it without a traceback and exits with 2."""
+    """Something a user can fix; the command line prints it without a traceback and exits with 2."""
 
 
 class RecipeError(RecipesError, TypeError):
-    """A recipe class declares something that cannot work."""
+    """A recipe class declares something invalid."""
 
 
 class UsageError(RecipesError, ValueError):
-    """A flag, a name, or a combination of them that means nothing."""
+    """An unknown flag or name, or a combination of them that makes no sense."""
 
 
 class DataError(RecipesError, ValueError):
@@ -42,15 +28,15 @@ class DataError(RecipesError, ValueError):
 
 
 class TemplateError(RecipesError, ValueError):
-    """A chat template that cannot be used, or text that it cannot hold."""
+    """A chat template that cannot be used, or text that it cannot render."""
 
 
 class ModelError(RecipesError, OSError):
-    """A base model or an adapter that is missing, gated or not what it says."""
+    """A base model or an adapter that is missing, gated or damaged."""
 
 
 class QuantizationError(RecipesError, RuntimeError):
-    """The base is not stored in the precision that was asked for."""
+    """The base is not stored in the requested precision."""
 
 
 class CheckError(RecipesError, RuntimeError):
@@ -70,7 +56,7 @@ class RunFolderError(RecipesError, OSError):
 
 
 class ComparisonError(RecipesError, ValueError):
-    """Two runs that differ in more than what is compared."""
+    """Runs that cannot be compared, for example because they differ in more than one setting."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

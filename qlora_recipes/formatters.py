@@ -1,8 +1,7 @@
-"""Formatters: one row of a data file in, the messages of one conversation out.
+"""Formatters: pure functions from one row of a data file to the messages of one conversation.
 
-Pure functions that know nothing of files, tokenizers or models. A formatter returns messages that
-`check_messages` has accepted, or raises `RowError`; any other exception is a bug here. Column names are
-matched whatever their case and the spaces around them, and a column that holds None counts as missing.
+A formatter returns messages that `check_messages` has accepted, or raises `RowError`; any other exception is a bug
+here. Column names match whatever their case and the spaces around them; a column that holds None counts as missing.
 """
 
 from __future__ import annotations
@@ -21,15 +20,8 @@ Message = dict[str, str]
 Row = Mapping[str, Any]
 Formatter = Callable[[Row], list[Message]]
 
-SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-}
-"""The names that sharegpt files use for who speaks, and the role that each has."""
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+"""What sharegpt files call the roles, besides the names of the roles themselves."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -140,7 +132,10 @@ def guanaco_llama2(row: Row) -> list[Message]:
         raise RowError(Reason.DOES_NOT_PARSE, f"text ends with {rest[-60:]!r}, expected </s>")
     first, *others = [message for turn in turns for message in _llama2_turn(turn)]
     messages = check_messages([*_llama2_system(first), *others], source="text")
-    _refuse_control_strings(messages)
+    for i, message in enumerate(messages):  # after a marker, nothing tells who is speaking
+        marker = "<s>" if "<s>" in message["content"] else LLAMA_2_CHAT.forged_marker(message["content"])
+        if marker:
+            raise RowError(Reason.CONTROL_STRING, f"text, message {i} ({message['role']}) holds {marker}")
     if _llama2_text(messages) != text:
         expected = "`<s>[INST] question [/INST] answer </s>`"
         raise RowError(Reason.DOES_NOT_PARSE, f"text has other spaces between its parts than {expected}")
@@ -163,14 +158,6 @@ def _llama2_system(first: Message) -> list[Message]:
     if not closed:
         raise RowError(Reason.DOES_NOT_PARSE, "text has <<SYS>> without <</SYS>>")
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
-
-
-def _refuse_control_strings(messages: list[Message]) -> None:
-    """Raise when a message contains a string that opens or closes a turn: nothing tells who says what follows."""
-    for i, message in enumerate(messages):
-        marker = "<s>" if "<s>" in message["content"] else LLAMA_2_CHAT.forged_marker(message["content"])
-        if marker:
-            raise RowError(Reason.CONTROL_STRING, f"text, message {i} ({message['role']}) holds {marker}")
 
 
 def _llama2_text(messages: list[Message]) -> str:
@@ -211,7 +198,7 @@ def alpaca(row: Row) -> list[Message]:
 
 
 def sharegpt(row: Row) -> list[Message]:
-    """Read `conversations`: a list of objects with `from` (a name in SPEAKERS) and `value`."""
+    """Read `conversations`: a list of objects with `from` (human, gpt, chatgpt or a role) and `value`."""
     turns = _required(row, "conversations")
     if not isinstance(turns, list | tuple):
         raise RowError(Reason.NOT_MESSAGES, f"conversations is {_SHORT.repr(turns)}, expected a list")
@@ -223,8 +210,7 @@ def _sharegpt_message(turn: object) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
         raise RowError(Reason.NOT_MESSAGES, f"a turn is {_SHORT.repr(turn)}, expected an object with from and value")
     speaker = turn["from"]
-    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    return {"role": role, "content": turn["value"]}
+    return {"role": _ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": turn["value"]}
 
 
 def messages(row: Row) -> list[Message]:
@@ -268,7 +254,7 @@ FORMATTERS: dict[str, Formatter] = {
     formatter.__name__: formatter
     for formatter in (messages, sharegpt, alpaca, question_answer, guanaco_llama2, guanaco_text)
 }
-"""Every formatter under its name, in the order in which `detect` tries them."""
+"""Every formatter under its name."""
 
 _SHAPES: dict[str, dict[str, str]] = {
     "messages": {"messages": ""},
@@ -278,7 +264,7 @@ _SHAPES: dict[str, dict[str, str]] = {
     "guanaco_llama2": {"text": "<s>[INST]"},
     "guanaco_text": {"text": "### Human:"},
 }
-"""How `detect` knows a formatter's rows: the columns that they have, each with what its text starts with."""
+"""The columns of a formatter's rows, each with what its text starts with, in the order that `detect` tries them."""
 
 
 def detect(row: Row) -> Formatter:
@@ -287,19 +273,15 @@ def detect(row: Row) -> Formatter:
     Raises:
         DataError: when none does, with the shapes that are known.
     """
-    for name, formatter in FORMATTERS.items():
-        if _fits(row, _SHAPES[name]):
-            return formatter
+    for name, shape in _SHAPES.items():
+        values = [(_column(row, column), start) for column, start in shape.items()]
+        if all(value is not None and str(value).lstrip().startswith(start) for value, start in values):
+            return FORMATTERS[name]
     known = "\n".join(f"  {name}: {_describe(shape)}" for name, shape in _SHAPES.items())
     raise DataError(
         f"no formatter fits a row with the columns {_filled_columns(row)}. Expected one of these shapes:\n{known}\n"
         "For data of any other shape, give the recipe a format_row(row) that returns messages."
     )
-
-
-def _fits(row: Row, shape: Mapping[str, str]) -> bool:
-    values = {name: _column(row, name) for name in shape}
-    return all(value is not None and str(value).lstrip().startswith(shape[name]) for name, value in values.items())
 
 
 def _describe(shape: Mapping[str, str]) -> str:

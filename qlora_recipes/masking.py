@@ -1,4 +1,4 @@
-"""Takes secrets out of what is written to files."""
+"""Removes secrets from what is written to files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 _NAMES = re.compile("TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_SHORTEST = 8  # a shorter value is a switch, such as TOKENIZERS_PARALLELISM=false
+_SHORTEST = 8  # a shorter value is no secret: TOKENIZERS_PARALLELISM=false
 
 
 def masked(value: Any) -> Any:
-    """Return text without hub tokens and without the values of the environment's secrets; other values as they are."""
+    """Return text without hub tokens and the values of secret environment variables; other values unchanged."""
     if not isinstance(value, str):
         return value
     for name, secret in os.environ.items():

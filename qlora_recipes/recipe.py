@@ -1,6 +1,6 @@
-"""What a recipe declares: a model, a dataset, and the settings of the adapter and of the training.
+"""What a recipe declares: a model, a dataset, and the settings of the adapter and of training.
 
-A recipe does nothing. Plain functions elsewhere take it; `Recipe.main` only hands it to them.
+A recipe only declares. Functions elsewhere do the work; `Recipe.main` passes it to the command line.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.abc import Loader
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
 from qlora_recipes.formatters import FORMATTERS, Message
 from qlora_recipes.models import ModelSpec
 
-# Fields that follow from other choices of a run, with what to set in their place.
+# Fields that follow from other choices, and what to set instead.
 DERIVED = {
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype float16",
@@ -56,26 +55,27 @@ class DatasetSpec:
     """Hub id, or path of a JSON, JSONL, CSV or Parquet file."""
 
     format_row: Callable[[Mapping[str, Any]], list[Message]] | None = None
-    """Formatter from row to messages; None finds the one that fits the columns."""
+    """Formatter from row to messages; None picks the one that fits the columns."""
 
     split: str = "train"
-    """Split of a hub dataset that is read."""
+    """Split of a hub dataset to read."""
 
     revision: str | None = None
-    """Commit of a hub dataset; None takes the newest and records which it was."""
+    """Commit of a hub dataset; None takes the newest."""
 
     held_out: float = 0.05
-    """Share of the rows kept from training for evaluation. More makes its figures sharper and trains on less."""
+    """Share of the rows held out for evaluation. A larger share gives more precise scores and less to train on."""
 
     demo: str | None = None
-    """Name of the bundled rows in this dataset's own shape that `--demo` reads."""
+    """Name of the bundled rows of the same shape, which `--demo` reads instead."""
 
 
 class Recipe:
-    """A model, a dataset and the settings to tune one on the other; subclass it and declare.
+    """A model, a dataset and the settings to tune the model on it. Subclass it and set the attributes.
 
-    `lora` and `training` hold fields of `LoraConfig` and `SFTConfig` under their own names. A subclass states only
-    what it changes: the mappings of its bases are merged beneath its own.
+    `lora` and `training` hold fields of `LoraConfig` and `SFTConfig` under their own names. A subclass sets only what
+    it changes; it inherits every other field. Invalid recipes are rejected as soon as the class is defined, with every
+    problem listed in one error.
     """
 
     model: ClassVar[ModelSpec]
@@ -83,38 +83,38 @@ class Recipe:
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
-        lora_dropout=0.0,  # dropout holds back memorizing; 0 is faster
+        lora_dropout=0.0,  # dropout reduces memorization; 0 is faster
     )
     training: ClassVar[Mapping[str, Any]] = dict(
-        learning_rate=2e-4,  # QLoRA's for 7B and 13B; halve it when the loss is unsteady
+        learning_rate=2e-4,  # as in QLoRA for 7B and 13B; halve it if the loss is unstable
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # share of all steps; protects Adam's first estimates
+        warmup_steps=0.03,  # share of all steps; Adam's first estimates are noisy
         num_train_epochs=1,
         per_device_train_batch_size=1,  # larger is faster per token where memory allows
         gradient_accumulation_steps=16,  # keeps the global batch at 16 rows; costs no memory
-        max_length=1024,  # longer rows are cut; memory grows with it
-        packing=True,  # fills every row to max_length; conversations stay apart
-        max_grad_norm=0.3,  # QLoRA's
-        seed=0,  # of the adapter, the order of the rows and dropout
+        max_length=1024,  # longer rows are truncated; memory grows with it
+        packing=True,  # fills every row to max_length; conversations do not attend to each other
+        max_grad_norm=0.3,  # as in QLoRA
+        seed=0,  # for the adapter, the order of the rows and dropout
         logging_steps=1,
         save_strategy="steps",
-        save_steps=0.05,  # share of all steps; what a sudden end can cost, against the time of a save
+        save_steps=0.05,  # share of all steps; a crash loses at most this much work
         save_total_limit=2,  # a checkpoint takes three times the adapter's size
         report_to="none",
     )
     explicit_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `training` that a recipe or one above it sets itself; of the others some are fitted to the machine."""
+    """Fields that the recipe or a base class sets itself; some of the others are chosen to fit the machine."""
     format_row: ClassVar[Callable[..., list[Message]] | None] = None
     """For your own data: a function from row to messages, with or without `self`. It overrides the dataset's."""
     eval_tasks: ClassVar[Sequence[str]] = ()
+    """lm-eval tasks to score the run on."""
     checks: ClassVar[Sequence[Callable[[Any], Any]]] = ()
     """Your own checks before training: functions of the run that return what `preflight.fail_unless` makes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("lora", "training"):
-            declared = cls.__dict__.get(name)
-            if isinstance(declared, Mapping):
+            if isinstance(declared := cls.__dict__.get(name), Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
                 setattr(cls, name, {**inherited, **declared})
                 cls.explicit_fields = cls.explicit_fields | set(declared)
@@ -122,27 +122,23 @@ class Recipe:
         if inspect.isfunction(own) and len(inspect.signature(own).parameters) == 1:
             cls.format_row = staticmethod(own)  # written without `self`
         if faults := list(_faults(cls)):
-            _refuse(cls, f"{cls.__name__} cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))
+            message = "\n".join([f"{cls.__name__} cannot work:", *(f"  - {fault}" for fault in faults)])
+            if cls.__module__ == "__main__" and hasattr(sys.modules["__main__"], "__file__"):
+                print(f"error: {message}", file=sys.stderr)  # the recipe is the program: no traceback
+                sys.exit(EXIT_CODE)
+            raise RecipeError(message)
 
     @classmethod
     def formatter(cls) -> Callable[[Mapping[str, Any]], list[Message]] | None:
-        """Return what formats a row: the recipe's own `format_row`, else the dataset's; None if neither is given."""
+        """Return the recipe's `format_row`, or else the dataset's; None if neither is set."""
         return cls.dataset.format_row if cls.format_row is None else cls().format_row
 
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> None:
-        """Run the command line: train this recipe with the flags given (the process's own by default)."""
-        from qlora_recipes.commands.recipe_cli import main  # the one door from a declaration to the work
+        """Train this recipe with these command-line arguments (default: those of the process)."""
+        from qlora_recipes.commands.recipe_cli import main  # late, since the command line imports this module
 
         main(cls, arguments)
-
-
-def _refuse(cls: type[Recipe], message: str) -> NoReturn:
-    """Raise RecipeError, or where the recipe is the program itself, end it with the message alone."""
-    if cls.__module__ == "__main__" and hasattr(sys.modules["__main__"], "__file__"):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    raise RecipeError(message)
 
 
 def _faults(cls: type[Recipe]) -> Iterable[str]:
@@ -151,20 +147,16 @@ def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl")')
     yield from _settings_faults(cls, "lora", "LoraConfig")
     yield from _settings_faults(cls, "training", "SFTConfig")
-    yield from _value_faults(cls)
+    with suppress(TypeError, AttributeError):  # a value of the wrong type has been reported above
+        yield from bound_faults(cls.lora, cls.training)
     dataset = getattr(cls, "dataset", None)
-    functions: dict[str, object] = {"format_row": cls.format_row}
-    if isinstance(dataset, DatasetSpec):
-        functions["dataset.format_row"] = dataset.format_row
-        if not 0 <= dataset.held_out < 1:
-            yield f"dataset.held_out: got {dataset.held_out!r}, expected a share from 0 up to 1"
+    if isinstance(dataset, DatasetSpec) and not 0 <= dataset.held_out < 1:
+        yield f"dataset.held_out: got {dataset.held_out!r}, expected a share from 0 up to 1"
+    functions = {"format_row": cls.format_row, "dataset.format_row": getattr(dataset, "format_row", None)}
     for name, function in functions.items():
         if function is not None and not callable(function):
-            known = next(iter(FORMATTERS))
-            yield (
-                f"{name}: got {function!r}, expected a function from row to messages, such as "
-                f"qlora_recipes.formatters.{known}"
-            )
+            known = f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
+            yield f"{name}: got {function!r}, expected a function from row to messages, such as {known}"
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
         yield f"eval_tasks: got {cls.eval_tasks!r}, expected a list of lm-eval task names"
     if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):
@@ -172,12 +164,11 @@ def _faults(cls: type[Recipe]) -> Iterable[str]:
 
 
 def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
-    """A misspelt attribute would be ignored without a word; functions and private names are the class's own."""
+    """A misspelled attribute would be ignored silently; private names and functions may be added."""
     valid = {name for name in vars(Recipe) if not name.startswith("_")} | {"model", "dataset"}
     for name, value in vars(cls).items():
-        if name.startswith("_") or name in valid or callable(value) or isinstance(value, (staticmethod, classmethod)):
-            continue
-        yield f"{name}: a recipe has no such attribute.{nearest(name, valid)}"
+        if not (name.startswith("_") or name in valid or callable(value) or isinstance(value, classmethod)):
+            yield f"{name}: a recipe has no such attribute.{nearest(name, valid)}"
 
 
 def _typed(cls: type[Recipe], name: str, kind: type, expected: str) -> Iterable[str]:
@@ -203,8 +194,7 @@ def check_field(config: str, name: str, value: object) -> object:
     """Return the value in the type of a `SFTConfig` or `LoraConfig` field.
 
     Raises:
-        UsageError: for an unknown field (naming the nearest), one that follows from another choice, or a value of
-            another type.
+        UsageError: for an unknown field (naming the nearest), one that is not set by hand, or a value of a wrong type.
     """
     fields = fields_of(config)
     if name not in fields:
@@ -214,7 +204,7 @@ def check_field(config: str, name: str, value: object) -> object:
     return fields[name].check(value)
 
 
-# Field, test, what is expected: the values that the libraries take and then fail on, or silently learn nothing from.
+# Section, field, test, what is expected: for values that the libraries accept, and then fail or train nothing with.
 _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
@@ -233,59 +223,47 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 
 
 def bound_faults(lora: Mapping[str, Any], training: Mapping[str, Any]) -> Iterable[str]:
-    """Yield one sentence for each setting outside the values that can train."""
+    """Yield one sentence for each setting with a value that cannot train."""
     sections = {"lora": lora, "training": training}
     for section, name, holds, expected in _BOUNDS:
         if name in sections[section] and not holds(sections[section][name]):
             yield f"{section}: {name}: got {sections[section][name]!r}, expected {expected}"
 
 
-def _value_faults(cls: type[Recipe]) -> Iterable[str]:
-    try:
-        yield from bound_faults(cls.lora, cls.training)
-    except (TypeError, AttributeError):
-        return  # of the wrong type, which has been said
-
-
-def _execute(loader: Loader, module: ModuleType, path: Path) -> None:
-    """Run a recipe's file; what fails in it is named with its line."""
-    try:
-        loader.exec_module(module)
-    except RecipesError:
-        raise
-    except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
-        where = f"{path}, line {line}" if line else str(path)
-        reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{where}: the recipe's file fails with {reason}. Fix it there") from error
-
-
 def load_recipe(path: str | Path) -> type[Recipe]:
     """Return the recipe declared in a Python file.
 
     Raises:
-        UsageError: when the file is missing, or declares no recipe or several that nothing tells apart.
+        UsageError: when the file is missing, fails, or does not declare exactly one recipe besides its bases.
     """
     path = Path(path)
+    expected = "declares a subclass of qlora_recipes.Recipe"
     if not path.is_file():
-        raise UsageError(
-            f"no recipe at {path}; expected a Python file that declares a subclass of qlora_recipes.Recipe"
-        )
+        raise UsageError(f"no recipe at {path}; expected a Python file that {expected}")
     name = f"qlora_recipes_loaded_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file; expected one that declares a subclass of qlora_recipes.Recipe")
+        raise UsageError(f"{path} is not a Python file; expected one that {expected}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    _execute(spec.loader, module, path)
-    declared = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Recipe) and value.__module__ == name
-    ]
+    try:
+        spec.loader.exec_module(module)
+    except RecipesError:
+        raise
+    except Exception as error:
+        raise _located(error, path) from error
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == name]
+    declared = [cls for cls in classes if issubclass(cls, Recipe)]
     leaves = [cls for cls in declared if not any(other is not cls and issubclass(other, cls) for other in declared)]
     if len(leaves) != 1:
         names = ", ".join(cls.__name__ for cls in leaves) or "none"
         raise UsageError(f"{path} declares {names} as recipes; expected exactly one subclass of qlora_recipes.Recipe")
     return leaves[0]
+
+
+def _located(error: Exception, path: Path) -> UsageError:
+    """Return an error that names the line of the recipe's file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+    where = f"{path}, line {line}" if line else str(path)
+    return UsageError(f"{where}: the recipe's file fails with {type(error).__name__}: {error}. Fix it there")

@@ -1,15 +1,14 @@
-"""What one run will do: the recipe's declarations, the demo's and the flags in one record.
+"""What one run will do, as decided by the library, the recipe, the stand-in of a demo and the command line.
 
 Settings become final in this order, and nothing else changes them:
 
-1. `settings.resolve`: library, recipe, stand-in and command line, the later overriding the earlier. What nobody set is
-   named in `auto_fields`.
-2. `training.journal.restore_batch`, with `--resume` only: what is open becomes what it was when the run began.
-3. `memory.fitting.fit_to_memory`: what is still open is chosen to fit the machine.
+1. `settings.resolve`: each of these four overrides the ones before it; `auto_fields` names what none of them set.
+2. `training.journal.restore_batch`, with `--resume` only: `auto_fields` get the values that the run started with.
+3. `memory.fitting.fit_to_memory`: those that are still not set are chosen to fit the machine.
    `training.train.finalize_settings` calls 2 and 3.
 4. `training.faults.halve_batch`, out of memory under `--auto_find_batch_size`: half the batch, and the run resumes.
 
-`experiments.benchmark.plan.plan_benchmark` takes step 1 for every arm, whose own process takes the others.
+`experiments.benchmark.plan.plan_benchmark` does step 1 for every arm; the arm's own process does the others.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from qlora_recipes.masking import masked
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
 from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
-from qlora_recipes.standins import ROWS, STANDINS, StandIn
+from qlora_recipes.standins import ROWS, STANDINS
 
 RUNS = Path("runs")
 STORAGES = ("packed", "expanded")
@@ -34,25 +33,25 @@ AUTO_FIELDS = {
     "batch": {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"},
     "checkpointing": {"gradient_checkpointing", "gradient_checkpointing_kwargs"},
 }
-"""What can be fitted to the machine, and the fields that decide it where one of them is set."""
+"""What can be fitted to the machine, and the fields that turn this off when one of them is set."""
 STANDIN = "standin-"
-"""Before a family's name: the model of that name that ships with the package."""
+"""Prefix of a family, for the model of that family that ships with the package."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. Two runs of equal settings give the same adapter."""
+    """Everything that decides a run. Two runs with equal settings give the same adapter."""
 
     recipe: type[Recipe]
     model: str
-    """Hub id or folder of the base, or `standin-` and a family."""
+    """Hub id or folder of the base model, or `standin-` and a family."""
     revision: str | None
     """Commit of a hub model; None for a folder."""
     dataset: str
     """Hub id or file of the rows."""
     precision: Precision
     dtype: str
-    """The 16-bit dtype that the base is loaded and computed in."""
+    """The 16-bit dtype to load the base and compute in."""
     lora: Mapping[str, Any]
     """LoraConfig fields."""
     training: Mapping[str, Any]
@@ -61,9 +60,9 @@ class Settings:
     """The run folder."""
     demo: bool = False
     storage: str = "auto"
-    """Whether 4-bit weights are dequantized for every product (`packed`) or once (`expanded`); `auto`: as they fit."""
+    """Whether 4-bit weights are dequantized in every pass (`packed`) or once (`expanded`); `auto` depends on memory."""
     auto_fields: frozenset[str] = frozenset()
-    """What nobody set and the machine decides: `batch` (how a step is cut up), `checkpointing`."""
+    """What is not set and fitted to the machine: `batch` (how a step is divided), `checkpointing`."""
 
     @property
     def seed(self) -> int:
@@ -71,7 +70,7 @@ class Settings:
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether code of the model's repository may run; only where a flag or the recipe says so."""
+        """Whether code of the model's repository may run; only if a flag or the recipe allows it."""
         return bool(self.training.get("trust_remote_code"))
 
     @property
@@ -84,21 +83,21 @@ class Settings:
 
     @property
     def dataset_name(self) -> str:
-        """The dataset as receipts name it: a hub id, or a file without the folders that are this machine's."""
+        """The dataset as receipts name it: a hub id, or the name of a file without its folders."""
         return Path(self.dataset).name if Path(self.dataset).exists() else self.dataset
 
     @property
     def name(self) -> str:
-        """Name of the recipe, as runs are filed under."""
+        """Name of the recipe, and of the folder of its runs."""
         return recipe_name(self.recipe) + ("-demo" if self.demo else "")
 
 
 def recipe_name(recipe: type[Recipe]) -> str:
-    """Return the name of the recipe's file, or of its class where it has none."""
+    """Return the name of the recipe's file, or of its class if it has no file."""
     module = sys.modules.get(recipe.__module__)
     file = getattr(module, "__file__", None)
     name = Path(file).stem if file else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", recipe.__name__).lower()
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "recipe"  # it names a folder: "..py" must not lead out of it
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "recipe"  # a folder's name: "..py" must not lead out of it
 
 
 def resolve(
@@ -114,9 +113,9 @@ def resolve(
     lora: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Return the settings of one run; `lora` and `training` are what the command line overrides.
+    """Return the settings of one run; `lora` and `training` are the fields that the command line sets.
 
-    Library, recipe, stand-in (with `demo`), command line: the later override the earlier.
+    The recipe overrides the library, the stand-in (with `demo`) the recipe, and the command line all of them.
 
     Raises:
         UsageError: for an unknown or contradictory choice, or a demo without bundled rows.
@@ -126,13 +125,10 @@ def resolve(
     standin = STANDINS.get(recipe.model.family) if demo else None
     if demo and standin is None and model is None:
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
-    lora = {
-        "target_modules": list(recipe.model.linear_layers),
-        **recipe.lora,
-        **(standin.lora if standin else {}),
-        **(lora or {}),
-    }
-    above = {**(_of_standin(standin) if standin else {}), **(training or {})}
+    # A demo saves no checkpoints: starting again takes less time.
+    demo_lora, demo_training = (standin.lora, {**standin.training, "save_strategy": "no"}) if standin else ({}, {})
+    lora = {"target_modules": list(recipe.model.linear_layers), **recipe.lora, **demo_lora, **(lora or {})}
+    above = {**demo_training, **(training or {})}
     training = {**recipe.training, **above}
     if faults := list(bound_faults(lora, training)):
         raise UsageError("; ".join(faults))
@@ -155,26 +151,21 @@ def resolve(
             name for name, fields in AUTO_FIELDS.items() if not fields & (recipe.explicit_fields | above.keys())
         ),
     )
-    folder = Path(output_dir) if output_dir else RUNS / settings.name / f"{precision}-seed{settings.seed}"
-    return Settings(**{**vars(settings), "output_dir": folder})
+    folder = output_dir or RUNS / settings.name / f"{precision}-seed{settings.seed}"
+    return replace(settings, output_dir=Path(folder))
 
 
 def check_storage(storage: str, precision: Precision) -> None:
-    """Refuse an unknown storage, or one that a precision has no use for.
-
-    Raises:
-        UsageError: naming the valid ones.
-    """
+    """Raise UsageError, which names the valid ones, for an unknown storage or one that does not suit the precision."""
     if storage not in ("auto", *STORAGES):
-        raise UsageError(
-            f"unknown --storage {storage!r}, expected auto, packed or expanded.{nearest(storage, STORAGES)}"
-        )
+        hint = nearest(storage, STORAGES)
+        raise UsageError(f"unknown --storage {storage!r}, expected auto, packed or expanded.{hint}")
     if storage == "expanded" and precision.quant_type is None:
         raise UsageError(f"--storage expanded is for 4-bit weights; {precision.name} has none to expand. Leave it out")
 
 
 def _check_remote_code(training: Mapping[str, Any], source: str, revision: str | None) -> None:
-    """Code of a moving branch can change after somebody has read it."""
+    """Raise UsageError for code of a branch, which can change after you have read it."""
     pinned = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
     if training.get("trust_remote_code") and not pinned and not Path(source).is_dir():
         raise UsageError(
@@ -183,26 +174,19 @@ def _check_remote_code(training: Mapping[str, Any], source: str, revision: str |
         )
 
 
-def _of_standin(standin: StandIn) -> dict[str, Any]:
-    return {**standin.training, "save_strategy": "no"}  # a demo takes less time than its checkpoints are worth
-
-
 def public(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without secrets, as files may hold them."""
+    """Return settings without secrets, as they may be written to files."""
     return {name: masked(value) for name, value in training.items() if "token" not in name or "tokens" in name}
 
 
 def _bundled_rows(recipe: type[Recipe]) -> str:
-    name = recipe.dataset.demo
-    if name in ROWS:
-        return str(ROWS[name])
-    raise UsageError(
-        f"--demo has no bundled rows for {recipe_name(recipe)}; give --dataset FILE, or set "
-        f"DatasetSpec(demo=...) to one of {', '.join(ROWS)}"
-    )
+    if recipe.dataset.demo in ROWS:
+        return str(ROWS[recipe.dataset.demo])
+    choice = f"give --dataset FILE, or set DatasetSpec(demo=...) to one of {', '.join(ROWS)}"
+    raise UsageError(f"--demo has no bundled rows for {recipe_name(recipe)}; {choice}")
 
 
 def model_location(model: str) -> str:
-    """Return what `from_pretrained` takes: the folder of a stand-in, anything else as it is."""
+    """Return what `from_pretrained` takes: the folder of a stand-in, any other model unchanged."""
     standin = STANDINS.get(model.removeprefix(STANDIN)) if model.startswith(STANDIN) else None
     return str(standin.folder) if standin else model

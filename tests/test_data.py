@@ -184,7 +184,7 @@ def test_rows_are_taken_from_the_file_a_few_at_a_time(run: Prepare, monkeypatch:
 
 def test_the_dataset_lies_on_disk_and_holds_the_training_rows(run: Prepare) -> None:
     data = run(rows(40))
-    dataset = PreparedData.dataset(data.train)
+    dataset = data.train.dataset()
     assert dataset["input_ids"][:] == [row.encoded.input_ids for row in data.train]
     assert dataset["labels"][:] == [row.encoded.labels for row in data.train]
     assert dataset.cache_files

@@ -21,7 +21,6 @@ from qlora_recipes import Recipe
 from qlora_recipes.base.checkpoint import layer_errors, weight_files
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.encoding import Encoded
-from qlora_recipes.data.prepare import PreparedData
 from qlora_recipes.preflight import (
     BEFORE_TRAINING,
     Run,
@@ -238,7 +237,7 @@ def test_the_optimizers_state_is_of_its_name(run: Run, monkeypatch: pytest.Monke
 
 
 def test_labels_that_the_trainer_loses_are_refused(run: Run) -> None:
-    run.trainer.train_dataset = PreparedData.dataset(run.data.train[1:])
+    run.trainer.train_dataset = run.data.train[1:].dataset()
     check = verdict_of(loss.trainer_keeps_the_loss, run)
     assert check.verdict == "fail"
     assert "expected" in check.figure

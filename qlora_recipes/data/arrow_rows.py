@@ -1,7 +1,6 @@
-"""Usable rows in an Arrow file on disk, read back one at a time, so that memory does not grow with their number.
+"""Usable rows in an Arrow file on disk, read back a few at a time, so that memory does not grow with their number.
 
-The file has its own folder in the system's folder for temporary files (set `TMPDIR` for another). It is removed when
-nothing refers to its rows any more, or with the process. Knows nothing of how rows are read, formatted or encoded.
+The file is in a folder of its own among the temporary files; set `TMPDIR` to put it elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -56,7 +54,7 @@ class Rows(Sequence[Conversation]):
     """Conversations on disk; each is read again whenever it is asked for."""
 
     def __init__(self, file: _RowFile, table: Dataset) -> None:
-        self._file = file  # held, since the file is removed with it
+        self._file = file  # held, since it removes the file when it goes
         self._table = table
 
     def __len__(self) -> int:
@@ -73,8 +71,7 @@ class Rows(Sequence[Conversation]):
 
     def __iter__(self) -> Iterator[Conversation]:
         for batch in self._table.iter(_READ):
-            for row in zip(*batch.values(), strict=True):
-                yield _conversation(*row)
+            yield from map(_conversation, *batch.values())
 
     def messages_as_json(self) -> Iterator[str]:
         """Yield the messages of each row as JSON, the way they are stored."""
@@ -95,19 +92,19 @@ class _RowFile:
 
     def __init__(self) -> None:
         folder = tempfile.mkdtemp(prefix="qlora-recipes-")
-        self.path = Path(folder) / "rows.arrow"
+        self.path = str(Path(folder, "rows.arrow"))
         self.remove = weakref.finalize(self, _remove, folder, os.getpid())
-
-    def write(self, batches: Iterable[Sequence[Conversation]]) -> None:
-        with pyarrow.OSFile(str(self.path), "wb") as file, pyarrow.ipc.new_stream(file, _SCHEMA) as stream:
-            for batch in batches:
-                stream.write_batch(_record_batch(batch))
 
 
 def _conversation(
     place: str, messages: str, input_ids: list[int], labels: list[int], supervised_lost: int, truncated: bool
 ) -> Conversation:
     return Conversation(place, json.loads(messages), Encoded(input_ids, labels), supervised_lost, truncated)
+
+
+def _columns(row: Conversation) -> dict[str, object]:
+    """Return a row by the names of the schema: the other half of `_conversation`."""
+    return {**vars(row), **vars(row.encoded), "messages": json.dumps(row.messages, ensure_ascii=False)}
 
 
 def _remove(folder: str, owner: int) -> None:
@@ -121,20 +118,16 @@ def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
     Raises:
         SetupError: when they cannot be written, for example because the disk is full.
     """
-    with _disk_faults():
+    try:
         file = _RowFile()
         try:
-            file.write(batches)
-            return Rows(file, Dataset.from_file(str(file.path)))
+            with pyarrow.OSFile(file.path, "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as stream:
+                for batch in batches:
+                    stream.write_batch(pyarrow.RecordBatch.from_pylist(list(map(_columns, batch)), _SCHEMA))
+            return Rows(file, Dataset.from_file(file.path))
         except BaseException:
             file.remove()
             raise
-
-
-@contextmanager
-def _disk_faults() -> Iterator[None]:
-    try:
-        yield
     except RecipesError:  # may be an OSError too, but is not about this file
         raise
     except OSError as error:
@@ -151,15 +144,3 @@ def _room() -> str:
         return f"{shutil.disk_usage(folder).free / 2**30:,.2f} GiB are free in {folder}"
     except OSError:
         return "there is no folder for temporary files"
-
-
-def _record_batch(rows: Sequence[Conversation]) -> pyarrow.RecordBatch:
-    columns = {
-        "place": [row.place for row in rows],
-        "messages": [json.dumps(row.messages, ensure_ascii=False) for row in rows],
-        "input_ids": [row.encoded.input_ids for row in rows],
-        "labels": [row.encoded.labels for row in rows],
-        "supervised_lost": [row.supervised_lost for row in rows],
-        "truncated": [row.truncated for row in rows],
-    }
-    return pyarrow.RecordBatch.from_pydict(columns, schema=_SCHEMA)

@@ -11,18 +11,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
-from qlora_recipes.data.sandbox import memory_limit, time_limit
+from qlora_recipes.data.sandbox import limits
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Message, Reason, RowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 _RENDER_BYTES = 2**29
@@ -89,25 +87,9 @@ class ConversationEncoder:
         """
         return self.tokenize([self.render(messages)])[0]
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
-        """Return the text of a conversation: the first half of `encode`, with the same errors."""
-        self._check(messages)
-        return self._render(messages, add_generation_prompt=False)
-
-    def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
-        """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
-        pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        plain = [piece for parts in pieces for piece in parts if piece and piece not in self._ids]
-        tokens = iter(self._plain_tokens(plain))
-        return [
-            self._join(parts, tokens, rendered.spans) for parts, rendered in zip(pieces, conversations, strict=True)
-        ]
-
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to where the assistant's next answer starts."""
-        self._check(messages)
-        text = self._render(messages, add_generation_prompt=True).text
-        return self.tokenize([Rendered(text, [])])[0].input_ids
+        return self.tokenize([self.render(messages, add_generation_prompt=True)])[0].input_ids
 
     def control_tokens(self, ids: Iterable[int]) -> Counter[int]:
         """Return how often each control token occurs among the ids."""
@@ -117,17 +99,16 @@ class ConversationEncoder:
         """Return the control tokens of a conversation with these roles, which do not depend on its text."""
         return self.control_tokens(self.encode([{"role": role, "content": "words"} for role in roles]).input_ids)
 
-    def _check(self, messages: Sequence[Message]) -> None:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
+        """Return the text of a conversation: the first half of `encode`, with the same errors."""
         for message in messages:
             if marker := self.template.forged_marker(message["content"]):
                 raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text contains {marker!r}")
             if found := re.search("[\ufdd0-\ufdef]", message["content"]):
                 character = f"the noncharacter {found.group()!a}"
                 raise RowError(Reason.UNENCODABLE, f"the {message['role']}'s text contains {character}")
-
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         try:
-            with time_limit(_RENDER_SECONDS), memory_limit(_RENDER_BYTES):
+            with limits(_RENDER_SECONDS, _RENDER_BYTES):
                 rendered = render_jinja_template(  # in Jinja's sandbox
                     [list(messages)],
                     chat_template=self._source,
@@ -140,6 +121,17 @@ class ConversationEncoder:
             raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], spans[0])
+
+    def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
+        """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
+        pieces = [self._cut.split(rendered.text) for rendered in conversations]
+        plain = [piece for parts in pieces for piece in parts if piece and piece not in self._ids]
+        options = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        batch = self.tokenizer(plain, **options) if plain else {"input_ids": [], "offset_mapping": []}
+        tokens = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        return [
+            self._join(parts, tokens, rendered.spans) for parts, rendered in zip(pieces, conversations, strict=True)
+        ]
 
     def _join(self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
         """Return one conversation: the next tokens for each piece of text, the id for each stand-in character."""
@@ -155,19 +147,8 @@ class ConversationEncoder:
                 ids += found
                 positions += [start + begin for begin, _ in offsets]
             start += len(piece)
-        return Encoded(ids, _labels(ids, positions, spans))
-
-    def _plain_tokens(self, texts: list[str]) -> Iterable[_Tokens]:
-        """Return the token ids and character offsets of each text, in which no string is special."""
-        if not texts:
-            return []
-        batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
-
-
-def _labels(ids: list[int], positions: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    places = numpy.array(positions, dtype=numpy.int64)
-    supervised = numpy.zeros(len(ids), dtype=bool)
-    for begin, end in spans:
-        supervised |= (begin <= places) & (places < end)
-    return cast("list[int]", numpy.where(supervised, ids, IGNORED).tolist())
+        places = numpy.array(positions, dtype=numpy.int64)
+        supervised = numpy.zeros(len(ids), dtype=bool)
+        for begin, end in spans:
+            supervised |= (begin <= places) & (places < end)
+        return Encoded(ids, numpy.where(supervised, ids, IGNORED).tolist())

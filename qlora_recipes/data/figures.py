@@ -15,7 +15,6 @@ import numpy
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.formatters import Message
 
 FIGURES = numpy.dtype(
     [
@@ -60,27 +59,18 @@ class RowMeter:
         return numpy.array([self._figures(row) for row in rows], FIGURES)
 
     def _figures(self, row: Conversation) -> tuple[int, ...]:
-        found = {**self._of_messages(row.messages), **self._of_tokens(row)}
-        return tuple(found[name] for name in FIGURES.names or ())
-
-    def _of_messages(self, messages: Sequence[Message]) -> dict[str, int]:
-        texts = [message["content"] for message in messages]
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        question = next(message["content"] for message in messages if message["role"] == "user")
-        return {
+        roles, texts = zip(*((message["role"], message["content"]) for message in row.messages), strict=True)
+        question = texts[roles.index("user")]
+        answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
+        ids, labels = row.encoded.input_ids, row.encoded.labels
+        needed, controls, bos = self._structure(roles), self._controls(ids), ids.count(self._bos)
+        found = {
             "question": int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]),
             "words": hash(tuple(map(words, texts))),
             "control_text": any(token in text for text in texts for token in self._special_tokens),
             "answers": len(answers),
             "wordless_answers": sum(not re.search(r"\w", answer) for answer in answers),
             "one_word_answers": sum(len(answer.split(maxsplit=1)) == 1 for answer in answers),
-        }
-
-    def _of_tokens(self, row: Conversation) -> dict[str, int]:
-        ids, labels = row.encoded.input_ids, row.encoded.labels
-        needed, controls = self._structure(tuple(message["role"] for message in row.messages)), self._controls(ids)
-        bos = ids.count(self._bos)
-        return {
             "length": len(ids),
             "supervised": row.encoded.supervised,
             "supervised_lost": row.supervised_lost,
@@ -95,6 +85,7 @@ class RowMeter:
             "last_is_end": labels[-1] == self._end,
             "controls_fit": controls <= needed if row.truncated else controls == needed,
         }
+        return tuple(found[name] for name in FIGURES.names or ())
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from datasets import Dataset
 
 from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
 from qlora_recipes.data.encoding import ConversationEncoder, Rendered
@@ -23,6 +22,7 @@ from qlora_recipes.formatters import Formatter, Message, Reason, RowError, check
 from qlora_recipes.run.receipt import DataReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
 
+_Row = tuple[str, list[Message], Rendered]  # place, messages and text
 _BATCH = 2**18  # characters encoded at once; each of their tokens takes 200 bytes meanwhile
 TOO_LONG = "no answer within max_length"
 """Why a row is dropped when truncation leaves nothing in the loss."""
@@ -40,11 +40,6 @@ class PreparedData:
     receipt: DataReceipt
     template: TemplateReceipt
 
-    @staticmethod
-    def dataset(conversations: Rows) -> Dataset:
-        """Return conversations as the tokenized dataset that SFTTrainer takes as it is, read from disk."""
-        return conversations.dataset()
-
 
 def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
     """Read, format, encode and split the rows of a run, only a few of which are in memory at a time.
@@ -58,15 +53,16 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
     """
     dropped: Counter[str] = Counter()
     measured = [numpy.empty(0, FIGURES)]
-    formatted = _formatted(settings, dropped)
-    rows = write_rows(_encoded(formatted, encoder, settings.training["max_length"], dropped, measured))
+    rows = write_rows(_encoded(settings, encoder, dropped, measured))
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
         raise DataError(_nothing_usable(settings, dropped))
     every = numpy.concatenate(measured)
     measured.clear()  # 63 bytes a row, which are in `every` now
-    held_out = _held_out(every["question"], settings.data.held_out)
+    distinct = numpy.unique(every["question"])
+    count = min(math.ceil(settings.data.held_out * len(distinct)), len(distinct) - 1)
+    held_out = every["question"] < distinct[count]  # the smallest hashes, whatever the order and the seed
     train, figures = rows.where(~held_out), every[~held_out]
     return PreparedData(
         train=train,
@@ -78,13 +74,15 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
     )
 
 
-def _formatted(settings: Settings, dropped: Counter[str]) -> Iterator[tuple[str, list[Message]]]:
+def _rendered(settings: Settings, encoder: ConversationEncoder, dropped: Counter[str]) -> Iterator[_Row]:
+    """Yield the rows that can be used, and count the others."""
     formatter = settings.recipe.formatter()
     for place, row in read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision):
         where = f"{settings.dataset}, {place}"
         try:
             formatter = formatter or _detect(row, where)  # the first valid row decides for the file
-            yield place, _format(formatter, row, where)
+            messages = _format(formatter, row, where)
+            yield place, messages, encoder.render(messages)
         except RowError as error:
             dropped[error.reason] += 1
 
@@ -114,18 +112,13 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
 
 
 def _encoded(
-    rows: Iterator[tuple[str, list[Message]]],
-    encoder: ConversationEncoder,
-    max_length: int,
-    dropped: Counter[str],
-    measured: list[numpy.ndarray],
+    settings: Settings, encoder: ConversationEncoder, dropped: Counter[str], measured: list[numpy.ndarray]
 ) -> Iterator[list[Conversation]]:
     """Yield usable rows in batches, and append the figures of each batch to `measured`."""
-    meter = RowMeter(encoder)
-    for batch in _rendered(rows, encoder, dropped):
-        wholes = encoder.tokenize([rendered for _, _, rendered in batch])
+    meter, max_length = RowMeter(encoder), settings.training["max_length"]
+    for batch in _batches(_rendered(settings, encoder, dropped)):
         usable = []
-        for (place, messages, _), whole in zip(batch, wholes, strict=True):
+        for (place, messages, _), whole in zip(batch, encoder.tokenize([text for *_, text in batch]), strict=True):
             cut = whole.cut(max_length)
             lost, truncated = whole.supervised - cut.supervised, len(whole.input_ids) > max_length
             if cut.supervised:
@@ -136,20 +129,13 @@ def _encoded(
         yield usable
 
 
-def _rendered(
-    rows: Iterator[tuple[str, list[Message]]], encoder: ConversationEncoder, dropped: Counter[str]
-) -> Iterator[list[tuple[str, list[Message], Rendered]]]:
-    """Yield rows and their text in batches that the tokenizer encodes at once."""
-    batch: list[tuple[str, list[Message], Rendered]] = []
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Yield rows in batches that the tokenizer encodes at once."""
+    batch: list[_Row] = []
     characters = 0
-    for place, messages in rows:
-        try:
-            rendered = encoder.render(messages)
-        except RowError as error:
-            dropped[error.reason] += 1
-            continue
-        batch.append((place, messages, rendered))
-        characters += len(rendered.text)
+    for row in rows:
+        batch.append(row)
+        characters += len(row[2].text)
         if characters >= _BATCH:
             yield batch
             batch, characters = [], 0
@@ -157,21 +143,12 @@ def _rendered(
         yield batch
 
 
-def _held_out(questions: numpy.ndarray, share: float) -> numpy.ndarray:
-    """Return for each row whether it is held out: those with the smallest hashes, whatever the order and the seed."""
-    distinct = numpy.unique(questions)
-    count = min(math.ceil(share * len(distinct)), len(distinct) - 1)
-    chosen: numpy.ndarray = questions < distinct[count]
-    return chosen
-
-
 def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
     """Say what was expected, and show the first row."""
     place, row = next(read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision))
     shown = json.dumps(row, ensure_ascii=False, default=str)
     try:
-        formatter = settings.recipe.formatter() or _detect(row, place)
-        check_messages(formatter(row), source=getattr(formatter, "__name__", "format_row"))
+        _format(settings.recipe.formatter() or _detect(row, place), row, place)
         why = "nothing by itself; it is longer than max_length, or its text contains the template's own role markers"
     except RowError as error:
         why = str(error)

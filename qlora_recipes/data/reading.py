@@ -1,7 +1,6 @@
 """Rows from a JSON, JSONL, CSV or Parquet file, or from the hub, each with its place in the source.
 
-JSON lines, CSV, Parquet and the hub's datasets are read a few rows at a time, whatever their size. Python's parser
-loads a JSON list as a whole: save a list of a million rows as JSON lines.
+All are read a few rows at a time, except a JSON list, which is loaded whole: save a million rows as JSON lines.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from qlora_recipes.errors import DataError, nearest
 
 _PARQUET_ROWS = 500  # converted to Python objects at once; upstream converts 65,536
 _PARQUET_BYTES = 2**20  # read at once from a column; upstream reads a whole row group, 209 MiB for a file of 163
-Row = dict[str, Any]
 Rows = Iterator[tuple[str, Any]]
 """Pairs of a place, such as `line 3`, and the row found there."""
 
@@ -127,8 +125,7 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BYTES)
-        batches = file.iter_batches(_PARQUET_ROWS)
+        batches = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BYTES).iter_batches(_PARQUET_ROWS)
         rows = (row for batch in batches for row in batch.to_pylist())
         for index, row in enumerate(rows):
             yield f"row {index}", row

@@ -19,7 +19,7 @@ from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.loading import load_base, load_tokenizer
 from qlora_recipes.data.arrow_rows import Rows
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.data.prepare import PreparedData, prepare
+from qlora_recipes.data.prepare import prepare
 from qlora_recipes.errors import UsageError
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
@@ -85,8 +85,8 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         trainer = RunTrainer(
             model=run.model,
             args=_sft_config(run, aside),
-            train_dataset=PreparedData.dataset(cast(Rows, run.data.train)),
-            eval_dataset=PreparedData.dataset(held_out) if held_out else None,
+            train_dataset=cast(Rows, run.data.train).dataset(),
+            eval_dataset=held_out.dataset() if held_out else None,
             processing_class=run.tokenizer,
             callbacks=_early_stopping(run.settings),
             rows=run.data.train,
