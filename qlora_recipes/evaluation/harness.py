@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,14 @@ def evaluate_many(
         check_remote_code(receipt, allowed=options.trust_remote_code)
     names = [tasks or default_tasks(receipt) for receipt in receipts]
     loaded = load_tasks(list(dict.fromkeys(name for asked in names for name in asked)))
-    expected = [_once(task for name in asked for task in loaded[name]) for asked in names]
     jobs = [
-        _Job(folder, receipt, options, todo, {})
-        for folder, receipt, todo in zip(folders, receipts, expected, strict=True)
+        _Job(folder, receipt, options, [task for name in asked for task in loaded[name]], {})
+        for folder, receipt, asked in zip(folders, receipts, names, strict=True)
     ]
-    if not overwrite:
-        for job in jobs:
+    for job in jobs:
+        if twice := [name for name, times in Counter(task.name for task in job.tasks).items() if times > 1]:
+            raise UsageError(f"the task {twice[0]} is asked for twice; its results would be one file")
+        if not overwrite:
             _take_finished(job)
     try:
         with StopSignals("the results being written are complete") as signals:
@@ -169,13 +171,12 @@ def _score_on_one_base(key: BaseKey, jobs: Sequence[_Job], signals: StopSignals,
 
 
 def _print_what_is_left(stopped: Stopped, jobs: Sequence[_Job], overwrite: bool) -> None:
-    lines = []
-    for job in jobs:
-        left = [task.name for task in job.missing]
-        finished = [task.name for task in job.tasks if task.name not in left]
-        lines.append(f"  {job.output}: finished {', '.join(finished) or 'none'}, left {', '.join(left) or 'none'}")
     again = "does all of them again (--overwrite)" if overwrite else "resumes with the tasks that are left"
-    print(f"stopped by {stopped.signal.name}; the same command {again}", *lines, sep="\n", file=sys.stderr)
+    print(f"stopped by {stopped.signal.name}; the same command {again}", file=sys.stderr)
+    for job in jobs:
+        left = ", ".join(task.name for task in job.missing) or "none"
+        finished = ", ".join(task.name for task in job.tasks if task.name in job.results) or "none"
+        print(f"  {job.output}: finished {finished}, left {left}", file=sys.stderr)
 
 
 def default_tasks(receipt: Receipt) -> list[str]:
@@ -186,42 +187,33 @@ def default_tasks(receipt: Receipt) -> list[str]:
     """
     held_out = receipt.data.rows_held_out > 0
     if receipt.demo:
-        return [*STANDIN_TASKS, *HELD_OUT_TASKS[: 1 if held_out else 0]]
+        return [*STANDIN_TASKS, *(["held_out"] if held_out else [])]
     declared = receipt.settings.eval_tasks
     if not declared and not held_out:
         raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
     return declared or list(HELD_OUT_TASKS)
 
 
-def _once(tasks: Iterable[EvalTask]) -> list[EvalTask]:
-    found: dict[str, EvalTask] = {}
-    for task in tasks:
-        if task.name in found:
-            raise UsageError(f"the task {task.name} is asked for twice; its results would be one file")
-        found[task.name] = task
-    return list(found.values())
-
-
 def _take_finished(job: _Job) -> None:
     """Take the results that are on disk already, and refuse to mix them with others."""
     found = finished_tasks(job.output)
     for task in job.tasks:
-        if task.name not in found:
-            continue
-        for name, expected in job.conditions(task).items():
-            if (got := getattr(found[task.name], name)) != expected:
-                raise RunFolderError(
-                    f"{job.output} holds {task.name} with {name} {got}, now {expected} is asked for. "
-                    "Give --overwrite to replace it"
-                )
-        job.results[task.name] = found[task.name]
+        if result := found.get(task.name):
+            for name, expected in job.conditions(task).items():
+                if (got := getattr(result, name)) != expected:
+                    raise RunFolderError(
+                        f"{job.output} holds {task.name} with {name} {got}, now {expected} is asked for. "
+                        "Give --overwrite to replace it"
+                    )
+            job.results[task.name] = result
 
 
 def _score(run: RestoredRun, job: _Job, signals: StopSignals, console: Console) -> None:
     """Score one run in its missing tasks, and write each result as it is finished."""
     for task in job.missing:
         started = time.monotonic()
-        with Bar(task.name, console) as bar:
+        bar = Bar(task.name, console)
+        with bar.progress:
             scores = _measure(run, task, job.options, bar)
         conditions = job.conditions(task)
         result = TaskResult(

@@ -40,14 +40,19 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     rows = _rows(run, limit)
     encoded = [run.encoder.encode(messages) for messages in rows]
     fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
+    if not fitting:
+        raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
     losses: dict[int, float] = {}
     for batch in _batches(fitting, encoded, batch_size):
         losses |= zip(batch, _losses(run, [encoded[i] for i in batch]), strict=True)
         bar.advance(len(batch))
-    docs = [_text_record(i, rows[i], encoded[i], losses[i]) for i in fitting]
-    if not docs:
-        raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
+    docs = []
+    for i in fitting:
+        words = [message["content"] for message in rows[i] if message["role"] == "assistant"]
+        bits, length = losses[i] / math.log(2), sum(len(text.encode()) for text in words)
+        ids, target = encoded[i].input_ids, "\n".join(words)
+        docs.append(_record("held_out", i, rows[i], ids, target, bits / length, bits=bits, bytes=length))
     nats = sum(losses.values())
     return Scores(
         docs=docs,
@@ -78,8 +83,7 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]
-        given = [prompts[i] for i in batch]
-        found = generate(run.model, given, end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
+        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
@@ -133,13 +137,6 @@ def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-
-def _text_record(index: int, messages: list[Message], encoded: Encoded, nats: float) -> DocRecord:
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    length = sum(len(answer.encode()) for answer in answers)
-    bits, target = nats / math.log(2), "\n".join(answers)
-    return _record("held_out", index, messages, encoded.input_ids, target, bits / length, bits=bits, bytes=length)
 
 
 def _record(

@@ -127,21 +127,15 @@ def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> T
                 "NaN in the adapter (metrics.jsonl shows grad_norm) and train again"
             )
     text = "".join(json.dumps(asdict(doc), ensure_ascii=False) + "\n" for doc in docs)
-    whole = replace(
-        result,
-        docs_sha256=sha256(text),
-        n_docs=len(docs),
-        metrics=_finite(result.metrics),
-        stderr=_finite(result.stderr),
+    metrics, stderr = (
+        {name: value for name, value in figures.items() if math.isfinite(value)}
+        for figures in (result.metrics, result.stderr)
     )
+    whole = replace(result, docs_sha256=sha256(text), n_docs=len(docs), metrics=metrics, stderr=stderr)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(_file(folder, result.task, _DOCS), text)
     write_json(_file(folder, result.task, _RESULT), asdict(whole))
     return whole
-
-
-def _finite(figures: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
