@@ -1,8 +1,4 @@
-"""Scores runs with lm-eval and on their held-out rows. Knows nothing of comparisons.
-
-Every run is loaded from disk and checked against its receipt. Finished tasks are not run again: the same command
-resumes an interrupted evaluation.
-"""
+"""Scores runs with lm-eval and on their held-out rows, and resumes what was interrupted. Knows nothing of comparisons."""
 
 from __future__ import annotations
 
@@ -20,7 +16,14 @@ from rich.console import Console
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.held_out import score_answers, score_held_out
-from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
+from qlora_recipes.evaluation.loaded import (
+    BaseKey,
+    RestoredBase,
+    RestoredRun,
+    check_remote_code,
+    restore_base,
+    restore_run,
+)
 from qlora_recipes.evaluation.records import Scores, TaskResult, disk_faults, finished_tasks, write_task
 from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS, EvalTask, load_tasks
 from qlora_recipes.precision import precision_named
@@ -105,18 +108,6 @@ class _Job:
         }
 
 
-def evaluate(
-    folder: RunFolder,
-    tasks: Sequence[str] | None = None,
-    *,
-    options: Options | None = None,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> list[TaskResult]:
-    """Score one run and return its results, in the order of the tasks; see `evaluate_many`."""
-    return evaluate_many([folder], tasks, options=options, overwrite=overwrite, console=console)[0]
-
-
 def evaluate_many(
     folders: Sequence[RunFolder],
     tasks: Sequence[str] | None = None,
@@ -153,21 +144,16 @@ def evaluate_many(
     try:
         with StopSignals("the results being written are complete") as signals:
             for key in dict.fromkeys(job.key for job in jobs if job.missing):
-                _score_on_one_base(key, [job for job in jobs if job.key == key and job.missing], signals, console)
-                gc.collect()  # lm-eval's model refers to itself, and the next base needs the room
+                base = restore_base(key)
+                for job in jobs:
+                    if job.key == key and job.missing:
+                        _score(job, base, signals, console)
+                del base  # the next one needs the room
+                gc.collect()  # lm-eval's model refers to itself
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
-
-
-def _score_on_one_base(key: BaseKey, jobs: Sequence[_Job], signals: StopSignals, console: Console) -> None:
-    """Score the runs of one base. Nothing refers to the base any more once this has returned."""
-    base = restore_base(key)
-    for job in jobs:
-        options = job.options
-        with restore_run(job.folder, base, key, adapter=options.adapter, other_template=options.other_template) as run:
-            _score(run, job, signals, console)
 
 
 def _print_what_is_left(stopped: Stopped, jobs: Sequence[_Job], overwrite: bool) -> None:
@@ -208,35 +194,39 @@ def _take_finished(job: _Job) -> None:
             job.results[task.name] = result
 
 
-def _score(run: RestoredRun, job: _Job, signals: StopSignals, console: Console) -> None:
+def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console) -> None:
     """Score one run in its missing tasks, and write each result as it is finished."""
-    for task in job.missing:
-        started = time.monotonic()
-        bar = Bar(task.name, console)
-        with bar.progress:
-            scores = _measure(run, task, job.options, bar)
-        conditions = job.conditions(task)
-        result = TaskResult(
-            **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
-            task=task.name,
-            kind=task.kind,
-            metric=task.metric,
-            higher_is_better=scores.higher_is_better,
-            metrics=scores.metrics,
-            stderr=scores.stderr,
-            n_docs=len(scores.docs),
-            template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
-            prompts_unlike_training=scores.prompts_unlike_training,
-            truncated=scores.truncated,
-            loglikelihood_dtype="float32",
-            precision=run.precision,
-            base_sha256=run.base_sha256,
-            adapter_on_off_difference=run.adapter_on_off_difference,
-            device=run.model.device.type,
-            seconds=round(time.monotonic() - started, 3),
-        )
-        with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
-            job.results[task.name] = write_task(job.output, result, scores.docs)
+    options = job.options
+    with restore_run(job.folder, base, job.key, adapter=options.adapter, other_template=options.other_template) as run:
+        for task in job.missing:
+            started = time.monotonic()
+            bar = Bar(task.name, console)
+            with bar.progress:
+                scores = _measure(run, task, options, bar)
+            conditions = job.conditions(task) | {
+                "adapter_sha256": run.adapter_sha256
+            }  # as measured in the loaded model
+            result = TaskResult(
+                **conditions,
+                task=task.name,
+                kind=task.kind,
+                metric=task.metric,
+                higher_is_better=scores.higher_is_better,
+                metrics=scores.metrics,
+                stderr=scores.stderr,
+                n_docs=len(scores.docs),
+                template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
+                prompts_unlike_training=scores.prompts_unlike_training,
+                truncated=scores.truncated,
+                loglikelihood_dtype="float32",
+                precision=run.precision,
+                base_sha256=run.base_sha256,
+                adapter_on_off_difference=run.adapter_on_off_difference,
+                device=run.model.device.type,
+                seconds=round(time.monotonic() - started, 3),
+            )
+            with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
+                job.results[task.name] = write_task(job.output, result, scores.docs)
 
 
 def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Scores:

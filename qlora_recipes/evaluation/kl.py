@@ -32,27 +32,24 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
         RecipesError: when a run is not what its receipt says, or kept no conversation from training.
     """
     todo = [other for other in others if kl_files.read_divergence(reference, other) is None]
-    if todo:
-        with tempfile.TemporaryDirectory(prefix="log-probabilities-") as scratch:
-            _measure(reference, todo, Path(scratch), said)
-
-
-def _measure(reference: RunFolder, todo: Sequence[RunFolder], scratch: Path, said: Callable[[str], None]) -> None:
+    if not todo:
+        return
     keys = {folder.path: BaseKey.of(folder.receipt()) for folder in (reference, *todo)}
-    for key in dict.fromkeys(keys.values()):  # the reference's first
-        base = restore_base(key)
-        if keys[reference.path] == key:
-            said(f"log-probabilities of {reference.path.name}")
-            with restore_run(reference, base, key) as run:
-                for i, block in enumerate(_log_probabilities(run)):
-                    np.save(scratch / f"{i}.npy", block.numpy())
-        for folder in (folder for folder in todo if keys[folder.path] == key):
-            said(f"divergence of {folder.path.name}")
-            _measure_quantization(folder, base, key)
-            with restore_run(folder, base, key) as run:
-                kl_files.write_divergence(reference, folder, _compare(run, scratch))
-        del base, run  # each holds the model, and the next one needs the room
-        gc.collect()
+    with tempfile.TemporaryDirectory(prefix="log-probabilities-") as scratch:
+        for key in dict.fromkeys(keys.values()):  # the reference's first
+            base = restore_base(key)
+            if keys[reference.path] == key:
+                said(f"log-probabilities of {reference.path.name}")
+                with restore_run(reference, base, key) as run:
+                    for i, block in enumerate(_log_probabilities(run)):
+                        np.save(Path(scratch, f"{i}.npy"), block.numpy())
+            for folder in (folder for folder in todo if keys[folder.path] == key):
+                said(f"divergence of {folder.path.name}")
+                _measure_quantization(folder, base, key)
+                with restore_run(folder, base, key) as run:
+                    kl_files.write_divergence(reference, folder, _compare(run, Path(scratch)))
+            del base, run  # each holds the model, and the next one needs the room
+            gc.collect()
 
 
 @torch.no_grad()

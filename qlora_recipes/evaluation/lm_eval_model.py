@@ -1,7 +1,4 @@
-"""Scores a restored run with lm-eval: the run as lm-eval's model, and each document's answer as one of our records.
-
-Knows nothing of files.
-"""
+"""Scores a restored run with lm-eval: the run as lm-eval's model, and each document's answer as one of our records."""
 
 from __future__ import annotations
 
@@ -22,9 +19,6 @@ from qlora_recipes.evaluation.task_loading import EvalTask
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
-
-SEED = 1234  # lm-eval's own, for the choice of few-shot examples
-_BOOTSTRAP = 1000  # draws for standard errors of the few metrics without a formula; 0 would drop the others' too
 
 
 class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
@@ -120,7 +114,7 @@ def score_with_lm_eval(
         DataError: when the task's metric gives no number for a document.
     """
     for part in task.parts:
-        part.set_fewshot_seed(SEED)
+        part.set_fewshot_seed(1234)  # lm-eval's own
     with silence_lm_eval():
         model = RunLanguageModel(run, batch_size, bar)
         outcome = evaluate(
@@ -128,7 +122,7 @@ def score_with_lm_eval(
             {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},
             limit=limit,
             cache_requests=False,  # the cache's key leaves out the task's own text, so it can return old prompts
-            bootstrap_iters=_BOOTSTRAP,
+            bootstrap_iters=1000,  # for the few metrics without a formula; 0 would drop the others' standard errors too
             apply_chat_template=chat_template,
             fewshot_as_multiturn=chat_template,
         )
@@ -192,10 +186,7 @@ def _shown(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) ->
         return str(found[0][0] if isinstance(found[0], (list, tuple)) else found[0]), str(sample["target"]), given
     choices = part.doc_to_choice(doc)
     right = part.doc_to_text(doc) if part.multiple_input else sample["target"]
-    lengths = {
-        "acc_norm": [len(choice) for choice in choices],
-        "acc_bytes": [len(choice.encode()) for choice in choices],
-    }
+    lengths = {"acc_norm": map(len, choices), "acc_bytes": (len(choice.encode()) for choice in choices)}
     divisors = lengths.get(task.metric, [1] * len(choices))
     scores = [response[0] / length for response, length in zip(found[: len(choices)], divisors, strict=True)]
     return choices[scores.index(max(scores))], _choice_text(choices, right), given

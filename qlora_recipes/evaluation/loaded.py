@@ -113,12 +113,15 @@ def restore_run(
 ) -> Iterator[RestoredRun]:
     """Attach a run's adapter to its base while the context lasts, and check both against the receipt.
 
+    `other_template` accepts a chat template that was edited on purpose.
+
     Raises:
         CheckError: when tokenizer, base or adapter are not what the receipt says, or the adapter does nothing.
-        ModelError: when there is no adapter, or one for another base.
+        ModelError: when there is no tokenizer or adapter, or one for another base.
+        RunFolderError: when a file is damaged, naming the key or the row.
     """
-    receipt, held_out = folder.receipt(), read_held_out(folder)
-    tokenizer = restore_tokenizer(folder, receipt, other_template=other_template)
+    receipt, held_out = folder.receipt(), _held_out(folder)
+    tokenizer = _tokenizer(folder, receipt, other_template)
     template = ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
     encoder = ConversationEncoder(tokenizer, template)
     if key.precision == receipt.precision:
@@ -149,15 +152,8 @@ class _HeldOutRow:
     messages: list[Message]
 
 
-def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that the run saved, with the chat template that it was trained with.
-
-    `other_template` accepts a template that was edited on purpose.
-
-    Raises:
-        ModelError: when the tokenizer is missing.
-        CheckError: when the template is not the one in the receipt.
-    """
+def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the run saved; `other_template` accepts a chat template edited after training."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -170,12 +166,8 @@ def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bo
     return tokenizer
 
 
-def read_held_out(folder: RunFolder) -> list[list[Message]]:
-    """Return the conversations that the run kept from training; none where it kept none.
-
-    Raises:
-        RunFolderError: when the file is damaged, naming the key or the row.
-    """
+def _held_out(folder: RunFolder) -> list[list[Message]]:
+    """Return the conversations that the run kept from training; none where it kept none."""
     fix = "Train again, or restore the file from a copy"
     try:
         rows = read_record(folder.held_out, list[_HeldOutRow], fix=fix)

@@ -1,7 +1,6 @@
 """Turns the names on the command line into lm-eval tasks that are known to work before a model is loaded.
 
-A name is one of our tasks, a folder or YAML file, `openllm`, or any task or group of lm-eval's. Knows nothing of
-models. What it uses of lm-eval beyond the public API has a function each: `_read_yaml` and `_names_in`.
+A name is one of our tasks, a folder or YAML file, `openllm`, or any task or group of lm-eval's. No models here.
 """
 
 from __future__ import annotations

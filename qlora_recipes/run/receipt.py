@@ -180,7 +180,6 @@ class SettingsReceipt:
     training: dict[str, Any]
     """SFTConfig fields."""
     eval_tasks: list[str]
-    """Tasks that the recipe declares for its evaluation."""
 
 
 @dataclass
@@ -222,7 +221,6 @@ class Started:
     run: dict[str, Any]
     """What must be equal for the run to be resumed."""
     versions: dict[str, str]
-    """Package to version."""
     resumes: list[Resume] = field(default_factory=list)
 
 
