@@ -1,4 +1,4 @@
-"""Scores runs with lm-eval and on their held-out rows, and resumes what was interrupted. Knows nothing of comparisons."""
+"""Scores runs with lm-eval and on their held-out rows, each task only once. Knows nothing of comparisons."""
 
 from __future__ import annotations
 
@@ -171,13 +171,11 @@ def default_tasks(receipt: Receipt) -> list[str]:
     Raises:
         UsageError: when the recipe declares none and no rows were held out.
     """
-    held_out = receipt.data.rows_held_out > 0
-    if receipt.demo:
-        return [*STANDIN_TASKS, *(["held_out"] if held_out else [])]
-    declared = receipt.settings.eval_tasks
-    if not declared and not held_out:
+    held_out = list(HELD_OUT_TASKS) if receipt.data.rows_held_out else []
+    tasks = [*STANDIN_TASKS, *held_out[:1]] if receipt.demo else receipt.settings.eval_tasks or held_out
+    if not tasks:
         raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
-    return declared or list(HELD_OUT_TASKS)
+    return tasks
 
 
 def _take_finished(job: _Job) -> None:
@@ -203,21 +201,15 @@ def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console
             bar = Bar(task.name, console)
             with bar.progress:
                 scores = _measure(run, task, options, bar)
-            conditions = job.conditions(task) | {
-                "adapter_sha256": run.adapter_sha256
-            }  # as measured in the loaded model
+            conditions = job.conditions(task)
             result = TaskResult(
-                **conditions,
+                **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
+                **{name: value for name, value in vars(scores).items() if name != "docs"},
                 task=task.name,
                 kind=task.kind,
                 metric=task.metric,
-                higher_is_better=scores.higher_is_better,
-                metrics=scores.metrics,
-                stderr=scores.stderr,
                 n_docs=len(scores.docs),
                 template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
-                prompts_unlike_training=scores.prompts_unlike_training,
-                truncated=scores.truncated,
                 loglikelihood_dtype="float32",
                 precision=run.precision,
                 base_sha256=run.base_sha256,

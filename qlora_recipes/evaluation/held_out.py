@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import torch
 from sacrebleu.metrics.chrf import CHRF
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.encoding import IGNORED, Encoded
@@ -125,18 +126,14 @@ def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int
 def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     """Return each row's negative log-likelihood in nats; padding is on the right, where no token attends to it."""
     pad = run.tokenizer.pad_token_id
-    ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)
-    labels = _padded([row.labels for row in rows], IGNORED).to(run.model.device)[:, 1:]
+    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True, padding_value=pad)
+    labels = pad_sequence([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=IGNORED)
+    ids, labels = ids.to(run.model.device), labels.to(run.model.device)[:, 1:]
     logits = run.model(input_ids=ids).logits[:, :-1]
     scored = labels != IGNORED
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     losses[scored] = torch.nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
     return [float(total) for total in losses.double().sum(1)]
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
 def _record(

@@ -17,7 +17,7 @@ import torch
 from qlora_recipes.base.checkpoint import layer_errors, weight_files
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import DataError
-from qlora_recipes.evaluation import kl_files
+from qlora_recipes.evaluation import records
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredBase, RestoredRun, restore_base, restore_run
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
@@ -31,7 +31,7 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
     Raises:
         RecipesError: when a run is not what its receipt says, or kept no conversation from training.
     """
-    todo = [other for other in others if kl_files.read_divergence(reference, other) is None]
+    todo = [other for other in others if records.read_divergence(reference, other) is None]
     if not todo:
         return
     keys = {folder.path: BaseKey.of(folder.receipt()) for folder in (reference, *todo)}
@@ -47,7 +47,7 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
                 said(f"divergence of {folder.path.name}")
                 _measure_quantization(folder, base, key)
                 with restore_run(folder, base, key) as run:
-                    kl_files.write_divergence(reference, folder, _compare(run, Path(scratch)))
+                    records.write_divergence(reference, folder, _compare(run, Path(scratch)))
             del base, run  # each holds the model, and the next one needs the room
             gc.collect()
 
@@ -55,7 +55,7 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
 @torch.no_grad()
 def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
     """Yield a (tokens, words) block in float32 for each held-out conversation: what precedes a supervised token."""
-    left = kl_files.TOKENS
+    left = records.TOKENS
     if not run.held_out:
         raise DataError(f"{run.folder.path} kept no conversation from training; KL is measured on those")
     for messages in run.held_out:
@@ -70,14 +70,14 @@ def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
             yield torch.log_softmax(logits.float(), dim=-1).cpu()
 
 
-def _compare(run: RestoredRun, folder: Path) -> kl_files.Divergence:
+def _compare(run: RestoredRun, folder: Path) -> records.Divergence:
     divergences, same = [], 0
     for i, block in enumerate(_log_probabilities(run)):
         reference = torch.from_numpy(np.load(folder / f"{i}.npy"))
         divergences.append((reference.exp() * (reference - block)).sum(-1, dtype=torch.float64).clamp(min=0))
         same += int((reference.argmax(-1) == block.argmax(-1)).sum())
     by_token = torch.cat(divergences)
-    return kl_files.Divergence(
+    return records.Divergence(
         tokens=len(by_token),
         mean_kl=float(by_token.mean()),
         median_kl=float(by_token.median()),
@@ -87,8 +87,8 @@ def _compare(run: RestoredRun, folder: Path) -> kl_files.Divergence:
 
 
 def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -> None:
-    if precision_named(key.precision).quantized and not kl_files.read_quantization_error(folder):
+    if precision_named(key.precision).quantized and not records.read_quantization_error(folder):
         files = weight_files(key.model, key.revision)
         errors = layer_errors(base.model, files, getattr(torch, key.dtype))  # of whole layers, not of a sample
-        layers = [kl_files.LayerError(*error) for error in errors]
-        kl_files.write_quantization_error(folder, base.sha256, layers)
+        layers = [records.LayerError(*error) for error in errors]
+        records.write_quantization_error(folder, base.sha256, layers)

@@ -89,9 +89,9 @@ def _load(name: str, standard: TaskManager | None) -> list[EvalTask]:
     if name in HELD_OUT_TASKS:
         return [EvalTask(name, (), *HELD_OUT_TASKS[name], chat_template=True)]
     if name in STANDIN_TASKS:
-        return _from_files([SHIPPED / "standin_world" / f"{name}.yaml"])
+        return _from_files(SHIPPED / "standin_world" / f"{name}.yaml")
     if _is_path(name):
-        return _from_folder(Path(name))
+        return _from_files(Path(name))
     assert standard is not None
     return _from_lm_eval(name, standard)
 
@@ -100,20 +100,16 @@ def _is_path(name: str) -> bool:
     return name not in OWN and (Path(name).suffix in (".yaml", ".yml") or "/" in name or Path(name).is_dir())
 
 
-def _from_folder(path: Path) -> list[EvalTask]:
+def _from_files(path: Path) -> list[EvalTask]:
+    """Build the tasks of a YAML file or of a folder of them; one without `task` is there for others to include."""
     if not path.exists():
         raise UsageError(f"no task folder at {path}; expected a folder of YAML tasks, one YAML file, or a task's name")
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{path} has no .yaml file; expected a folder of lm-eval tasks")
-    for file in files:
-        if "!function" in file.read_text(encoding="utf-8", errors="replace"):  # lm-eval runs them on loading the task
+    for file in files:  # lm-eval runs the functions on loading the task
+        if SHIPPED not in file.parents and "!function" in file.read_text(encoding="utf-8", errors="replace"):
             print(f"running the Python code that {file} names with !function", file=sys.stderr)
-    return _from_files(files)
-
-
-def _from_files(files: Sequence[Path]) -> list[EvalTask]:
-    """Build the tasks of YAML files; a file without `task` is there for others to include."""
     configs = {file: _read_yaml(file) for file in files}
     tasks = {file: config for file, config in configs.items() if isinstance(config.get("task"), str)}
     if not tasks:
