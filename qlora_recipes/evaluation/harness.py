@@ -31,10 +31,6 @@ from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 
-# For a stand-in and for a model of billions: larger is faster where memory allows. Never "auto", which may choose
-# another size, and so other rounding, for each arm.
-_SMALL, _BATCHES = 10**9, (64, 8)
-
 
 @dataclass(frozen=True)
 class Options:
@@ -70,8 +66,8 @@ class Options:
         return "-".join(part for part in parts if part)
 
     def batch(self, receipt: Receipt) -> int:
-        """Return the fixed batch size."""
-        return self.batch_size or _BATCHES[receipt.base.parameters >= _SMALL]
+        """Return a size known beforehand; lm-eval's "auto" may choose another, and so other rounding, for each arm."""
+        return self.batch_size or (64 if receipt.base.parameters < 10**9 else 8)
 
 
 @dataclass(frozen=True)

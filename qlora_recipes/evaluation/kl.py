@@ -90,5 +90,4 @@ def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -
     if precision_named(key.precision).quantized and not records.read_quantization_error(folder):
         files = weight_files(key.model, key.revision)
         errors = layer_errors(base.model, files, getattr(torch, key.dtype))  # of whole layers, not of a sample
-        layers = [records.LayerError(*error) for error in errors]
-        records.write_quantization_error(folder, base.sha256, layers)
+        records.write_quantization_error(folder, base.sha256, [records.LayerError(*error) for error in errors])

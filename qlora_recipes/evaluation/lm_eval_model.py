@@ -198,9 +198,7 @@ def _choice_text(choices: Sequence[str], right: Any) -> str:
     return choices[right] if isinstance(right, int) and right < len(choices) else str(right)
 
 
-def _aggregates(
-    task: EvalTask, outcome: Mapping[str, Any], docs: Sequence[DocRecord]
-) -> tuple[dict[str, float], dict[str, float]]:
+def _aggregates(task: EvalTask, outcome: Any, docs: list[DocRecord]) -> tuple[dict[str, float], dict[str, float]]:
     """Return metrics and standard errors: lm-eval's for a single task; for a group, all documents pooled."""
     if task.kind == "bits_per_byte":
         pooled = sum(doc.bits or 0 for doc in docs) / sum(doc.bytes or 0 for doc in docs)

@@ -53,9 +53,8 @@ def check_remote_code(receipt: Receipt, *, allowed: bool) -> None:
     Raises:
         UsageError: naming the flag, or a revision that is not a commit and whose code may have changed since.
     """
-    key = BaseKey.of(receipt)
-    model, revision = key.model, key.revision
-    if not key.trust_remote_code:
+    model, revision = receipt.base.model, receipt.base.revision
+    if not BaseKey.of(receipt).trust_remote_code:
         return
     if not allowed:
         raise UsageError(

@@ -225,9 +225,7 @@ def _from_lm_eval(name: str, manager: TaskManager) -> list[EvalTask]:
     return [whole] if alike else alone
 
 
-def _eval_task(
-    name: str, parts: Sequence[ConfigurableTask], *, chat_template: bool, metric: str | None = None
-) -> EvalTask:
+def _eval_task(name: str, parts: list[ConfigurableTask], *, chat_template: bool, metric: str | None = None) -> EvalTask:
     config = parts[0].config
     if config.num_fewshot is None:
         for part in parts:
