@@ -1,4 +1,4 @@
-"""Scores runs with lm-eval and on their held-out rows, each task only once. Knows nothing of comparisons."""
+"""Scores runs with lm-eval and on their held-out rows; finished tasks are kept. Knows nothing of comparisons."""
 
 from __future__ import annotations
 

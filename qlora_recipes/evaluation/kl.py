@@ -26,7 +26,7 @@ from qlora_recipes.run.folder import RunFolder
 def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable[[str], None] = lambda _: None) -> None:
     """Measure how far runs are from the reference, and what quantization did to their layers; skip what is done.
 
-    The figures go into the run folders, see `divergence_files`.
+    The figures go into the run folders, see `records`.
 
     Raises:
         RecipesError: when a run is not what its receipt says, or kept no conversation from training.

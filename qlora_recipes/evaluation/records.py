@@ -1,7 +1,7 @@
 """What an evaluation writes to disk: the contract between evaluation and comparison.
 
 A folder of results has, for each task, `<task>.json` (a TaskResult) and `<task>.docs.jsonl` (one DocRecord per line);
-its folder `divergence` has how far the weights and distributions are from others.
+its folder `divergence` has how far the run's distributions and stored weights are from those they stand for.
 Files in, dataclasses out: knows nothing of models, torch or lm-eval.
 """
 
