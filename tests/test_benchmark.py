@@ -21,8 +21,7 @@ from fake_runs import answers, flipped, make_run, receipt, write_results
 from qlora_recipes import load_recipe
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
-from qlora_recipes.evaluation.kl_files import Divergence, read_divergence, write_divergence
-from qlora_recipes.evaluation.records import TaskResult, finished_tasks
+from qlora_recipes.evaluation.records import Divergence, TaskResult, finished_tasks, read_divergence, write_divergence
 from qlora_recipes.experiments.benchmark import command, scoring, training
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
 from qlora_recipes.run.folder import RunFolder

@@ -16,7 +16,7 @@ from qlora_recipes.comparison.build import choose_baseline
 from qlora_recipes.comparison.findings import Report
 from qlora_recipes.comparison.receipts import receipt_differences
 from qlora_recipes.errors import ComparisonError, RecipesError, RunFolderError
-from qlora_recipes.evaluation.kl_files import (
+from qlora_recipes.evaluation.records import (
     Divergence,
     LayerError,
     read_divergence,

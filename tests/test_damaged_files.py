@@ -17,9 +17,8 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.recipe_cli import settings_from
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.evaluation import harness, loaded
-from qlora_recipes.evaluation.kl_files import Divergence, LayerError, write_divergence, write_quantization_error
 from qlora_recipes.evaluation.loaded import RestoredBase
-from qlora_recipes.evaluation.records import sha256
+from qlora_recipes.evaluation.records import Divergence, LayerError, sha256, write_divergence, write_quantization_error
 from qlora_recipes.experiments.benchmark import command as benchmark
 from qlora_recipes.experiments.benchmark.plan import plan_benchmark, record_margin
 from qlora_recipes.recipe import load_recipe

@@ -30,7 +30,7 @@ from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation import harness, kl, loaded
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate, evaluate_many
+from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate_many
 from qlora_recipes.evaluation.held_out import score_held_out
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
 from qlora_recipes.evaluation.records import DocRecord, Scores, TaskResult, finished_tasks, read_task, write_task
@@ -43,6 +43,10 @@ from qlora_recipes.training.train import train
 
 SHORT = Options(limit=4, batch_size=4)
 TASKS = ["standin_choice", "standin_answer", "standin_text", "held_out"]
+
+
+def evaluate(folder: RunFolder, tasks: list[str], **flags: Any) -> list[TaskResult]:
+    return evaluate_many([folder], tasks, **flags)[0]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from qlora_recipes.comparison.escape import markdown, plain
 from qlora_recipes.comparison.findings import Report
 from qlora_recipes.comparison.report import read_report, render_html, render_json, render_markdown, write_report
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.evaluation.kl_files import Divergence, LayerError
-from qlora_recipes.evaluation.records import DocRecord
+from qlora_recipes.evaluation.records import Divergence, DocRecord, LayerError
 
 HOSTILE = [
     "<script>alert('answer')</script>",

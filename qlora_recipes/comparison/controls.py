@@ -9,8 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_recipes.comparison.evaluated import Arms, Results, Run, check_weights, read_results
-from qlora_recipes.evaluation.kl_files import Divergence, LayerError, read_divergence, read_quantization_error
-from qlora_recipes.evaluation.records import UnfinishedTaskError
+from qlora_recipes.evaluation.records import (
+    Divergence,
+    LayerError,
+    UnfinishedTaskError,
+    read_divergence,
+    read_quantization_error,
+)
 
 BASE = "base"
 """Folder in a run's evaluation where its base before tuning is scored."""

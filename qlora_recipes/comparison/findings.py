@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_recipes.comparison.paired import BitsPerByte, Comparison, Flips
-from qlora_recipes.evaluation.kl_files import Divergence, LayerError
+from qlora_recipes.evaluation.records import Divergence, LayerError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -21,23 +20,17 @@ class Bar:
     """How far a task is; nothing is drawn but on a terminal."""
 
     def __init__(self, name: str, console: Console) -> None:
-        self._progress = progress_bar(name, console)
-        self._row = self._progress.add_task(name, total=None)
+        self.progress = progress_bar(name, console)
+        """What draws it, while entered."""
+        self._row = self.progress.add_task(name, total=None)
 
     def start(self, total: int) -> None:
         """Set how many requests there are, once that is known."""
-        self._progress.reset(self._row, total=total)
+        self.progress.reset(self._row, total=total)
 
     def advance(self, requests: int) -> None:
         """Count so many more requests as done."""
-        self._progress.advance(self._row, requests)
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._progress.stop()
+        self.progress.advance(self._row, requests)
 
 
 @contextmanager
@@ -45,16 +38,16 @@ def silence_lm_eval() -> Iterator[None]:
     """Silence lm-eval's bars and its log below errors; what matters of them is counted and recorded."""
     log = logging.getLogger("lm_eval")
     level = log.level
-    drawing: list[Any] = [sys.modules[name] for name in _DRAWING if hasattr(sys.modules.get(name), "tqdm")]
-    bars = [module.tqdm for module in drawing]
+    modules: list[Any] = [sys.modules[name] for name in _DRAWING if hasattr(sys.modules.get(name), "tqdm")]
+    bars = {module: module.tqdm for module in modules}
     log.setLevel(logging.ERROR)
-    for module, bar in zip(drawing, bars, strict=True):
+    for module, bar in bars.items():
         module.tqdm = functools.partial(_undrawn, bar)
     try:
         yield
     finally:
         log.setLevel(level)
-        for module, bar in zip(drawing, bars, strict=True):
+        for module, bar in bars.items():
             module.tqdm = bar
 
 

@@ -1,15 +1,12 @@
-"""Scores runs with lm-eval and on their held-out rows. Knows nothing of comparisons.
-
-Every run is loaded from disk and checked against its receipt. Finished tasks are not run again: the same command
-resumes an interrupted evaluation.
-"""
+"""Scores runs with lm-eval and on their held-out rows; finished tasks are kept. Knows nothing of comparisons."""
 
 from __future__ import annotations
 
 import gc
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,20 @@ from rich.console import Console
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.held_out import score_answers, score_held_out
-from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
+from qlora_recipes.evaluation.loaded import (
+    BaseKey,
+    RestoredBase,
+    RestoredRun,
+    check_remote_code,
+    restore_base,
+    restore_run,
+)
 from qlora_recipes.evaluation.records import Scores, TaskResult, disk_faults, finished_tasks, write_task
 from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS, EvalTask, load_tasks
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped, StopSignals
-
-# For a stand-in and for a model of billions: larger is faster where memory allows. Never "auto", which may choose
-# another size, and so other rounding, for each arm.
-_SMALL, _BATCHES = 10**9, (64, 8)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Options:
         return "-".join(part for part in parts if part)
 
     def batch(self, receipt: Receipt) -> int:
-        """Return the fixed batch size."""
-        return self.batch_size or _BATCHES[receipt.base.parameters >= _SMALL]
+        """Return a size known beforehand; lm-eval's "auto" may choose another, and so other rounding, for each arm."""
+        return self.batch_size or (64 if receipt.base.parameters < 10**9 else 8)
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,6 @@ class _Job:
         }
 
 
-def evaluate(
-    folder: RunFolder,
-    tasks: Sequence[str] | None = None,
-    *,
-    options: Options | None = None,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> list[TaskResult]:
-    """Score one run and return its results, in the order of the tasks; see `evaluate_many`."""
-    return evaluate_many([folder], tasks, options=options, overwrite=overwrite, console=console)[0]
-
-
 def evaluate_many(
     folders: Sequence[RunFolder],
     tasks: Sequence[str] | None = None,
@@ -140,42 +128,37 @@ def evaluate_many(
         check_remote_code(receipt, allowed=options.trust_remote_code)
     names = [tasks or default_tasks(receipt) for receipt in receipts]
     loaded = load_tasks(list(dict.fromkeys(name for asked in names for name in asked)))
-    expected = [_once(task for name in asked for task in loaded[name]) for asked in names]
     jobs = [
-        _Job(folder, receipt, options, todo, {})
-        for folder, receipt, todo in zip(folders, receipts, expected, strict=True)
+        _Job(folder, receipt, options, [task for name in asked for task in loaded[name]], {})
+        for folder, receipt, asked in zip(folders, receipts, names, strict=True)
     ]
-    if not overwrite:
-        for job in jobs:
+    for job in jobs:
+        if twice := [name for name, times in Counter(task.name for task in job.tasks).items() if times > 1]:
+            raise UsageError(f"the task {twice[0]} is asked for twice; its results would be one file")
+        if not overwrite:
             _take_finished(job)
     try:
         with StopSignals("the results being written are complete") as signals:
             for key in dict.fromkeys(job.key for job in jobs if job.missing):
-                _score_on_one_base(key, [job for job in jobs if job.key == key and job.missing], signals, console)
-                gc.collect()  # lm-eval's model refers to itself, and the next base needs the room
+                base = restore_base(key)
+                for job in jobs:
+                    if job.key == key and job.missing:
+                        _score(job, base, signals, console)
+                del base  # the next one needs the room
+                gc.collect()  # lm-eval's model refers to itself
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
 
 
-def _score_on_one_base(key: BaseKey, jobs: Sequence[_Job], signals: StopSignals, console: Console) -> None:
-    """Score the runs of one base. Nothing refers to the base any more once this has returned."""
-    base = restore_base(key)
-    for job in jobs:
-        options = job.options
-        with restore_run(job.folder, base, key, adapter=options.adapter, other_template=options.other_template) as run:
-            _score(run, job, signals, console)
-
-
 def _print_what_is_left(stopped: Stopped, jobs: Sequence[_Job], overwrite: bool) -> None:
-    lines = []
-    for job in jobs:
-        left = [task.name for task in job.missing]
-        finished = [task.name for task in job.tasks if task.name not in left]
-        lines.append(f"  {job.output}: finished {', '.join(finished) or 'none'}, left {', '.join(left) or 'none'}")
     again = "does all of them again (--overwrite)" if overwrite else "resumes with the tasks that are left"
-    print(f"stopped by {stopped.signal.name}; the same command {again}", *lines, sep="\n", file=sys.stderr)
+    print(f"stopped by {stopped.signal.name}; the same command {again}", file=sys.stderr)
+    for job in jobs:
+        left = ", ".join(task.name for task in job.missing) or "none"
+        finished = ", ".join(task.name for task in job.tasks if task.name in job.results) or "none"
+        print(f"  {job.output}: finished {finished}, left {left}", file=sys.stderr)
 
 
 def default_tasks(receipt: Receipt) -> list[str]:
@@ -184,67 +167,54 @@ def default_tasks(receipt: Receipt) -> list[str]:
     Raises:
         UsageError: when the recipe declares none and no rows were held out.
     """
-    held_out = receipt.data.rows_held_out > 0
-    if receipt.demo:
-        return [*STANDIN_TASKS, *HELD_OUT_TASKS[: 1 if held_out else 0]]
-    declared = receipt.settings.eval_tasks
-    if not declared and not held_out:
+    held_out = list(HELD_OUT_TASKS) if receipt.data.rows_held_out else []
+    tasks = [*STANDIN_TASKS, *held_out[:1]] if receipt.demo else receipt.settings.eval_tasks or held_out
+    if not tasks:
         raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
-    return declared or list(HELD_OUT_TASKS)
-
-
-def _once(tasks: Iterable[EvalTask]) -> list[EvalTask]:
-    found: dict[str, EvalTask] = {}
-    for task in tasks:
-        if task.name in found:
-            raise UsageError(f"the task {task.name} is asked for twice; its results would be one file")
-        found[task.name] = task
-    return list(found.values())
+    return tasks
 
 
 def _take_finished(job: _Job) -> None:
     """Take the results that are on disk already, and refuse to mix them with others."""
     found = finished_tasks(job.output)
     for task in job.tasks:
-        if task.name not in found:
-            continue
-        for name, expected in job.conditions(task).items():
-            if (got := getattr(found[task.name], name)) != expected:
-                raise RunFolderError(
-                    f"{job.output} holds {task.name} with {name} {got}, now {expected} is asked for. "
-                    "Give --overwrite to replace it"
-                )
-        job.results[task.name] = found[task.name]
+        if result := found.get(task.name):
+            for name, expected in job.conditions(task).items():
+                if (got := getattr(result, name)) != expected:
+                    raise RunFolderError(
+                        f"{job.output} holds {task.name} with {name} {got}, now {expected} is asked for. "
+                        "Give --overwrite to replace it"
+                    )
+            job.results[task.name] = result
 
 
-def _score(run: RestoredRun, job: _Job, signals: StopSignals, console: Console) -> None:
+def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console) -> None:
     """Score one run in its missing tasks, and write each result as it is finished."""
-    for task in job.missing:
-        started = time.monotonic()
-        with Bar(task.name, console) as bar:
-            scores = _measure(run, task, job.options, bar)
-        conditions = job.conditions(task)
-        result = TaskResult(
-            **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
-            task=task.name,
-            kind=task.kind,
-            metric=task.metric,
-            higher_is_better=scores.higher_is_better,
-            metrics=scores.metrics,
-            stderr=scores.stderr,
-            n_docs=len(scores.docs),
-            template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
-            prompts_unlike_training=scores.prompts_unlike_training,
-            truncated=scores.truncated,
-            loglikelihood_dtype="float32",
-            precision=run.precision,
-            base_sha256=run.base_sha256,
-            adapter_on_off_difference=run.adapter_on_off_difference,
-            device=run.model.device.type,
-            seconds=round(time.monotonic() - started, 3),
-        )
-        with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
-            job.results[task.name] = write_task(job.output, result, scores.docs)
+    options = job.options
+    with restore_run(job.folder, base, job.key, adapter=options.adapter, other_template=options.other_template) as run:
+        for task in job.missing:
+            started = time.monotonic()
+            bar = Bar(task.name, console)
+            with bar.progress:
+                scores = _measure(run, task, options, bar)
+            conditions = job.conditions(task)
+            result = TaskResult(
+                **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
+                **{name: value for name, value in vars(scores).items() if name != "docs"},
+                task=task.name,
+                kind=task.kind,
+                metric=task.metric,
+                n_docs=len(scores.docs),
+                template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
+                loglikelihood_dtype="float32",
+                precision=run.precision,
+                base_sha256=run.base_sha256,
+                adapter_on_off_difference=run.adapter_on_off_difference,
+                device=run.model.device.type,
+                seconds=round(time.monotonic() - started, 3),
+            )
+            with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
+                job.results[task.name] = write_task(job.output, result, scores.docs)
 
 
 def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Scores:

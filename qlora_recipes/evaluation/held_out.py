@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import torch
 from sacrebleu.metrics.chrf import CHRF
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.encoding import IGNORED, Encoded
@@ -40,14 +41,19 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     rows = _rows(run, limit)
     encoded = [run.encoder.encode(messages) for messages in rows]
     fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
+    if not fitting:
+        raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
     losses: dict[int, float] = {}
     for batch in _batches(fitting, encoded, batch_size):
         losses |= zip(batch, _losses(run, [encoded[i] for i in batch]), strict=True)
         bar.advance(len(batch))
-    docs = [_text_record(i, rows[i], encoded[i], losses[i]) for i in fitting]
-    if not docs:
-        raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
+    docs = []
+    for i in fitting:
+        words = [message["content"] for message in rows[i] if message["role"] == "assistant"]
+        bits, length = losses[i] / math.log(2), sum(len(text.encode()) for text in words)
+        ids, target = encoded[i].input_ids, "\n".join(words)
+        docs.append(_record("held_out", i, rows[i], ids, target, bits / length, bits=bits, bytes=length))
     nats = sum(losses.values())
     return Scores(
         docs=docs,
@@ -78,8 +84,7 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]
-        given = [prompts[i] for i in batch]
-        found = generate(run.model, given, end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
+        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
@@ -121,25 +126,14 @@ def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int
 def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     """Return each row's negative log-likelihood in nats; padding is on the right, where no token attends to it."""
     pad = run.tokenizer.pad_token_id
-    ids = _padded([row.input_ids for row in rows], pad).to(run.model.device)
-    labels = _padded([row.labels for row in rows], IGNORED).to(run.model.device)[:, 1:]
+    ids = pad_sequence([torch.tensor(row.input_ids) for row in rows], batch_first=True, padding_value=pad)
+    labels = pad_sequence([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=IGNORED)
+    ids, labels = ids.to(run.model.device), labels.to(run.model.device)[:, 1:]
     logits = run.model(input_ids=ids).logits[:, :-1]
     scored = labels != IGNORED
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     losses[scored] = torch.nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
     return [float(total) for total in losses.double().sum(1)]
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-
-def _text_record(index: int, messages: list[Message], encoded: Encoded, nats: float) -> DocRecord:
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    length = sum(len(answer.encode()) for answer in answers)
-    bits, target = nats / math.log(2), "\n".join(answers)
-    return _record("held_out", index, messages, encoded.input_ids, target, bits / length, bits=bits, bytes=length)
 
 
 def _record(

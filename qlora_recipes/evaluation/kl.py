@@ -17,15 +17,7 @@ import torch
 from qlora_recipes.base.checkpoint import layer_errors, weight_files
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import DataError
-from qlora_recipes.evaluation.kl_files import (
-    TOKENS,
-    Divergence,
-    LayerError,
-    read_divergence,
-    read_quantization_error,
-    write_divergence,
-    write_quantization_error,
-)
+from qlora_recipes.evaluation import records
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredBase, RestoredRun, restore_base, restore_run
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
@@ -34,51 +26,42 @@ from qlora_recipes.run.folder import RunFolder
 def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable[[str], None] = lambda _: None) -> None:
     """Measure how far runs are from the reference, and what quantization did to their layers; skip what is done.
 
-    The figures go into the run folders, see `divergence_files`.
+    The figures go into the run folders, see `records`.
 
     Raises:
         RecipesError: when a run is not what its receipt says, or kept no conversation from training.
     """
-    todo = [other for other in others if read_divergence(reference, other) is None]
-    if todo:
-        with tempfile.TemporaryDirectory(prefix="log-probabilities-") as scratch:
-            _measure(reference, todo, Path(scratch), said)
-
-
-def _measure(reference: RunFolder, todo: Sequence[RunFolder], scratch: Path, said: Callable[[str], None]) -> None:
+    todo = [other for other in others if records.read_divergence(reference, other) is None]
+    if not todo:
+        return
     keys = {folder.path: BaseKey.of(folder.receipt()) for folder in (reference, *todo)}
-    for key in dict.fromkeys(keys.values()):  # the reference's first
-        base = restore_base(key)
-        if keys[reference.path] == key:
-            said(f"log-probabilities of {reference.path.name}")
-            with restore_run(reference, base, key) as run:
-                _write_log_probabilities(run, scratch)
-        for folder in (folder for folder in todo if keys[folder.path] == key):
-            said(f"divergence of {folder.path.name}")
-            _measure_quantization(folder, base, key)
-            with restore_run(folder, base, key) as run:
-                found = _compare(run, scratch)
-            write_divergence(reference, folder, found)
-        del base, run  # each holds the model, and the next one needs the room
-        gc.collect()
-
-
-def _write_log_probabilities(run: RestoredRun, folder: Path) -> None:
-    for i, block in enumerate(_log_probabilities(run)):
-        np.save(folder / f"{i}.npy", block.numpy())
+    with tempfile.TemporaryDirectory(prefix="log-probabilities-") as scratch:
+        for key in dict.fromkeys(keys.values()):  # the reference's first
+            base = restore_base(key)
+            if keys[reference.path] == key:
+                said(f"log-probabilities of {reference.path.name}")
+                with restore_run(reference, base, key) as run:
+                    for i, block in enumerate(_log_probabilities(run)):
+                        np.save(Path(scratch, f"{i}.npy"), block.numpy())
+            for folder in (folder for folder in todo if keys[folder.path] == key):
+                said(f"divergence of {folder.path.name}")
+                _measure_quantization(folder, base, key)
+                with restore_run(folder, base, key) as run:
+                    records.write_divergence(reference, folder, _compare(run, Path(scratch)))
+            del base, run  # each holds the model, and the next one needs the room
+            gc.collect()
 
 
 @torch.no_grad()
 def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
     """Yield a (tokens, words) block in float32 for each held-out conversation: what precedes a supervised token."""
-    left = TOKENS
-    longest = run.receipt.data.max_length
+    left = records.TOKENS
     if not run.held_out:
         raise DataError(f"{run.folder.path} kept no conversation from training; KL is measured on those")
     for messages in run.held_out:
         if left <= 0:
             return
-        row = run.encoder.encode(messages).cut(longest)
+        row = run.encoder.encode(messages).cut(run.receipt.data.max_length)
         ids = torch.tensor([row.input_ids], device=run.model.device)
         supervised = torch.tensor(row.labels[1:]) != IGNORED
         if bool(supervised.any()):
@@ -87,14 +70,14 @@ def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
             yield torch.log_softmax(logits.float(), dim=-1).cpu()
 
 
-def _compare(run: RestoredRun, folder: Path) -> Divergence:
+def _compare(run: RestoredRun, folder: Path) -> records.Divergence:
     divergences, same = [], 0
     for i, block in enumerate(_log_probabilities(run)):
         reference = torch.from_numpy(np.load(folder / f"{i}.npy"))
         divergences.append((reference.exp() * (reference - block)).sum(-1, dtype=torch.float64).clamp(min=0))
         same += int((reference.argmax(-1) == block.argmax(-1)).sum())
     by_token = torch.cat(divergences)
-    return Divergence(
+    return records.Divergence(
         tokens=len(by_token),
         mean_kl=float(by_token.mean()),
         median_kl=float(by_token.median()),
@@ -104,7 +87,7 @@ def _compare(run: RestoredRun, folder: Path) -> Divergence:
 
 
 def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -> None:
-    if precision_named(key.precision).quantized and not read_quantization_error(folder):
+    if precision_named(key.precision).quantized and not records.read_quantization_error(folder):
         files = weight_files(key.model, key.revision)
         errors = layer_errors(base.model, files, getattr(torch, key.dtype))  # of whole layers, not of a sample
-        write_quantization_error(folder, base.sha256, [LayerError(*error) for error in errors])
+        records.write_quantization_error(folder, base.sha256, [records.LayerError(*error) for error in errors])

@@ -1,7 +1,4 @@
-"""Scores a restored run with lm-eval: the run as lm-eval's model, and each document's answer as one of our records.
-
-Knows nothing of files.
-"""
+"""Scores a restored run with lm-eval: the run as lm-eval's model, and each document's answer as one of our records."""
 
 from __future__ import annotations
 
@@ -22,9 +19,6 @@ from qlora_recipes.evaluation.task_loading import EvalTask
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
-
-SEED = 1234  # lm-eval's own, for the choice of few-shot examples
-_BOOTSTRAP = 1000  # draws for standard errors of the few metrics without a formula; 0 would drop the others' too
 
 
 class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
@@ -120,7 +114,7 @@ def score_with_lm_eval(
         DataError: when the task's metric gives no number for a document.
     """
     for part in task.parts:
-        part.set_fewshot_seed(SEED)
+        part.set_fewshot_seed(1234)  # lm-eval's own
     with silence_lm_eval():
         model = RunLanguageModel(run, batch_size, bar)
         outcome = evaluate(
@@ -128,45 +122,49 @@ def score_with_lm_eval(
             {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},
             limit=limit,
             cache_requests=False,  # the cache's key leaves out the task's own text, so it can return old prompts
-            bootstrap_iters=_BOOTSTRAP,
+            bootstrap_iters=1000,  # for the few metrics without a formula; 0 would drop the others' standard errors too
             apply_chat_template=chat_template,
             fewshot_as_multiturn=chat_template,
         )
-    docs = [
-        _record(task, part, sample) for part in task.parts for sample in _strictest(outcome["samples"][part.task_name])
-    ]
+    docs = []
+    for part in task.parts:
+        samples = outcome["samples"][part.task_name]  # of each filter; tasks list the strictest first
+        docs += [_record(task, part, sample) for sample in samples if sample["filter"] == samples[0]["filter"]]
     metrics, stderr = _aggregates(task, outcome, docs)
+    said = outcome["higher_is_better"][task.parts[0].task_name].get(task.metric)
     return Scores(
         docs=docs,
         metrics=metrics,
         stderr=stderr,
-        higher_is_better=_higher_is_better(task, outcome),
+        higher_is_better=task.kind != "bits_per_byte" if said is None else bool(said),
         truncated=model.truncated,
         prompts_unlike_training=model.prompts_unlike_training,
     )
 
 
-def _strictest(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the samples of the first filter: of several ways to read an answer, tasks list the strictest first."""
-    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-
-
 def _record(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -> DocRecord:
-    doc_id, doc = sample["doc_id"], sample["doc"]
+    doc_id, doc = str(sample["doc_id"]), sample["doc"]
     alone = len(task.parts) == 1
     subject = doc.get("subject") if alone else part.task_name
     answer, target, prompt = _shown(task, part, sample)
     bits: float | None = None
     length: int | None = None
     if task.kind == "bits_per_byte":
-        bits, length = -sample["filtered_resps"][0] / math.log(2), len(str(part.doc_to_target(doc)).encode())
+        bits, length = -sample["filtered_resps"][0] / math.log(2), len(target.encode())
         score = bits / length
     else:
-        score = _number(task, sample)
+        value: Any = sample.get(task.metric)
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{task.name}: got {value!r} from the metric {task.metric} for document {doc_id}, expected a number. "
+                "Put a metric with one number per document first in the task's metric_list, such as acc"
+            ) from None
     return DocRecord(
         task=task.name,
         subject=None if subject is None else str(subject),
-        doc_id=str(doc_id) if alone else f"{part.task_name}/{doc_id}",
+        doc_id=doc_id if alone else f"{part.task_name}/{doc_id}",
         doc_hash=sample["doc_hash"],
         prompt_hash=sample["prompt_hash"],
         target_hash=sample["target_hash"],
@@ -179,42 +177,19 @@ def _record(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -
     )
 
 
-def _number(task: EvalTask, sample: Mapping[str, Any]) -> float:
-    value: Any = sample.get(task.metric)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"{task.name}: got {value!r} from the metric {task.metric} for document {sample['doc_id']}, expected a "
-            "number. Put a metric with one number per document first in the task's metric_list, such as acc"
-        ) from None
-
-
 def _shown(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return answer, target and prompt as a person reads them."""
-    doc, given = sample["doc"], str(sample["arguments"][0][0])
+    """Return answer, target and prompt as a person reads them; the answer to a choice is what the metric picks."""
+    doc, given, found = sample["doc"], str(sample["arguments"][0][0]), sample["filtered_resps"]
     if task.kind == "bits_per_byte":
         return "", str(part.doc_to_target(doc)), ""
     if part.OUTPUT_TYPE != "multiple_choice":
-        first = sample["filtered_resps"][0]
-        return str(first[0] if isinstance(first, (list, tuple)) else first), str(sample["target"]), given
+        return str(found[0][0] if isinstance(found[0], (list, tuple)) else found[0]), str(sample["target"]), given
     choices = part.doc_to_choice(doc)
     right = part.doc_to_text(doc) if part.multiple_input else sample["target"]
-    return choices[_picked(task.metric, choices, sample)], _choice_text(choices, right), given
-
-
-def _picked(metric: str, choices: Sequence[str], sample: Mapping[str, Any]) -> int:
-    """Return the choice that the metric's own rule picks."""
-    responses = sample["filtered_resps"][: len(choices)]
-    scores = [response[0] / _divisor(metric, choice) for response, choice in zip(responses, choices, strict=True)]
-    return scores.index(max(scores))
-
-
-def _divisor(metric: str, choice: str) -> int:
-    """Return what the metric divides a choice's log-likelihood by."""
-    if metric == "acc_norm":
-        return len(choice)
-    return len(choice.encode()) if metric == "acc_bytes" else 1
+    lengths = {"acc_norm": map(len, choices), "acc_bytes": (len(choice.encode()) for choice in choices)}
+    divisors = lengths.get(task.metric, [1] * len(choices))
+    scores = [response[0] / length for response, length in zip(found[: len(choices)], divisors, strict=True)]
+    return choices[scores.index(max(scores))], _choice_text(choices, right), given
 
 
 def _choice_text(choices: Sequence[str], right: Any) -> str:
@@ -223,9 +198,7 @@ def _choice_text(choices: Sequence[str], right: Any) -> str:
     return choices[right] if isinstance(right, int) and right < len(choices) else str(right)
 
 
-def _aggregates(
-    task: EvalTask, outcome: Mapping[str, Any], docs: Sequence[DocRecord]
-) -> tuple[dict[str, float], dict[str, float]]:
+def _aggregates(task: EvalTask, outcome: Any, docs: list[DocRecord]) -> tuple[dict[str, float], dict[str, float]]:
     """Return metrics and standard errors: lm-eval's for a single task; for a group, all documents pooled."""
     if task.kind == "bits_per_byte":
         pooled = sum(doc.bits or 0 for doc in docs) / sum(doc.bytes or 0 for doc in docs)
@@ -243,8 +216,3 @@ def _aggregates(
     stderr = {key.removesuffix("_stderr"): float(value) for key, value in figures.items() if key.endswith("_stderr")}
     metrics = {key: float(value) for key, value in figures.items() if not key.endswith("_stderr")}
     return {task.metric: pooled, **metrics}, stderr
-
-
-def _higher_is_better(task: EvalTask, outcome: Mapping[str, Any]) -> bool:
-    said = outcome["higher_is_better"][task.parts[0].task_name].get(task.metric)
-    return task.kind != "bits_per_byte" if said is None else bool(said)

@@ -43,12 +43,8 @@ class BaseKey:
 
     @classmethod
     def of(cls, receipt: Receipt, precision: str | None = None) -> BaseKey:
-        base, trusted = receipt.base, _remote_code(receipt)
+        base, trusted = receipt.base, bool(receipt.settings.training.get("trust_remote_code"))
         return cls(base.model, base.revision, precision or receipt.precision, receipt.dtype, trusted)
-
-
-def _remote_code(receipt: Receipt) -> bool:
-    return bool(receipt.settings.training.get("trust_remote_code"))
 
 
 def check_remote_code(receipt: Receipt, *, allowed: bool) -> None:
@@ -57,9 +53,9 @@ def check_remote_code(receipt: Receipt, *, allowed: bool) -> None:
     Raises:
         UsageError: naming the flag, or a revision that is not a commit and whose code may have changed since.
     """
-    if not _remote_code(receipt):
-        return
     model, revision = receipt.base.model, receipt.base.revision
+    if not BaseKey.of(receipt).trust_remote_code:
+        return
     if not allowed:
         raise UsageError(
             f"the run was trained with code that {model} brings (revision {revision}), and that code would run here. "
@@ -103,16 +99,11 @@ class RestoredRun:
 def restore_base(key: BaseKey) -> RestoredBase:
     """Load the base of one or more runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, trusted = precision_named(key.precision), key.trust_remote_code
     model, receipt, _ = load_base(
-        key.model,
-        key.revision,
-        precision_named(key.precision),
-        key.dtype,
-        device=device,
-        trust_remote_code=key.trust_remote_code,
+        key.model, key.revision, precision, key.dtype, device=device, trust_remote_code=trusted
     )
-    model.eval()
-    return RestoredBase(model, receipt.sha256)
+    return RestoredBase(model.eval(), receipt.sha256)
 
 
 @contextmanager
@@ -121,16 +112,22 @@ def restore_run(
 ) -> Iterator[RestoredRun]:
     """Attach a run's adapter to its base while the context lasts, and check both against the receipt.
 
+    `other_template` accepts a chat template that was edited on purpose.
+
     Raises:
         CheckError: when tokenizer, base or adapter are not what the receipt says, or the adapter does nothing.
-        ModelError: when there is no adapter, or one for another base.
+        ModelError: when there is no tokenizer or adapter, or one for another base.
+        RunFolderError: when a file is damaged, naming the key or the row.
     """
-    receipt, held_out = folder.receipt(), read_held_out(folder)
-    tokenizer = restore_tokenizer(folder, receipt, other_template=other_template)
+    receipt, held_out = folder.receipt(), _held_out(folder)
+    tokenizer = _tokenizer(folder, receipt, other_template)
     template = ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
     encoder = ConversationEncoder(tokenizer, template)
     if key.precision == receipt.precision:
-        _check_same("base", base.sha256, receipt.base.sha256, _BASE_ADVICE)
+        advice = (
+            "It has changed since training, or was quantized on another kind of device; evaluate where it was trained"
+        )
+        _check_same("base", base.sha256, receipt.base.sha256, advice)
     run = RestoredRun(folder, receipt, base.model, tokenizer, encoder, held_out, key.precision, base.sha256)
     if not adapter:
         yield run
@@ -138,69 +135,47 @@ def restore_run(
     model = load_adapter(base.model, folder.adapter).eval()
     try:
         loaded = adapter_sha256(model)
-        _check_same("adapter", loaded, receipt.adapter.final_sha256, _ADAPTER_ADVICE)
+        advice = "The weights in adapter/ are another run's or damaged: train again"
+        _check_same("adapter", loaded, receipt.adapter.final_sha256, advice)
         difference = _on_off_difference(model, encoder, held_out)
         yield replace(run, model=model, adapter_sha256=loaded, adapter_on_off_difference=difference)
     finally:
         model.unload()  # gives the base back as it was, for the next adapter
 
 
-_BASE_ADVICE = (
-    "It has changed since training, or was quantized on another kind of device; evaluate where it was trained"
-)
-_ADAPTER_ADVICE = "The weights in adapter/ are another run's or damaged: train again"
-_HELD_OUT_ADVICE = "Train again, or restore the file from a copy"
-
-
 @dataclass(frozen=True)
 class _HeldOutRow:
-    """One conversation of `held_out.json`."""
+    """One conversation of `held_out.json`, and where it was in the data, for people."""
 
     place: str
-    """Where it was in the data, for people."""
     messages: list[Message]
 
 
-def restore_tokenizer(folder: RunFolder, receipt: Receipt, *, other_template: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that the run saved, with the chat template that it was trained with.
-
-    `other_template` accepts a template that was edited on purpose.
-
-    Raises:
-        ModelError: when the tokenizer is missing.
-        CheckError: when the template is not the one in the receipt.
-    """
+def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the run saved; `other_template` accepts a chat template edited after training."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"no tokenizer at {folder.adapter}: {first} Expected the one that training saved") from error
     if not other_template:
-        _check_same(
-            "chat template",
-            sha256(str(tokenizer.chat_template)),
-            receipt.template.sha256,
-            f"{folder.adapter / 'chat_template.jinja'} was edited after training: put it back, or give "
-            "--other_template",
-        )
+        edited = folder.adapter / "chat_template.jinja"
+        advice = f"{edited} was edited after training: put it back, or give --other_template"
+        _check_same("chat template", sha256(str(tokenizer.chat_template)), receipt.template.sha256, advice)
     return tokenizer
 
 
-def read_held_out(folder: RunFolder) -> list[list[Message]]:
-    """Return the conversations that the run kept from training; none where it kept none.
-
-    Raises:
-        RunFolderError: when the file is damaged, naming the key or the row.
-    """
+def _held_out(folder: RunFolder) -> list[list[Message]]:
+    """Return the conversations that the run kept from training; none where it kept none."""
+    fix = "Train again, or restore the file from a copy"
     try:
-        rows = read_record(folder.held_out, list[_HeldOutRow], fix=_HELD_OUT_ADVICE)
-    except FileNotFoundError:
-        return []
-    try:
+        rows = read_record(folder.held_out, list[_HeldOutRow], fix=fix)
         for i, row in enumerate(rows):
             check_messages(row.messages, f"key {i}.messages")
+    except FileNotFoundError:
+        return []
     except RowError as error:
-        raise RunFolderError(f"{folder.held_out}, {error.detail}. {_HELD_OUT_ADVICE}") from error
+        raise RunFolderError(f"{folder.held_out}, {error.detail}. {fix}") from error
     return [row.messages for row in rows]
 
 

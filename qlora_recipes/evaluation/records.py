@@ -1,6 +1,7 @@
 """What an evaluation writes to disk: the contract between evaluation and comparison.
 
-A folder of results has, for each task, `<task>.json` (a TaskResult) and `<task>.docs.jsonl` (one DocRecord per line).
+A folder of results has, for each task, `<task>.json` (a TaskResult) and `<task>.docs.jsonl` (one DocRecord per line);
+its folder `divergence` has how far the run's distributions and stored weights are from those they stand for.
 Files in, dataclasses out: knows nothing of models, torch or lm-eval.
 """
 
@@ -13,15 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError
 from qlora_recipes.run.files import decode_lines, read_bytes, read_record, write_json, write_text
+from qlora_recipes.run.folder import RunFolder
 
 SHOWN = 2000  # characters of a prompt, a target or an answer that are kept for people to read
 _RESULT, _DOCS = ".json", ".docs.jsonl"
 _FIX = "Remove the file and evaluate the run again"
+_FIX_DIVERGENCE = "Remove the file and measure again: qlora-recipes compare RUN RUN --divergence"
+TOKENS = 2048
+"""Held-out tokens that are read; with 32,000 words their log-probabilities take 262 MB on disk."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured in one task, without the facts about the run."""
+    """What was measured in one task: the documents, and fields of its TaskResult."""
 
     docs: list[DocRecord]
     metrics: dict[str, float]
@@ -127,21 +132,15 @@ def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> T
                 "NaN in the adapter (metrics.jsonl shows grad_norm) and train again"
             )
     text = "".join(json.dumps(asdict(doc), ensure_ascii=False) + "\n" for doc in docs)
-    whole = replace(
-        result,
-        docs_sha256=sha256(text),
-        n_docs=len(docs),
-        metrics=_finite(result.metrics),
-        stderr=_finite(result.stderr),
+    metrics, stderr = (
+        {name: value for name, value in figures.items() if math.isfinite(value)}
+        for figures in (result.metrics, result.stderr)
     )
+    whole = replace(result, docs_sha256=sha256(text), n_docs=len(docs), metrics=metrics, stderr=stderr)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(_file(folder, result.task, _DOCS), text)
     write_json(_file(folder, result.task, _RESULT), asdict(whole))
     return whole
-
-
-def _finite(figures: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def read_task(folder: Path, task: str) -> tuple[TaskResult, list[DocRecord]]:
@@ -212,3 +211,97 @@ def disk_faults(folder: Path, advice: str) -> Iterator[None]:
 def _file(folder: Path, task: str, ending: str) -> Path:
     """Return the file of a task, whose name is quoted so that it stays inside the folder."""
     return folder / (quote(task, safe="").replace(".", "%2E") + ending)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far an arm's next-token distributions are from the baseline's, on the held-out answers."""
+
+    tokens: int
+    mean_kl: float
+    """KL(baseline || arm) in nats per token."""
+    median_kl: float
+    p99_kl: float
+    """99th percentile over tokens."""
+    same_top_1: float
+    """Points: share of tokens whose likeliest successor is the same."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization did to one linear layer."""
+
+    layer: str
+    relative_error: float
+    """Frobenius norm of (stored - original) over that of the original."""
+
+
+@dataclass(frozen=True)
+class _DivergenceFile:
+    of: dict[str, Any]
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
+class _ErrorFile:
+    base_sha256: str
+    layers: list[LayerError]
+
+
+def read_divergence(reference: RunFolder, other: RunFolder) -> Divergence | None:
+    """Return a run's distance from the reference; None where it was not measured, or on other weights.
+
+    Raises:
+        RunFolderError: when the file is damaged.
+    """
+    try:
+        found = read_record(_divergence_file(reference, other), _DivergenceFile, fix=_FIX_DIVERGENCE)
+    except FileNotFoundError:
+        return None
+    return found.divergence if found.of == _identity(reference, other) else None
+
+
+def write_divergence(reference: RunFolder, other: RunFolder, found: Divergence) -> None:
+    """Write a run's distance from the reference."""
+    file = _divergence_file(reference, other)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(_DivergenceFile(_identity(reference, other), found)))
+
+
+def _divergence_file(reference: RunFolder, other: RunFolder) -> Path:
+    return other.evaluation / "divergence" / f"from-{reference.receipt().adapter.final_sha256[:16]}.json"
+
+
+def _identity(reference: RunFolder, other: RunFolder) -> dict[str, Any]:
+    """What the figure depends on; anything else there is another measurement's."""
+    one, two = reference.receipt(), other.receipt()
+    return {
+        "reference": [one.adapter.final_sha256, one.base.sha256],
+        "run": [two.adapter.final_sha256, two.base.sha256],
+        "data": two.data.fingerprint,
+        "tokens": TOKENS,
+    }
+
+
+def read_quantization_error(folder: RunFolder) -> list[LayerError]:
+    """Return the error of each quantized layer of a run's base, in the model's order; empty where not measured.
+
+    Raises:
+        RunFolderError: when the file is damaged.
+    """
+    try:
+        found = read_record(_error_file(folder), _ErrorFile, fix=_FIX_DIVERGENCE)
+    except FileNotFoundError:
+        return []
+    return found.layers if found.base_sha256 == folder.receipt().base.sha256 else []
+
+
+def write_quantization_error(folder: RunFolder, base_sha256: str, layers: Sequence[LayerError]) -> None:
+    """Write the error of each quantized layer of a run's base."""
+    file = _error_file(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(_ErrorFile(base_sha256, list(layers))))
+
+
+def _error_file(folder: RunFolder) -> Path:
+    return folder.evaluation / "divergence" / "quantization_error.json"

@@ -1,14 +1,13 @@
 """Turns the names on the command line into lm-eval tasks that are known to work before a model is loaded.
 
-A name is one of our tasks, a folder or YAML file, `openllm`, or any task or group of lm-eval's. Knows nothing of
-models. What it uses of lm-eval beyond the public API has a function each: `_read_yaml` and `_names_in`.
+A name is one of our tasks, a folder or YAML file, `openllm`, or any task or group of lm-eval's. No models here.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "tasks"
 STANDIN_TASKS = ("standin_choice", "standin_answer", "standin_text")
-HELD_OUT_TASKS = ("held_out", "held_out_answers")
+HELD_OUT_TASKS = {"held_out": ("bits_per_byte", "bits_per_byte"), "held_out_answers": ("rougeL", "generation")}
+"""Name to metric and kind, as in EvalTask."""
 OWN = (*STANDIN_TASKS, *HELD_OUT_TASKS)
 
 # Shots and metric of the first Open LLM Leaderboard; the shots are those of lm_eval/tasks/benchmarks/openllm.yaml. That
@@ -86,43 +86,35 @@ def load_tasks(names: Sequence[str]) -> dict[str, list[EvalTask]]:
 
 
 def _load(name: str, standard: TaskManager | None) -> list[EvalTask]:
-    if name == "held_out":
-        return [EvalTask(name, (), "bits_per_byte", "bits_per_byte", chat_template=True)]
-    if name == "held_out_answers":
-        return [EvalTask(name, (), "rougeL", "generation", chat_template=True)]
+    if name in HELD_OUT_TASKS:
+        return [EvalTask(name, (), *HELD_OUT_TASKS[name], chat_template=True)]
     if name in STANDIN_TASKS:
-        return list(_from_files([SHIPPED / "standin_world" / f"{name}.yaml"]))
+        return _from_files(SHIPPED / "standin_world" / f"{name}.yaml")
     if _is_path(name):
-        return list(_from_folder(Path(name)))
+        return _from_files(Path(name))
     assert standard is not None
-    return list(_from_lm_eval(name, standard))
+    return _from_lm_eval(name, standard)
 
 
 def _is_path(name: str) -> bool:
     return name not in OWN and (Path(name).suffix in (".yaml", ".yml") or "/" in name or Path(name).is_dir())
 
 
-def _from_folder(path: Path) -> Iterator[EvalTask]:
+def _from_files(path: Path) -> list[EvalTask]:
+    """Build the tasks of a YAML file or of a folder of them; one without `task` is there for others to include."""
     if not path.exists():
         raise UsageError(f"no task folder at {path}; expected a folder of YAML tasks, one YAML file, or a task's name")
     files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{path} has no .yaml file; expected a folder of lm-eval tasks")
-    for file in files:
-        if "!function" in file.read_text(encoding="utf-8", errors="replace"):  # lm-eval runs them on loading the task
+    for file in files:  # lm-eval runs the functions on loading the task
+        if SHIPPED not in file.parents and "!function" in file.read_text(encoding="utf-8", errors="replace"):
             print(f"running the Python code that {file} names with !function", file=sys.stderr)
-    yield from _from_files(files)
-
-
-def _from_files(files: Sequence[Path]) -> Iterator[EvalTask]:
-    """Build the tasks of YAML files; a file without `task` is there for others to include."""
-    configs = [(file, _read_yaml(file)) for file in files]
-    tasks = [(file, config) for file, config in configs if isinstance(config.get("task"), str)]
+    configs = {file: _read_yaml(file) for file in files}
+    tasks = {file: config for file, config in configs.items() if isinstance(config.get("task"), str)}
     if not tasks:
         raise DataError(f"{files[0]} names no task; expected `task: NAME` in it")
-    for file, config in tasks:
-        _check_metrics(config, str(file))
-        yield _eval_task(str(config["task"]), [_build(file, config)], chat_template=True)
+    return [_eval_task(config["task"], [_build(file, config)], chat_template=True) for file, config in tasks.items()]
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -148,9 +140,9 @@ def _reason(error: Exception) -> str:
 def _build(file: Path, config: Mapping[str, Any]) -> ConfigurableTask:
     from lm_eval.api.task import ConfigurableTask
 
+    _check_metrics(config, str(file))
     own = {name: value for name, value in config.items() if name not in ("tag", "group")}
-    arguments: Mapping[str, Any] | None = own.get("dataset_kwargs")
-    if arguments is not None:
+    if arguments := own.get("dataset_kwargs"):
         local = {name: _resolved(file, arguments[name]) for name in ("data_files", "data_dir") if name in arguments}
         own["dataset_kwargs"] = {**arguments, **local}
     try:
@@ -214,7 +206,7 @@ def _names_in(root: Path) -> tuple[dict[str, str], set[str]]:
     return folders, listed
 
 
-def _from_lm_eval(name: str, manager: TaskManager) -> Iterator[EvalTask]:
+def _from_lm_eval(name: str, manager: TaskManager) -> list[EvalTask]:
     """Load one of lm-eval's tasks or groups; a group whose parts are scored alike is one task with subjects."""
     try:
         parts = list(manager.load([name])["tasks"].values())
@@ -230,12 +222,10 @@ def _from_lm_eval(name: str, manager: TaskManager) -> Iterator[EvalTask]:
     whole = _eval_task(name, parts, chat_template=False, metric=metric)
     alone = [_eval_task(part.task_name, [part], chat_template=False) for part in parts]
     alike = len({(task.metric, task.parts[0].OUTPUT_TYPE) for task in alone}) == 1
-    yield from [whole] if alike else alone
+    return [whole] if alike else alone
 
 
-def _eval_task(
-    name: str, parts: Sequence[ConfigurableTask], *, chat_template: bool, metric: str | None = None
-) -> EvalTask:
+def _eval_task(name: str, parts: list[ConfigurableTask], *, chat_template: bool, metric: str | None = None) -> EvalTask:
     config = parts[0].config
     if config.num_fewshot is None:
         for part in parts:

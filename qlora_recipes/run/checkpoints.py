@@ -42,7 +42,7 @@ class Checkpoint:
         try:
             listed = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
             found = {str(file.relative_to(self.path)): file for file in _files(self.path)}
-            return _missing(listed, found) or next(_damage(listed, found, hashes), None)
+            return next(_faults(listed, found, hashes), None)
         except FileNotFoundError:
             return f"it has no {MANIFEST}, which is written last"
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -58,18 +58,17 @@ def _files(folder: Path) -> Iterator[Path]:
     )
 
 
-def _missing(listed: dict[str, dict[str, Any]], found: dict[str, Path]) -> str | None:
+def _faults(listed: dict[str, dict[str, Any]], found: dict[str, Path], hashes: bool) -> Iterator[str]:
+    """Yield what is wrong; only the first counts, since those after it take for granted that it is not there."""
     if not listed:
-        return f"its {MANIFEST} lists no files"
-    if missing := sorted(listed.keys() - found.keys()):
-        return f"{missing[0]} is missing"
-    if added := sorted(found.keys() - listed.keys()):
-        return f"{added[0]} was added to it"
-    pickled = [name for name in found if Path(name).name in _PICKLED_WEIGHTS]
-    return f"{pickled[0]} is a pickle, which can run code when it is opened" if pickled else None
-
-
-def _damage(listed: dict[str, dict[str, Any]], found: dict[str, Path], hashes: bool) -> Iterator[str]:
+        yield f"its {MANIFEST} lists no files"
+    for name in sorted(listed.keys() - found.keys()):
+        yield f"{name} is missing"
+    for name in sorted(found.keys() - listed.keys()):
+        yield f"{name} was added to it"
+    for name in found:
+        if Path(name).name in _PICKLED_WEIGHTS:
+            yield f"{name} is a pickle, which can run code when it is opened"
     for name, entry in listed.items():
         size = found[name].stat().st_size
         if size != entry["bytes"]:
@@ -86,7 +85,7 @@ def _sha256(file: Path) -> str:
 def checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the checkpoints in a folder, the newest first, whole or not."""
     found = [Checkpoint(path) for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+    return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 
 def newest_intact(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
@@ -116,28 +115,24 @@ def publish(written: Path, folder: Path) -> Checkpoint:
     Raises:
         RunFolderError: when an intact checkpoint of that name exists.
     """
-    files = {str(file.relative_to(written)): file for file in _files(written)}
-    for file in files.values():
-        _sync(file)
-    listed = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
+    listed = {
+        str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in _files(written)
+    }
     write_json(written / MANIFEST, {"files": listed})
-    for inside in [path for path in written.rglob("*") if path.is_dir()]:
-        _sync(inside)
-    _sync(written)
+    folders = [path for path in written.rglob("*") if path.is_dir()]
+    for path in (*_files(written), *folders, written):
+        _sync(path)
     final = Checkpoint(folder / written.name)
     if final.path.exists():
-        _set_aside(final)
+        if final.fault() is None:
+            raise RunFolderError(f"{final.path} already exists and is intact; a run writes each of its steps once")
+        names = (final.path.with_name(f"damaged-{final.path.name}-{i}") for i in range(1, 10_000))
+        final.path.rename(next(name for name in names if not name.exists()))
     written.rename(final.path)
     written.parent.rmdir()
     _sync(folder)
     return final
-
-
-def _set_aside(damaged: Checkpoint) -> None:
-    if damaged.fault() is None:
-        raise RunFolderError(f"{damaged.path} already exists and is intact; a run writes each of its steps once")
-    names = (damaged.path.with_name(f"damaged-{damaged.path.name}-{i}") for i in range(1, 10_000))
-    damaged.path.rename(next(name for name in names if not name.exists()))
 
 
 def _sync(path: Path) -> None:
@@ -154,11 +149,11 @@ def rotate(folder: Path, limit: int | None, best: Path | None) -> None:
     for remains in folder.glob(f"{_DELETING}*"):
         shutil.rmtree(remains, ignore_errors=True)
     whole = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.fault(hashes=False) is None]
-    if not whole or not limit or limit < 1:
+    if not limit or limit < 1:
         return
-    kept = {whole[0], *(checkpoint for checkpoint in whole if best and checkpoint.path.name == best.name)}
-    others = [checkpoint for checkpoint in whole if checkpoint not in kept]
-    for checkpoint in others[max(0, limit - len(kept)) :]:
+    others = [checkpoint for checkpoint in whole[1:] if not best or checkpoint.path.name != best.name]
+    kept = len(whole) - len(others)
+    for checkpoint in others[max(0, limit - kept) :]:
         gone = checkpoint.path.with_name(_DELETING + checkpoint.path.name)
         checkpoint.path.rename(gone)  # in one step, so that a kill leaves no half checkpoint
         shutil.rmtree(gone)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from enum import Enum
 from typing import Any
 
 
-class Missing(Enum):
-    """The value of a key that only one of two records has."""
-
-    MISSING = "nothing"
-
+class _Missing:
     def __str__(self) -> str:
-        return self.value
+        return "nothing"
 
 
-MISSING = Missing.MISSING
+MISSING = _Missing()
+"""The value of a key that only one of two records has."""
 
 
 def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted key of every leaf in which two nested mappings or dataclasses differ, with both values.
-
-    The value of a key that only one of them has is `MISSING` in the other.
-    """
+    """Yield the dotted key of every leaf in which two nested mappings or dataclasses differ, with both values."""
     if (left := _parts(one)) is not None and (right := _parts(other)) is not None:
         for name in dict.fromkeys([*left, *right]):
             inner = f"{key}.{name}" if key else str(name)
@@ -39,7 +32,7 @@ def _parts(value: Any) -> Mapping[str, Any] | None:
     return value if isinstance(value, Mapping) else None
 
 
-def shortened(value: object) -> str:
+def shortened(value: object, length: int = 80) -> str:
     """Return a value as text, cut where it is too long for a line of a message."""
     text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 
-def progress_bar(name: str, console: Console, *columns: ProgressColumn) -> Progress:
+def progress_bar(name: str, console: Console, *columns: progress.ProgressColumn) -> progress.Progress:
     """Return a bar with a name, a count, columns of its own and the time left; nothing is drawn but on a terminal."""
-    return Progress(
-        TextColumn(escape(name)),
-        BarColumn(),
-        MofNCompleteColumn(),
+    return progress.Progress(
+        progress.TextColumn(escape(name)),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
         *columns,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     )

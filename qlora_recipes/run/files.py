@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_recipes.errors import RunFolderError
+from qlora_recipes.run.differences import shortened
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -88,20 +89,15 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _fault(error: ValidationError) -> str:
     """Say what the first fault is, and how many there are; another schema explains all others."""
     first, *others = sorted(error.errors(include_url=False), key=lambda fault: fault["loc"] != ("schema_version",))
-    key = ".".join(map(str, first["loc"]))
+    key, got = ".".join(map(str, first["loc"])), shortened(repr(first["input"]), 60)
     expected = first["msg"].removeprefix("Input should be ")
     if first["type"] == "json_invalid":
         return f" is damaged: {expected[:1].lower()}{expected[1:]}".replace("at line 1 column", "at column")
     if not key:
-        return f" is damaged: got {_short(first['input'])}, expected {expected}"
+        return f" is damaged: got {got}, expected {expected}"
     plain = {"missing": "it is missing", "unexpected_keyword_argument": "this version knows no such key"}
-    said = plain.get(first["type"], f"got {_short(first['input'])}, expected {expected}")
+    said = plain.get(first["type"], f"got {got}, expected {expected}")
     return f", key {key}: {said}" + (f" (and {len(others)} more)" if others else "")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_json(file: Path, content: Any) -> None:

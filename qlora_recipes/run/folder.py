@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from qlora_recipes.errors import RunFolderError
@@ -12,64 +12,36 @@ from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.run.files import read_lines, read_record, write_json
 from qlora_recipes.run.receipt import LoggedStep, Receipt
 
-RECEIPT = "run.json"
-STARTED = "started.json"
 _FIX = "Train again with this version, or restore the file from a copy"
-_OWN = {
-    RECEIPT, STARTED, "adapter", "checkpoints", "metrics.jsonl", "loss.png", "held_out.json", "answers.json",
-    "evaluation",
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of one run, and where its files are."""
 
-    path: Path
-
-    @property
-    def adapter(self) -> Path:
-        """Adapter weights, tokenizer, chat template and model card."""
-        return self.path / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Resumable states."""
-        return self.path / "checkpoints"
-
-    @property
-    def started(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = path / "started.json"
         """What the run was started as, and every time it was resumed."""
-        return self.path / STARTED
-
-    @property
-    def metrics(self) -> Path:
+        self.checkpoints = path / "checkpoints"
+        """Resumable states."""
+        self.metrics = path / "metrics.jsonl"
         """One JSON line for each logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def loss_plot(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def held_out(self) -> Path:
+        self.loss_plot = path / "loss.png"
+        self.adapter = path / "adapter"
+        """Adapter weights, tokenizer, chat template and model card."""
+        self.held_out = path / "held_out.json"
         """The conversations kept from training."""
-        return self.path / "held_out.json"
-
-    @property
-    def answers(self) -> Path:
+        self.answers = path / "answers.json"
         """Greedy answers to a few held-out questions, written right after training."""
-        return self.path / "answers.json"
-
-    @property
-    def evaluation(self) -> Path:
+        self.evaluation = path / "evaluation"
         """lm-eval's results and per-document scores."""
-        return self.path / "evaluation"
+        self._receipt = path / "run.json"
+        self._own = {file.name for file in vars(self).values() if file != path}
 
     @property
     def finished(self) -> bool:
         """Whether the run has its receipt, which is written last."""
-        return (self.path / RECEIPT).exists()
+        return self._receipt.exists()
 
     def receipt(self) -> Receipt:
         """Return the receipt.
@@ -77,12 +49,12 @@ class RunFolder:
         Raises:
             RunFolderError: when it is missing, damaged, edited or of another schema, naming the key.
         """
-        file = self.path / RECEIPT
+        file = self._receipt
         try:
             receipt = read_record(file, Receipt, fix=_FIX)
         except FileNotFoundError:
             raise RunFolderError(
-                f"{self.path} holds no finished run: {RECEIPT} is missing. Expected a folder that training wrote, "
+                f"{self.path} holds no finished run: {file.name} is missing. Expected a folder that training wrote, "
                 "such as runs/llama2_guanaco-demo/nf4-seed0"
             ) from None
         for key, got, known in (("precision", receipt.precision, PRECISIONS), ("dtype", receipt.dtype, DTYPES)):
@@ -110,7 +82,7 @@ class RunFolder:
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Write `run.json`, whole or not at all."""
-        write_json(self.path / RECEIPT, asdict(receipt))
+        write_json(self._receipt, asdict(receipt))
 
     def check_free(self, *, overwrite: bool = False) -> None:
         """Refuse a folder that is not empty, unless it holds a run and `overwrite` is set.
@@ -119,7 +91,10 @@ class RunFolder:
             RunFolderError: naming what is there.
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            is_run = self.path.is_dir() and {_owner(entry.name) for entry in self.path.iterdir()} <= _OWN
+            # `.run.json.123` is what a killed `write_text` left of `run.json`
+            is_run = self.path.is_dir() and self._own.issuperset(
+                re.sub(r"^\.(.+)\.\d+$", r"\1", entry.name) for entry in self.path.iterdir()
+            )
             if not (overwrite and is_run):
                 what = "a finished run" if self.finished else "an unfinished run" if is_run else "other files"
                 hint = "or --overwrite to replace it" if is_run else "so that nothing in this one is lost"
@@ -131,8 +106,3 @@ class RunFolder:
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-
-
-def _owner(name: str) -> str:
-    """Return the file that a name belongs to: `.run.json.123` is what a killed `write_text` left of `run.json`."""
-    return name[1:].rpartition(".")[0] if name.startswith(".") else name

@@ -15,11 +15,9 @@ class DataReceipt:
     fingerprint: str
     """SHA-256 over every conversation used, in order."""
     rows_in: int
-    """Rows read."""
     rows_used: int
     """Rows trained on."""
     rows_held_out: int
-    """Rows kept for evaluation."""
     rows_dropped: dict[str, int]
     """Reason to number of rows."""
     tokens: int
@@ -182,7 +180,6 @@ class SettingsReceipt:
     training: dict[str, Any]
     """SFTConfig fields."""
     eval_tasks: list[str]
-    """Tasks that the recipe declares for its evaluation."""
 
 
 @dataclass
@@ -190,7 +187,6 @@ class Receipt:
     """Everything a run can prove about itself."""
 
     recipe: str
-    """Name of the recipe."""
     precision: str
     dtype: str
     seed: int
@@ -213,7 +209,6 @@ class Receipt:
     """Upstream defects found and repaired in this run."""
     checks: list[Check] = field(default_factory=list)
     resumes: list[Resume] = field(default_factory=list)
-    """Every time that the run was resumed."""
     schema_version: Literal[1] = 1
 
 
@@ -226,7 +221,6 @@ class Started:
     run: dict[str, Any]
     """What must be equal for the run to be resumed."""
     versions: dict[str, str]
-    """Package to version."""
     resumes: list[Resume] = field(default_factory=list)
 
 

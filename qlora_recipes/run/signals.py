@@ -10,12 +10,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
-_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A queue may signal every process of a job while the launcher passes its own signal on: both are the same request.
 _ECHO_SECONDS = 0.5
@@ -40,7 +39,7 @@ class StopSignals:
         self.loop_runs = False
         """Whether a training loop will see `received` soon; elsewhere nothing is unsaved: a signal stops at once."""
         self._at = 0.0
-        self._before: dict[signal.Signals, _Handler] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
@@ -48,7 +47,7 @@ class StopSignals:
                 self._before[which] = signal.signal(which, self._note)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for which, handler in self._before.items():
             signal.signal(which, handler)
 
