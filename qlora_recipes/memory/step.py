@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_recipes.families.family import Sizes
-from qlora_recipes.memory.sizes import adapter_parameters, linear_shapes, unquantized_parameters
+from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, linear_shapes, unquantized_parameters
 from qlora_recipes.memory.workload import Workload
 from qlora_recipes.precision import Precision
 
@@ -67,8 +67,7 @@ class Step:
         """The 16-bit weights kept next to the packed ones (`dequantize.expand`)."""
         if self.work.storage != "expanded" or self.precision.quant_type is None:
             return 0
-        shapes = linear_shapes(self.sizes).values()
-        return self.sizes.num_hidden_layers * sum(2 * inputs * outputs for inputs, outputs in shapes)
+        return 2 * linear_parameters(self.sizes)
 
     @property
     def fused(self) -> bool:
