@@ -20,8 +20,7 @@ _WEIGHTS = "model.safetensors"
 
 def weight_files(model: str, revision: str | None) -> Mapping[str, Path]:
     """Return weight name to the safetensors file that holds it, of a checkpoint that was loaded on this machine."""
-    index = _file(model, revision, f"{_WEIGHTS}.index.json")
-    if index:
+    if index := _file(model, revision, f"{_WEIGHTS}.index.json"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: index.parent / part for name, part in names.items()}
     whole = _file(model, revision, _WEIGHTS)

@@ -121,16 +121,13 @@ def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = content["model"].get("merges", [])
-    ordered = sorted(merges, key=_joins_spaces)  # a stable sort: everything else keeps its order
+    # A stable sort: everything else keeps its order.
+    ordered = sorted(merges, key=lambda merge: set("".join(merge)) == {"▁"})
     if ordered == merges:
         return False
     content["model"]["merges"] = ordered
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
     return True
-
-
-def _joins_spaces(merge: list[str]) -> bool:
-    return set("".join(merge)) == {"▁"}
 
 
 def keep_4bit_gradients(model: PreTrainedModel) -> bool:

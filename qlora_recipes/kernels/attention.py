@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,10 +35,7 @@ def conversation_mask(
     kv_length: int,
     *,
     mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> torch.Tensor | None:
@@ -47,33 +45,19 @@ def conversation_mask(
     model makes itself) gets the mask of `sdpa`.
     """
     packed = not allow_is_causal_skip  # how Transformers signals a mask that is more than causal
-    plain = batch_size == 1 and SHORT < q_length == kv_length and local_size is None and not use_vmap
-
-    def dense() -> torch.Tensor | None:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            use_vmap=use_vmap,
-            device=device,
-            **others,
-        )
-
-    if not (packed and plain and attention_mask is None):
-        return dense()
+    plain = not others.get("use_vmap") and all(others.get(name) is None for name in ("attention_mask", "local_size"))
     later = torch.arange(1, q_length, device=device)
     first = torch.zeros_like(later)
-    if mask_function(first, first, later - 1, later).any():  # some tokens see later ones
-        return dense()
+    if (
+        not (packed and plain and batch_size == 1 and SHORT < q_length == kv_length)
+        or mask_function(first, first, later - 1, later).any()  # some tokens see later ones
+    ):
+        others |= {"mask_function": mask_function, "allow_is_causal_skip": allow_is_causal_skip, "device": device}
+        return sdpa_mask(batch_size, q_length, kv_length, **others)
     begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
     if len(begins) == 0:
         return None
-    ends = torch.tensor([0, q_length], device=device)
-    return torch.cat([ends[:1], begins, ends[1:]]).to(torch.int32)
+    return functional.pad(functional.pad(begins, (1, 0)), (0, 1), value=q_length).to(torch.int32)
 
 
 def attention(
