@@ -80,6 +80,7 @@ class Family:
     """Normalization layers in a block; one more follows the last block."""
     sizes_from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Fields of `config.json` -> what of `Sizes` is not under the same name in every architecture.
+
     Raises ValueError, TypeError or KeyError for a configuration that cannot be read.
     """
     config_from_sizes: Callable[[Sizes], dict[str, Any]]
