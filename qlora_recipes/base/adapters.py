@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
-from qlora_recipes.base.loading import hash_tensors
+from qlora_recipes.base.loading import raw_bytes
 from qlora_recipes.errors import ModelError, RecipeError, nearest
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 
@@ -65,8 +66,12 @@ def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapter_sha256(model: PeftModel) -> str:
-    """Return the hash of the adapter's weights, which differs when one bit does."""
-    return hash_tensors(adapter_tensors(model))
+    """Return the SHA-256 over names, shapes and bytes of the adapter's weights, which differs when one bit does."""
+    digest = hashlib.sha256()
+    for name, tensor in adapter_tensors(model):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def adapted_modules(model: PeftModel) -> list[str]:

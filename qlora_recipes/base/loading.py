@@ -229,12 +229,3 @@ def base_name(name: str) -> str:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor of any dtype, for hashing."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-
-
-def hash_tensors(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 over names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()

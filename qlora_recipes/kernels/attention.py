@@ -23,8 +23,6 @@ from transformers.masking_utils import sdpa_mask
 NAME = "by_conversation"
 SHORT = 512
 """Rows of up to this many tokens keep the mask: its scores cost less than the iterations of a loop."""
-_SDPA_ALONE = ("softcap", "s_aux", "position_bias")
-"""Arguments that some models pass to their attention, and that `sdpa` handles or refuses."""
 BLOCK = 128
 """Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
 
@@ -76,8 +74,9 @@ def attention(
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
     bounds = attention_mask
-    asked = any(others.get(name) is not None for name in _SDPA_ALONE) or value.shape[-1] != key.shape[-1]
-    plain = not asked and dropout == 0.0 and getattr(module, "is_causal", True)
+    # What some models pass to their attention, and `sdpa` handles or refuses.
+    asked = any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    plain = not asked and value.shape[-1] == key.shape[-1] and dropout == 0.0 and getattr(module, "is_causal", True)
     on_cpu = plain and query.device.type == "cpu"
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
         bounds = torch.tensor([0, query.shape[2]])
@@ -98,9 +97,8 @@ def attention(
 
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU, Ampere or later."""
-    if not query.is_cuda or query.dtype == torch.float32 or query.shape[-1] % 8:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    suits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0
+    return suits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _on_gpu(
