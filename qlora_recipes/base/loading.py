@@ -152,12 +152,8 @@ def _check_device(precision: Precision, dtype: str, device: torch.device) -> Non
 def _describe_base(
     base: PreTrainedModel, config: PretrainedConfig, precision: Precision, model: str, revision: str | None, dtype: str
 ) -> BaseReceipt:
-    """Count what is in memory: linear layers by class, bytes by storage, and a hash of all of it.
-
-    What should be quantized is counted on an empty model of the same configuration, so that a layer that quantization
-    overlooked still counts as expected.
-    """
-    with torch.device("meta"):
+    """Count what is in memory: linear layers by class, bytes by storage, and a hash of all of it."""
+    with torch.device("meta"):  # empty: here a layer that quantization overlooked still counts as expected
         blueprint = AutoModelForCausalLM.from_config(config)
     linears = _linears(base)
     expected = len(_linears(blueprint)) if precision.quantized else 0

@@ -164,10 +164,7 @@ class _CausalOnCPU(torch.autograd.Function):
 def _weights(
     query: torch.Tensor, key: torch.Tensor, begin: int, end: int, scaling: float
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """Yield each block of a conversation: its bounds, and [key heads, group x block, ...] of queries and probabilities.
-
-    Queries that share a key head are rows of one product, so keys and values need not be repeated.
-    """
+    """Yield each block of a conversation: bounds, and [key heads, group x block, ...] of queries and probabilities."""
     shared = len(key)
     grouped = query.unflatten(0, (shared, -1))
     keys = key[:, begin:end].float().transpose(1, 2)
@@ -175,7 +172,7 @@ def _weights(
     for start in range(begin, end, BLOCK):
         stop = min(start + BLOCK, end)
         count, seen = stop - start, stop - begin
-        rows = grouped[:, :, start:stop].flatten(1, 2)
+        rows = grouped[:, :, start:stop].flatten(1, 2)  # those of one key head, which need not be repeated
         scores = torch.bmm(rows.float(), keys[..., :seen]).mul_(scaling)
         scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
         yield start, stop, rows, torch.softmax(scores, dim=-1).to(query.dtype)

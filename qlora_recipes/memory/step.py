@@ -65,9 +65,8 @@ class Step:
     @property
     def expanded(self) -> int:
         """The 16-bit weights kept next to the packed ones (`dequantize.expand`)."""
-        if self.work.storage != "expanded" or self.precision.quant_type is None:
-            return 0
-        return 2 * linear_parameters(self.sizes)
+        kept = self.work.storage == "expanded" and self.precision.quant_type is not None
+        return 2 * linear_parameters(self.sizes) if kept else 0
 
     @property
     def fused(self) -> bool:
@@ -160,10 +159,7 @@ class Step:
 
     @property
     def forward_workspace(self) -> int:
-        """Intermediate results of one layer when nothing is kept for a backward pass.
-
-        Up to the sum of a wide layer and its adapter. Fitted to a forward pass on a CPU.
-        """
+        """Intermediate results of a forward pass alone, up to a wide layer and its adapter; fitted on a CPU."""
         wide = 2 * self.sizes.family.mlp_forward * self.sizes.intermediate_size
         mlp = self.work.tokens * (wide + 18 * self.sizes.hidden_size)
         return max(mlp, self._dequantized + self.work.tokens * 8 * self.sizes.hidden_size)

@@ -19,17 +19,10 @@ from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.display import figures_table
 from qlora_recipes.settings import Settings
 
-_LABELS = {
-    "base": "base",
+_LABELS = {name: name for name in Memory("").parts} | {
     "expanded": "base, expanded",
-    "adapter": "adapter",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
     "cache": "keys, values",
     "logits": "logits, loss",
-    "workspace": "workspace",
-    "heap": "heap",
     "context": "CUDA context",
 }
 
@@ -112,29 +105,25 @@ def _add_parts(table: Table, memories: Sequence[Memory], unit: int) -> None:
 
 
 def _remarks(settings: Settings, work: Workload, gpu_gib: float | None) -> Iterable[str]:
+    """Where memory peaks, the flags that fill the GPU with the same global batch, and what the plan leaves out."""
     own = plan(settings, device=work.device, processes=work.processes)
     yield (
         f"Training in {own.precision.name} peaks at the {own.training.moment}; "
         f"evaluation is of one row, when {own.evaluation.moment}."
     )
     if gpu_gib is not None:
-        yield from _advice(settings, work, gpu_gib)
+        rows = largest_micro_batch(sizes_for(settings), own.precision, work, gpu_gib)
+        batch = work.rows * work.accumulation
+        most = max((size for size in range(1, min(rows, batch) + 1) if batch % size == 0), default=0)
+        if rows == 0:
+            yield (
+                f"Not one row fits {gpu_gib:g} GiB in {own.precision.name}: lower --max_length or --r, "
+                "or use --precision nf4."
+            )
+        elif most > work.rows:
+            yield (
+                f"The same global batch in larger micro-batches: --per_device_train_batch_size {most} "
+                f"--gradient_accumulation_steps {batch // most}"
+            )
     if uncounted := left_out(settings):
         yield f"Not counted: {', '.join(uncounted)}."
-
-
-def _advice(settings: Settings, work: Workload, gpu_gib: float) -> Iterable[str]:
-    """Yield the flags that fill the GPU with the same global batch, or what to do when nothing fits."""
-    rows = largest_micro_batch(sizes_for(settings), settings.precision, work, gpu_gib)
-    batch = work.rows * work.accumulation
-    most = max((size for size in range(1, min(rows, batch) + 1) if batch % size == 0), default=0)
-    if rows == 0:
-        yield (
-            f"Not one row fits {gpu_gib:g} GiB in {settings.precision.name}: lower --max_length or --r, "
-            "or use --precision nf4."
-        )
-    elif most > work.rows:
-        yield (
-            f"The same global batch in larger micro-batches: --per_device_train_batch_size {most} "
-            f"--gradient_accumulation_steps {batch // most}"
-        )

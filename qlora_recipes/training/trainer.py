@@ -72,8 +72,6 @@ class RunTrainer(SFTTrainer):
         """Whether any process was told to stop."""
         self.rows = rows
         """The training rows, which an error names."""
-        self.seconds_before = 0.0
-        """Time that earlier sessions spent on the steps that were kept."""
         self._continued: Path | None = None
         """Checkpoint that is resumed, until a step or an evaluation is about to begin."""
         self._aside: Path | None = None
@@ -184,7 +182,7 @@ class RunTrainer(SFTTrainer):
     @property
     def seconds(self) -> float:
         """Time spent on the steps so far, over all sessions."""
-        return self.seconds_before + time.monotonic() - self._began
+        return time.monotonic() - self._began
 
     def begin(self) -> None:
         """Start the clock, and restore what upstream does not restore from the checkpoint."""
@@ -194,7 +192,7 @@ class RunTrainer(SFTTrainer):
         self.args.eval_on_start = False  # this is not the start
         progress = json.loads((self._continued / self._progress_file).read_text(encoding="utf-8"))
         self.count = TokenCount(**progress["count"])
-        self.seconds_before = progress["seconds"]
+        self._began -= progress["seconds"]  # of earlier sessions, on the steps that were kept
         self._tr_loss += progress["loss_since_log"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self._metrics["train"].update(progress["metrics_since_log"])
@@ -205,7 +203,9 @@ class RunTrainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._make_up_evaluation()
-        if self.state.global_step >= self.state.max_steps or self._out_of_patience():
+        stoppers = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
+        impatient = any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in stoppers)
+        if self.state.global_step >= self.state.max_steps or impatient:
             self.control.should_training_stop = True  # nothing is left to do; upstream would take one more step
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
@@ -218,8 +218,7 @@ class RunTrainer(SFTTrainer):
         self.signals.loop_runs = False
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes without checking
         try:
-            output: TrainOutput = super()._finalize_training(*args)  # type: ignore[no-untyped-call]  # transformers
-            return output
+            return cast("TrainOutput", super()._finalize_training(*args))  # type: ignore[no-untyped-call]  # transformers
         finally:
             self.args.save_total_limit = limit
 
@@ -238,10 +237,6 @@ class RunTrainer(SFTTrainer):
         if strategy == "steps":
             return step >= self.args.eval_delay and (last or step % self.state.eval_steps == 0)
         return epoch >= self.args.eval_delay and (last or float(epoch).is_integer())
-
-    def _out_of_patience(self) -> bool:
-        stoppers = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
-        return any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in stoppers)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out rows without changing the random numbers that training draws.
