@@ -20,27 +20,19 @@ class ModelSpec:
 
     hub_id: str
     """Repository on the hub, or a local folder."""
-
     revision: str
     """Commit to load, so that a run can be repeated after the repository has changed."""
-
     family: str
     """Name of the stand-in that `--demo` puts in its place; the architecture is `sizes.family`."""
-
     chat_template: ChatTemplate
-
     pad_token: str
     """A token of the vocabulary that no conversation contains. Never the end-of-turn token, which some collators would
     then take for padding and leave out of the loss; never a new token, which resizes the embedding."""
-
     linear_layers: tuple[str, ...]
     """Names of every linear layer inside a decoder block, the default LoRA targets."""
-
     sizes: Sizes
-
     tokenizer: Mapping[str, object] = field(default_factory=dict)
     """Keyword arguments for the tokenizer, each with its reason next to it."""
-
     spaces_merge_last: bool = False
     """Whether the sentencepiece of pretraining joined runs of spaces after all other pieces (by scores of -1e9)."""
 

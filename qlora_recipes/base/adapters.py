@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
-from qlora_recipes.base.loading import hash_tensors
+from qlora_recipes.base.loading import raw_bytes
 from qlora_recipes.errors import ModelError, RecipeError, nearest
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
-# Initializations that touch the adapter alone and can be repeated in float32. Others (PiSSA, OLoRA, LoftQ, ...)
-# rewrite the base, which would make every precision a different baseline.
-_REPEATABLE = (True, "gaussian")
 
 
 def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
@@ -41,7 +39,8 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     initialization = lora.get("init_lora_weights", True)
     set_seed(seed)
     for module in model.modules():
-        if isinstance(module, LoraLayer) and initialization in _REPEATABLE:
+        # Other initializations (PiSSA, OLoRA, LoftQ, ...) rewrite the base: every precision is another baseline.
+        if isinstance(module, LoraLayer) and initialization in (True, "gaussian"):
             module.reset_lora_parameters(ADAPTER, initialization)  # type: ignore[no-untyped-call]  # not annotated
     return model
 
@@ -67,8 +66,12 @@ def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapter_sha256(model: PeftModel) -> str:
-    """Return the hash of the adapter's weights, which differs when one bit does."""
-    return hash_tensors(adapter_tensors(model))
+    """Return the SHA-256 over names, shapes and bytes of the adapter's weights, which differs when one bit does."""
+    digest = hashlib.sha256()
+    for name, tensor in adapter_tensors(model):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def adapted_modules(model: PeftModel) -> list[str]:
@@ -88,9 +91,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         )
     try:
         # Trainable, so that `adapter_tensors` sees the weights and their hash can be compared with the receipt.
-        model = PeftModel.from_pretrained(
-            base, str(folder), adapter_name=ADAPTER, is_trainable=True, use_safetensors=True
-        )
+        model = PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, is_trainable=True, use_safetensors=True)
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
@@ -100,12 +101,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel | PeftModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    end: int,
-    pad: int,
-    max_new_tokens: int,
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], *, end: int, pad: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Continue prompts greedily, as one batch, and return the ids added to each.
 
@@ -113,9 +109,8 @@ def generate(
     """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
-    generate_ids = cast("Callable[..., torch.Tensor]", model.generate)  # PEFT passes on the base's, untyped
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    generate_ids: Any = model.generate  # PEFT passes on the base's, untyped
     output = generate_ids(
         input_ids=ids,
         attention_mask=mask,
@@ -127,9 +122,5 @@ def generate(
         eos_token_id=end,
         pad_token_id=pad,
     )
-    return [_up_to(answer, end) for answer in output[:, width:].tolist()]
-
-
-def _up_to(ids: list[int], end: int) -> list[int]:
-    """Return the ids up to and including the first `end`; padding follows it."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    # Padding follows the first `end`.
+    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in output[:, width:].tolist()]

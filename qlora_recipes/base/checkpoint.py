@@ -20,15 +20,13 @@ _WEIGHTS = "model.safetensors"
 
 def weight_files(model: str, revision: str | None) -> Mapping[str, Path]:
     """Return weight name to the safetensors file that holds it, of a checkpoint that was loaded on this machine."""
-    index = _file(model, revision, f"{_WEIGHTS}.index.json")
-    if index:
+    if index := _file(model, revision, f"{_WEIGHTS}.index.json"):
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: index.parent / part for name, part in names.items()}
-    whole = _file(model, revision, _WEIGHTS)
-    if not whole:
-        return {}
-    with safe_open(whole, "pt") as stored:
-        return dict.fromkeys(stored.keys(), whole)
+    if whole := _file(model, revision, _WEIGHTS):
+        with safe_open(whole, "pt") as stored:
+            return dict.fromkeys(stored.keys(), whole)
+    return {}
 
 
 def _file(model: str, revision: str | None, name: str) -> Path | None:

@@ -6,9 +6,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -91,9 +93,15 @@ def load_base(
         made.append("keep_4bit_gradients")
     base.requires_grad_(False)
     base.config.use_cache = False
-    receipt = describe_base(base, config, precision, model=model, revision=revision, dtype=dtype)
+    receipt = _describe_base(base, config, precision, model, revision, dtype)
     receipt.missing_keys = sorted(loading["missing_keys"])
-    _check_quantized(receipt, precision)
+    quantized = receipt.quantized
+    if precision.quantized and not (quantized.found == quantized.expected > 0):
+        raise QuantizationError(
+            f"{quantized.found} of {quantized.expected} linear layers of {receipt.model} are stored as "
+            f"{precision.name}; found {receipt.linears}. The rest would train in {receipt.dtype} under the wrong name: "
+            "use --precision bf16, or add a repair for this architecture to qlora_recipes/base/repairs.py"
+        )
     return base, receipt, made
 
 
@@ -111,19 +119,14 @@ def _repair_architecture(config: PretrainedConfig) -> list[str]:
 
 def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
     """Call a `from_pretrained`; if it fails, say in one sentence why."""
-    import huggingface_hub.errors as hub
-
     location = model_location(model)
     try:
         return load(location, revision=revision or "main", **kwargs)
     except (OSError, ValueError, SafetensorError, hub.HfHubHTTPError) as error:
-        reason = _reason(error)
-        raise ModelError(f"cannot load {location}: {reason}") from error
+        raise ModelError(f"cannot load {location}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    import huggingface_hub.errors as hub
-
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, hub.GatedRepoError):
@@ -146,24 +149,15 @@ def _check_device(precision: Precision, dtype: str, device: torch.device) -> Non
         raise SetupError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16, or --precision fp16")
 
 
-def describe_base(
-    base: PreTrainedModel,
-    config: PretrainedConfig,
-    precision: Precision,
-    *,
-    model: str,
-    revision: str | None,
-    dtype: str,
+def _describe_base(
+    base: PreTrainedModel, config: PretrainedConfig, precision: Precision, model: str, revision: str | None, dtype: str
 ) -> BaseReceipt:
-    """Count what is in memory: linear layers by class, bytes by storage, and a hash of all of it.
-
-    What should be quantized is counted on an empty model of the same configuration, so that a layer that quantization
-    overlooked still counts as expected.
-    """
-    with torch.device("meta"):
+    """Count what is in memory: linear layers by class, bytes by storage, and a hash of all of it."""
+    with torch.device("meta"):  # empty: here a layer that quantization overlooked still counts as expected
         blueprint = AutoModelForCausalLM.from_config(config)
-    expected = sum(1 for _ in _linears(blueprint, nn.Linear)) if precision.quantized else 0
-    found = sum(_is_stored_as(module, precision) for module in _linears(base, nn.Linear)) if precision.quantized else 0
+    linears = _linears(base)
+    expected = len(_linears(blueprint)) if precision.quantized else 0
+    found = sum(_is_stored_as(module, precision) for module in linears) if precision.quantized else 0
     storage: Counter[str] = Counter()
     for _, tensor in stored_tensors(base):
         storage[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
@@ -171,7 +165,7 @@ def describe_base(
         model=model,
         revision=getattr(base.config, "_commit_hash", None) or revision,
         dtype=dtype,
-        linears=dict(Counter(type(module).__name__ for module in _linears(base, nn.Linear))),
+        linears=dict(Counter(type(module).__name__ for module in linears)),
         quantized=QuantizedReceipt(expected=expected, found=found),
         parameters=sum(parameter.numel() for parameter in blueprint.parameters()),
         bytes=storage.total(),
@@ -180,10 +174,10 @@ def describe_base(
     )
 
 
-def _linears(model: PreTrainedModel, kind: type[nn.Module]) -> Iterator[nn.Module]:
-    """Yield every linear layer but the output layer, which no precision quantizes."""
+def _linears(model: PreTrainedModel) -> list[nn.Module]:
+    """Return every linear layer but the output layer, which no precision quantizes."""
     output = model.get_output_embeddings()
-    return (module for module in model.modules() if isinstance(module, kind) and module is not output)
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not output]
 
 
 def _is_stored_as(module: nn.Module, precision: Precision) -> bool:
@@ -195,16 +189,6 @@ def _is_stored_as(module: nn.Module, precision: Precision) -> bool:
     return state is not None and state.quant_type == precision.quant_type and state.nested == precision.double_quant
 
 
-def _check_quantized(receipt: BaseReceipt, precision: Precision) -> None:
-    quantized = receipt.quantized
-    if precision.quantized and not (quantized.found == quantized.expected > 0):
-        raise QuantizationError(
-            f"{quantized.found} of {quantized.expected} linear layers of {receipt.model} are stored as "
-            f"{precision.name}; found {receipt.linears}. The rest would train in {receipt.dtype} under the wrong name: "
-            "use --precision bf16, or add a repair for this architecture to qlora_recipes/base/repairs.py"
-        )
-
-
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of the model as stored, quantization constants included; adapters are left out."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -213,34 +197,23 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor.data
         state = getattr(tensor, "quant_state", None)
         if state is not None:
-            yield from ((f"{name}.{key}", part) for key, part in _constants(state))
+            keys = ("absmax", "code", *(("state2.absmax", "state2.code", "offset") if state.nested else ()))
+            yield from ((f"{name}.{key}", attrgetter(key)(state)) for key in keys)
         elif tensor.dtype == torch.int8:
             scales = row_scales(model.get_submodule(name.rpartition(".")[0]))
             if scales is not None:
                 yield f"{name}.SCB", scales
 
 
-def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "absmax", state.absmax
-    yield "code", state.code
-    if state.nested:
-        yield "state2.absmax", state.state2.absmax
-        yield "state2.code", state.state2.code
-        yield "offset", state.offset
-
-
 def base_sha256(model: nn.Module) -> str:
     """Return the hash of the stored bytes of a base, the same with and without an adapter around it."""
-    digest = hashlib.sha256()
     with ThreadPoolExecutor(max_workers=8) as threads:  # hashlib releases the interpreter: 3.6 GB at 2 GB/s each
-        for part in threads.map(_tensor_sha256, *zip(*stored_tensors(model), strict=True)):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.sha256(b"".join(threads.map(_tensor_sha256, stored_tensors(model)))).hexdigest()
 
 
-def _tensor_sha256(name: str, tensor: torch.Tensor) -> bytes:
-    digest = hashlib.sha256(base_name(name).encode())
-    digest.update(raw_bytes(tensor))
+def _tensor_sha256(named: tuple[str, torch.Tensor]) -> bytes:
+    digest = hashlib.sha256(base_name(named[0]).encode())
+    digest.update(raw_bytes(named[1]))
     return digest.digest()
 
 
@@ -252,12 +225,3 @@ def base_name(name: str) -> str:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor of any dtype, for hashing."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-
-
-def hash_tensors(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 over names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,9 @@ def separate_packed_falcon() -> bool:
     """
     falcon = _falcon()
     forward = falcon.FalconModel.forward
-    if "position_ids=" in _call_of(forward, "create_causal_mask") or hasattr(forward, "separates_packed"):
+    source = inspect.getsource(forward)
+    call = source.partition("create_causal_mask(")[2].partition("\n        )")[0]
+    if "position_ids=" in call or hasattr(forward, "separates_packed"):
         return False
     plain_mask = falcon.create_causal_mask
     current: list[torch.Tensor | None] = [None]
@@ -101,15 +104,6 @@ def route_falcon_attention(name: str) -> bool:
     return True
 
 
-def _call_of(function: Any, name: str) -> str:
-    """Return the source text of a function's call of `name`, up to its closing parenthesis."""
-    import inspect
-
-    source = inspect.getsource(function)
-    start = source.find(f"{name}(")
-    return source[start : source.find("\n        )", start)]
-
-
 def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Put the merges that consist of spaces after all others, where sentencepiece has them. For Llama-2's vocabulary.
 
@@ -121,16 +115,13 @@ def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = content["model"].get("merges", [])
-    ordered = sorted(merges, key=_joins_spaces)  # a stable sort: everything else keeps its order
+    # A stable sort: everything else keeps its order.
+    ordered = sorted(merges, key=lambda merge: set("".join(merge)) == {"▁"})
     if ordered == merges:
         return False
     content["model"]["merges"] = ordered
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
     return True
-
-
-def _joins_spaces(merge: list[str]) -> bool:
-    return set("".join(merge)) == {"▁"}
 
 
 def keep_4bit_gradients(model: PreTrainedModel) -> bool:

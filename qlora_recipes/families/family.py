@@ -72,43 +72,31 @@ class Family:
 
     model_types: tuple[str, ...]
     """Values of `model_type` in `config.json`; the first is its own."""
-
     linears: tuple[Linear, ...]
     """Every linear layer of a decoder block."""
-
     norm: Norm
     """Kind of its normalization layers."""
-
     norms: int
     """Normalization layers in a block; one more follows the last block."""
-
     sizes_from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Fields of `config.json` -> what of `Sizes` is not under the same name in every architecture.
 
     Raises ValueError, TypeError or KeyError for a configuration that cannot be read.
     """
-
     config_from_sizes: Callable[[Sizes], dict[str, Any]]
     """The way back: fields of the configuration beyond those that every architecture has, as in its 7B model."""
-
     fused_qkv: bool
     """Whether queries, keys and values are one product, all of which stays in memory with the values."""
-
     mlp_kept: int
     """Tensors of the MLP's width that the activation function keeps for the backward pass."""
-
     mlp_forward: int
     """Tensors of the MLP's width that are alive at once in a forward pass, adapters included."""
-
     mlp_workspace: tuple[int, int]
     """Bytes a token for each number of the MLP's width and of the hidden size while a block is differentiated."""
-
     heap: tuple[float, float]
     """On a CPU, share of the activations and of the workspace that the C library holds beside them."""
-
     repairs: tuple[str, ...] = ()
     """Functions of `base/repairs.py` to call before a model is loaded; they go into the receipt."""
-
     attention_repair: str | None = None
     """Function of `base/repairs.py` that has its layers call the attention function of a name."""
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,8 +23,6 @@ from transformers.masking_utils import sdpa_mask
 NAME = "by_conversation"
 SHORT = 512
 """Rows of up to this many tokens keep the mask: its scores cost less than the iterations of a loop."""
-_SDPA_ALONE = ("softcap", "s_aux", "position_bias")
-"""Arguments that some models pass to their attention, and that `sdpa` handles or refuses."""
 BLOCK = 128
 """Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
 
@@ -34,10 +33,7 @@ def conversation_mask(
     kv_length: int,
     *,
     mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> torch.Tensor | None:
@@ -47,33 +43,19 @@ def conversation_mask(
     model makes itself) gets the mask of `sdpa`.
     """
     packed = not allow_is_causal_skip  # how Transformers signals a mask that is more than causal
-    plain = batch_size == 1 and SHORT < q_length == kv_length and local_size is None and not use_vmap
-
-    def dense() -> torch.Tensor | None:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            use_vmap=use_vmap,
-            device=device,
-            **others,
-        )
-
-    if not (packed and plain and attention_mask is None):
-        return dense()
+    plain = not others.get("use_vmap") and all(others.get(name) is None for name in ("attention_mask", "local_size"))
     later = torch.arange(1, q_length, device=device)
     first = torch.zeros_like(later)
-    if mask_function(first, first, later - 1, later).any():  # some tokens see later ones
-        return dense()
+    if (
+        not (packed and plain and batch_size == 1 and SHORT < q_length == kv_length)
+        or mask_function(first, first, later - 1, later).any()  # some tokens see later ones
+    ):
+        others |= {"mask_function": mask_function, "allow_is_causal_skip": allow_is_causal_skip, "device": device}
+        return sdpa_mask(batch_size, q_length, kv_length, **others)
     begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
     if len(begins) == 0:
         return None
-    ends = torch.tensor([0, q_length], device=device)
-    return torch.cat([ends[:1], begins, ends[1:]]).to(torch.int32)
+    return functional.pad(functional.pad(begins, (1, 0)), (0, 1), value=q_length).to(torch.int32)
 
 
 def attention(
@@ -92,8 +74,9 @@ def attention(
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
     bounds = attention_mask
-    asked = any(others.get(name) is not None for name in _SDPA_ALONE) or value.shape[-1] != key.shape[-1]
-    plain = not asked and dropout == 0.0 and getattr(module, "is_causal", True)
+    # What some models pass to their attention, and `sdpa` handles or refuses.
+    asked = any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    plain = not asked and value.shape[-1] == key.shape[-1] and dropout == 0.0 and getattr(module, "is_causal", True)
     on_cpu = plain and query.device.type == "cpu"
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
         bounds = torch.tensor([0, query.shape[2]])
@@ -114,9 +97,8 @@ def attention(
 
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU, Ampere or later."""
-    if not query.is_cuda or query.dtype == torch.float32 or query.shape[-1] % 8:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    suits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0
+    return suits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _on_gpu(
@@ -182,10 +164,7 @@ class _CausalOnCPU(torch.autograd.Function):
 def _weights(
     query: torch.Tensor, key: torch.Tensor, begin: int, end: int, scaling: float
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """Yield each block of a conversation: its bounds, and [key heads, group x block, ...] of queries and probabilities.
-
-    Queries that share a key head are rows of one product, so keys and values need not be repeated.
-    """
+    """Yield each block of a conversation: bounds, and [key heads, group x block, ...] of queries and probabilities."""
     shared = len(key)
     grouped = query.unflatten(0, (shared, -1))
     keys = key[:, begin:end].float().transpose(1, 2)
@@ -193,7 +172,7 @@ def _weights(
     for start in range(begin, end, BLOCK):
         stop = min(start + BLOCK, end)
         count, seen = stop - start, stop - begin
-        rows = grouped[:, :, start:stop].flatten(1, 2)
+        rows = grouped[:, :, start:stop].flatten(1, 2)  # those of one key head, which need not be repeated
         scores = torch.bmm(rows.float(), keys[..., :seen]).mul_(scaling)
         scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
         yield start, stop, rows, torch.softmax(scores, dim=-1).to(query.dtype)

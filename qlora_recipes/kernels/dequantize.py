@@ -35,12 +35,11 @@ def dequantized(module: nn.Linear) -> torch.Tensor:
     from bitsandbytes import functional as stored
 
     weight: Any = module.weight  # a parameter of bitsandbytes has attributes that no type knows
+    found: torch.Tensor = weight.data
     if is_4bit(module):
-        found: torch.Tensor = stored.dequantize_4bit(weight.data, weight.quant_state)
-    elif weight.dtype == torch.int8:
-        found = stored.int8_vectorwise_dequant(weight.data, row_scales(module))
-    else:
-        found = weight.data
+        found = stored.dequantize_4bit(found, weight.quant_state)
+    elif found.dtype == torch.int8:
+        found = stored.int8_vectorwise_dequant(found, row_scales(module))
     return found
 
 

@@ -56,14 +56,8 @@ def _forward(self: Any, x: torch.Tensor, *arguments: Any, **others: Any) -> torc
     """Take the place of `forward` in a LoraLayer, which PEFT types as no module."""
     name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
     half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if (
-        not _is_plain(self, name)
-        or self.disable_adapters
-        or self.merged
-        or arguments
-        or others
-        or half == torch.float32
-    ):
+    by_peft = self.disable_adapters or self.merged or arguments or others or half == torch.float32
+    if by_peft or not _is_plain(self, name):
         return cast(torch.Tensor, type(self).forward(self, x, *arguments, **others))
     layer, scaling = self.get_base_layer(), self.scaling[name]
     y: torch.Tensor
@@ -84,11 +78,8 @@ def fuse_lora_layers(model: nn.Module) -> int:
     call, several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
     gathers a weight when the module that owns it is called, and here it is not called.
     """
-    plain = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, LoraLayer) and _is_plain(layer, layer.active_adapters[0])
-    ]
+    adapted = (module for module in model.modules() if isinstance(module, LoraLayer))
+    plain = [layer for layer in adapted if _is_plain(layer, layer.active_adapters[0])]
     for layer in plain:
         layer.forward = MethodType(_forward, layer)
     return len(plain)

@@ -21,20 +21,12 @@ CACHED = 32
 """Tokens whose float32 probabilities are computed at a time; with a vocabulary of 32,000 they fit a core's cache."""
 
 
-_COMPUTED = {"log_probs", "entropy", "is_top1"}
-
-
 class LogProbs(torch.autograd.Function):
     """Log-probability of each label, and the metrics TRL logs with it; takes the arguments of TRL's own function."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        *_: Any,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
         """hidden [tokens, size], weight [vocabulary, size], labels [tokens] -> log_probs, entropy, is_top1 [tokens].
 
@@ -89,7 +81,11 @@ class _ByDevice:
     @staticmethod
     def apply(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *arguments: Any) -> Any:
         _, temperature, _, softcap, scale, outputs = arguments
-        plain = (temperature, softcap, scale) == (1.0, None, 1.0) and set(outputs) <= _COMPUTED
+        plain = (temperature, softcap, scale) == (1.0, None, 1.0) and set(outputs) <= {
+            "log_probs",
+            "entropy",
+            "is_top1",
+        }
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         function = LogProbs if hidden.device.type == "cpu" and plain and frozen else ChunkedLogProbFunction
         apply: Callable[..., Any] = function.apply  # which torch does not annotate

@@ -7,9 +7,9 @@ which source, is in `step.py`.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from qlora_recipes.errors import UsageError
 from qlora_recipes.families.family import Sizes
@@ -28,20 +28,12 @@ loads them as needed (pytorch/pytorch issue 107667), and room for the kernels of
 ADAMW_BYTES = 8.0
 OPTIMIZER_BYTES = {
     # Eight bits: a byte per moment, and a float32 scale per block of 256 (`bitsandbytes/optim/optimizer.py`).
-    "adamw_bnb_8bit": 2 + 2 * 4 / 256,
-    "adamw_8bit": 2 + 2 * 4 / 256,
-    "adamw_torch_8bit": 2 + 2 * 4 / 256,
-    "adamw_torch_4bit": 1 + 2 * 4 / 128,
-    "lion_32bit": 4,
-    "lion_8bit": 1 + 4 / 256,
-    "rmsprop": 4,
-    "rmsprop_bnb": 4,
-    "rmsprop_bnb_32bit": 4,
-    "rmsprop_bnb_8bit": 1 + 4 / 256,
-    "adagrad": 4,
-    "ademamix": 12,
-    "ademamix_32bit": 12,
+    **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), 1 + 4 / 256),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), 2 + 2 * 4 / 256),
     "ademamix_8bit": 3 + 3 * 4 / 256,
+    "adamw_torch_4bit": 1 + 2 * 4 / 128,
+    **dict.fromkeys(("lion_32bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "adagrad"), 4),
+    **dict.fromkeys(("ademamix", "ademamix_32bit"), 12),
     "sgd": 0,
 }
 """Optimizer to bytes of state for each trainable weight; any other counts as AdamW with two float32 moments.
@@ -122,20 +114,19 @@ def optimizer_bytes(optim: str, parameters: int) -> int:
 def training_memory(sizes: Sizes, precision: Precision, work: Workload) -> Memory:
     """Return the memory of the moment of a training step that needs the most."""
     step = Step(sizes, precision, work)
-    throughout = _throughout(step, expanded=step.expanded, optimizer=optimizer_bytes(work.optim, step.trained))
-    peak = max((replace(throughout, **moment) for moment in _moments(step)), key=lambda memory: memory.total)
+    peak = max(_moments(step), key=lambda memory: memory.total)
     return replace(peak, heap=step.heap(peak.activations))
 
 
-def _throughout(step: Step, **parts: int) -> Memory:
-    """Return what is in memory at every moment."""
+def _memory(step: Step, moment: str, **parts: int) -> Memory:
+    """Return the memory of a moment, given what is not there at every moment."""
     context = CUDA_CONTEXT if step.work.device == "cuda" else 0
-    base = base_bytes(step.sizes, step.precision)
-    return Memory(moment="", base=base, adapter=4 * step.trained, context=context, **parts)
+    return Memory(moment, base_bytes(step.sizes, step.precision), adapter=4 * step.trained, context=context, **parts)
 
 
-def _moments(step: Step) -> Iterator[dict[str, Any]]:
-    """Yield the moments at which a step can peak, each with the parts that come and go."""
+def _moments(step: Step) -> Iterator[Memory]:
+    """Yield the memory of every moment at which a training step can peak."""
+    optimizer = optimizer_bytes(step.work.optim, step.trained)
     layers, every = step.sizes.num_hidden_layers, step.work.checkpoint_every
     # A second copy in the buckets that DistributedDataParallel sends: `gradient_as_bucket_view` is off.
     gradients = 4 * step.trained * (2 if step.work.processes > 1 else 1)
@@ -149,15 +140,14 @@ def _moments(step: Step) -> Iterator[dict[str, Any]]:
     forward, backward = step.head_workspace
     # With one micro-batch a step the gradients come one by one, those of the first layer last.
     before_first = max(held, gradients - gradients // layers)
-    workspace = step.layer_workspace
-    names = ("moment", "gradients", "activations", "logits", "workspace")
-    for moment in (
-        ("output layer, forward", held, kept + copies, forward, 0),
-        ("output layer, backward", held, kept, backward, 0),
-        ("last layer", held, kept + last, 0, workspace),
-        ("first layer", before_first, full + boundary + shared, 0, workspace),
+    for moment, sums, activations, parts in (
+        ("output layer, forward", held, kept + copies, {"logits": forward}),
+        ("output layer, backward", held, kept, {"logits": backward}),
+        ("last layer", held, kept + last, {"workspace": step.layer_workspace}),
+        ("first layer", before_first, full + boundary + shared, {"workspace": step.layer_workspace}),
     ):
-        yield dict(zip(names, moment, strict=True))
+        always = {"expanded": step.expanded, "optimizer": optimizer, "gradients": sums, "activations": activations}
+        yield _memory(step, moment, **always, **parts)
 
 
 def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: int = 1) -> Memory:
@@ -168,16 +158,10 @@ def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: 
     of one position.
     """
     step = Step(sizes, precision, replace(work, rows=rows, packing=False))
-    throughout = _throughout(step)
     logits = (2 + (4 if work.device == "cuda" else 4 + 4)) * rows * sizes.vocab_size
-    scoring = replace(throughout, moment="scoring", logits=logits * work.length)
-    answering = replace(
-        throughout,
-        moment="answering",
-        cache=2 * 2 * step.work.tokens * sizes.key_value_size * sizes.num_hidden_layers,
-        logits=logits,
-        workspace=step.forward_workspace,
-    )
+    scoring = _memory(step, "scoring", logits=logits * work.length)
+    cache = 2 * 2 * step.work.tokens * sizes.key_value_size * sizes.num_hidden_layers
+    answering = _memory(step, "answering", cache=cache, logits=logits, workspace=step.forward_workspace)
     return max(scoring, answering, key=lambda memory: memory.total)
 
 
@@ -198,8 +182,4 @@ def largest_micro_batch(sizes: Sizes, precision: Precision, work: Workload, gpu_
     most = 1
     while fits(most):
         most *= 2
-    least = most // 2
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
+    return bisect_left(range(most), True, lo=most // 2 + 1, key=lambda rows: not fits(rows)) - 1

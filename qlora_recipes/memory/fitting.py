@@ -14,7 +14,7 @@ from qlora_recipes.families.family import Sizes
 from qlora_recipes.memory.estimate import GIB, training_memory
 from qlora_recipes.memory.sizes import sizes_for
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
-from qlora_recipes.precision import PRECISIONS, Precision
+from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import Settings
 
 ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -49,13 +49,14 @@ def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
     Where the memory of a run cannot be planned (see `workload.left_out`; unknown dimensions), or not even one row
     fits, the library's defaults decide.
     """
-    packed = replace(settings, storage="packed" if settings.storage == "auto" else settings.storage)
-    try:
-        sizes, asked = sizes_for(settings), workload_of(packed, machine.device, machine.processes)
-    except ModelError:  # loading raises it with a better message
-        return replace(packed, auto_fields=frozenset())
+    storage = "packed" if settings.storage == "auto" else settings.storage
+    settled = replace(settings, storage=storage, auto_fields=frozenset())
     if left_out(settings) or machine.sharded:
-        return replace(packed, auto_fields=frozenset())
+        return settled
+    try:
+        sizes, asked = sizes_for(settings), workload_of(settled, machine.device, machine.processes)
+    except ModelError:  # loading raises it with a better message
+        return settled
     work = _fastest_that_fits(sizes, settings, asked, machine) or asked
     training = dict(settings.training)
     if "batch" in settings.auto_fields:
@@ -67,18 +68,20 @@ def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
     if settings.storage == "auto" and settings.precision.quant_type is not None:
         expanded = replace(work, storage="expanded")
         if training_memory(sizes, settings.precision, expanded).total <= machine.bytes:
-            packed = replace(packed, storage="expanded")
-    return replace(packed, training=training, auto_fields=frozenset())
+            settled = replace(settled, storage="expanded")
+    return replace(settled, training=training)
 
 
 def _fastest_that_fits(sizes: Sizes, settings: Settings, asked: Workload, machine: Machine) -> Workload | None:
     """Return the fastest workload that fits, with a 16-bit base too if one does, or None."""
     even = next(each for each in PRECISIONS.values() if each.dtype == settings.dtype)
-    for precisions in ((even, settings.precision), (settings.precision,)):
-        for work in _workloads(settings, asked):
-            if all(training_memory(sizes, each, work).total <= machine.bytes for each in precisions):
-                return work
-    return None
+    ways = (
+        work
+        for precisions in ((even, settings.precision), (settings.precision,))
+        for work in _workloads(settings, asked)
+        if all(training_memory(sizes, each, work).total <= machine.bytes for each in precisions)
+    )
+    return next(ways, None)
 
 
 def _workloads(settings: Settings, asked: Workload) -> Iterator[Workload]:
@@ -110,12 +113,9 @@ def describe(settings: Settings, machine: Machine) -> str:
     checkpointing = {0: "no checkpointing", 1: "every layer checkpointed"}.get(
         work.checkpoint_every, f"one layer in {work.checkpoint_every} checkpointed"
     )
-    weights = f"{_named(settings.precision)} {settings.storage}, " if settings.precision.quant_type else ""
+    name = settings.precision.name.upper().replace("-SINGLE", "")
+    weights = f"{name} {settings.storage}, " if settings.precision.quant_type else ""
     return (
         f"{work.rows} x {work.accumulation} rows a step, {checkpointing}, {weights}"
         f"{memory.total / GIB:,.2f} GiB planned of {machine.bytes / GIB:,.1f}"
     )
-
-
-def _named(precision: Precision) -> str:
-    return precision.name.upper().replace("-SINGLE", "")

@@ -23,19 +23,14 @@ def sizes_for(settings: Settings) -> Sizes:
         return sizes_of(Path(location))
     if location == settings.spec.hub_id:
         return settings.spec.sizes
-    return sizes_of(_downloaded_config(location, settings.revision).parent)
-
-
-def _downloaded_config(hub_id: str, revision: str | None) -> Path:
-    """Return a hub model's `config.json`, fetched now or before."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(hub_id, "config.json", revision=revision))
+        return sizes_of(Path(hf_hub_download(location, "config.json", revision=settings.revision)).parent)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(
-            f"the dimensions of {hub_id} are unknown, because its config.json cannot be fetched "
+            f"the dimensions of {location} are unknown, because its config.json cannot be fetched "
             f"({str(error).splitlines()[0]}). Expected a hub id that can be reached, or a folder (--model)"
         ) from error
 
@@ -65,8 +60,12 @@ def linear_shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:
 
 def parameter_count(sizes: Sizes) -> int:
     """Return the number of weights of the base; an embedding that is also the output layer counts once."""
-    linears = sum(inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
-    return sizes.num_hidden_layers * linears + unquantized_parameters(sizes)
+    return linear_parameters(sizes) + unquantized_parameters(sizes)
+
+
+def linear_parameters(sizes: Sizes) -> int:
+    """Return the number of weights in the linear layers of all decoder blocks."""
+    return sizes.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
 
 
 def unquantized_parameters(sizes: Sizes) -> int:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_recipes.families.family import Sizes
-from qlora_recipes.memory.sizes import adapter_parameters, linear_shapes, unquantized_parameters
+from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, linear_shapes, unquantized_parameters
 from qlora_recipes.memory.workload import Workload
 from qlora_recipes.precision import Precision
 
@@ -65,10 +65,8 @@ class Step:
     @property
     def expanded(self) -> int:
         """The 16-bit weights kept next to the packed ones (`dequantize.expand`)."""
-        if self.work.storage != "expanded" or self.precision.quant_type is None:
-            return 0
-        shapes = linear_shapes(self.sizes).values()
-        return self.sizes.num_hidden_layers * sum(2 * inputs * outputs for inputs, outputs in shapes)
+        kept = self.work.storage == "expanded" and self.precision.quant_type is not None
+        return 2 * linear_parameters(self.sizes) if kept else 0
 
     @property
     def fused(self) -> bool:
@@ -161,10 +159,7 @@ class Step:
 
     @property
     def forward_workspace(self) -> int:
-        """Intermediate results of one layer when nothing is kept for a backward pass.
-
-        Up to the sum of a wide layer and its adapter. Fitted to a forward pass on a CPU.
-        """
+        """Intermediate results of a forward pass alone, up to a wide layer and its adapter; fitted on a CPU."""
         wide = 2 * self.sizes.family.mlp_forward * self.sizes.intermediate_size
         mlp = self.work.tokens * (wide + 18 * self.sizes.hidden_size)
         return max(mlp, self._dequantized + self.work.tokens * 8 * self.sizes.hidden_size)

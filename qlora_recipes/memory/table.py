@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_recipes.memory.estimate import GIB, Memory, MemoryPlan, largest_micro_batch, plan
+from qlora_recipes.memory.estimate import GIB, Memory, largest_micro_batch, plan
 from qlora_recipes.memory.fitting import USABLE, Machine, fit_to_memory
 from qlora_recipes.memory.sizes import adapter_parameters, parameter_count, sizes_for
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
@@ -19,17 +19,10 @@ from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.display import figures_table
 from qlora_recipes.settings import Settings
 
-_LABELS = {
-    "base": "base",
+_LABELS = {name: name for name in Memory("").parts} | {
     "expanded": "base, expanded",
-    "adapter": "adapter",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
     "cache": "keys, values",
     "logits": "logits, loss",
-    "workspace": "workspace",
-    "heap": "heap",
     "context": "CUDA context",
 }
 
@@ -44,10 +37,12 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
     if os.environ.get("RANK", "0") != "0":
         return
     console = console or Console()
-    device = _device(settings, gpu_gib)
+    # A recipe is planned for a GPU, whichever machine prints the plan; a demo is planned for this machine.
+    here = settings.demo and gpu_gib is None and shutil.which("nvidia-smi") is None
+    device, processes = "cpu" if here else "cuda", int(os.environ.get("WORLD_SIZE", "1"))
     if gpu_gib is not None and 0 < gpu_gib < math.inf:
-        settings = fit_to_memory(settings, Machine(device, int(USABLE * gpu_gib * GIB), _processes()))
-    work = workload_of(settings, device, _processes())
+        settings = fit_to_memory(settings, Machine(device, int(USABLE * gpu_gib * GIB), processes))
+    work = workload_of(settings, device, processes)
     console.print(_run_table(settings, work))
     console.print()
     console.print(_memory_table(settings, work, gpu_gib))
@@ -55,19 +50,10 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
         console.print(Text(line))
 
 
-def _device(settings: Settings, gpu_gib: float | None) -> str:
-    """A recipe is planned for a GPU, whichever machine prints the plan; a demo is planned for this machine."""
-    here = settings.demo and gpu_gib is None and shutil.which("nvidia-smi") is None
-    return "cpu" if here else "cuda"
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _run_table(settings: Settings, work: Workload) -> Table:
     """What a user checks before a run."""
-    sizes = sizes_for(settings)
+    sizes, every = sizes_for(settings), work.checkpoint_every
+    steps, epochs = settings.training.get("max_steps", -1), settings.training.get("num_train_epochs", 3)
     trained = adapter_parameters(sizes, work.rank, work.targets)
     batch = work.rows * work.accumulation * work.processes
     return figures_table(
@@ -79,31 +65,19 @@ def _run_table(settings: Settings, work: Workload) -> Table:
             "global batch": f"{batch} rows = {work.rows} a micro-batch x {work.accumulation} accumulated "
             f"x {work.processes} process{'' if work.processes == 1 else 'es'}",
             "rows": f"up to {work.length:,} tokens, {'packed' if work.packing else 'padded'}",
-            "steps": _steps(settings),
-            "checkpointing": _checkpointing(work.checkpoint_every),
+            "steps": f"{steps:,}" if steps > 0 else f"{epochs:g} epoch{'' if epochs == 1 else 's'} of the rows",
+            "checkpointing": {0: "off", 1: "every layer"}.get(every, f"every {every}. layer"),
             "adapter": f"rank {work.rank} on {', '.join(work.targets)}: {trained:,} weights",
             "run folder": str(settings.output_dir),
         }
     )
 
 
-def _steps(settings: Settings) -> str:
-    steps = settings.training.get("max_steps", -1)
-    if steps > 0:
-        return f"{steps:,}"
-    epochs = settings.training.get("num_train_epochs", 3)
-    return f"{epochs:g} epoch{'' if epochs == 1 else 's'} of the rows"
-
-
-def _checkpointing(every: int) -> str:
-    return {0: "off", 1: "every layer"}.get(every, f"every {every}. layer")
-
-
 def _memory_table(settings: Settings, work: Workload, gpu_gib: float | None) -> Table:
     """One row for each part, one column for each precision; the run's own is bold."""
-    every = PRECISIONS.values()
-    plans = [plan(settings, each, device=work.device, processes=work.processes) for each in every]
-    unit, name = _unit(plans)
+    plans = [plan(settings, each, device=work.device, processes=work.processes) for each in PRECISIONS.values()]
+    large = max(each.training.total for each in plans) >= GIB  # a stand-in is not
+    unit, name = (GIB, "GiB") if large else (2**20, "MiB")
     where = "a process on a CPU" if work.device == "cpu" else "each GPU"
     table = Table(title=Text(f"Memory of {where}, {name}"), title_justify="left", box=None, padding=(0, 1))
     table.add_column(Text("training"), no_wrap=True)
@@ -130,36 +104,26 @@ def _add_parts(table: Table, memories: Sequence[Memory], unit: int) -> None:
     table.add_row(Text("total"), *totals, style="bold")
 
 
-def _unit(plans: Sequence[MemoryPlan]) -> tuple[int, str]:
-    """GiB for models of their size, MiB for the stand-ins."""
-    return (GIB, "GiB") if max(each.training.total for each in plans) >= GIB else (2**20, "MiB")
-
-
 def _remarks(settings: Settings, work: Workload, gpu_gib: float | None) -> Iterable[str]:
+    """Where memory peaks, the flags that fill the GPU with the same global batch, and what the plan leaves out."""
     own = plan(settings, device=work.device, processes=work.processes)
     yield (
         f"Training in {own.precision.name} peaks at the {own.training.moment}; "
         f"evaluation is of one row, when {own.evaluation.moment}."
     )
-    if gpu_gib is not None and (advice := _advice(settings, work, gpu_gib)):
-        yield advice
+    if gpu_gib is not None:
+        rows = largest_micro_batch(sizes_for(settings), own.precision, work, gpu_gib)
+        batch = work.rows * work.accumulation
+        most = max((size for size in range(1, min(rows, batch) + 1) if batch % size == 0), default=0)
+        if rows == 0:
+            yield (
+                f"Not one row fits {gpu_gib:g} GiB in {own.precision.name}: lower --max_length or --r, "
+                "or use --precision nf4."
+            )
+        elif most > work.rows:
+            yield (
+                f"The same global batch in larger micro-batches: --per_device_train_batch_size {most} "
+                f"--gradient_accumulation_steps {batch // most}"
+            )
     if uncounted := left_out(settings):
         yield f"Not counted: {', '.join(uncounted)}."
-
-
-def _advice(settings: Settings, work: Workload, gpu_gib: float) -> str:
-    """The flags that fill the GPU with the same global batch, or what to do when nothing fits."""
-    rows = largest_micro_batch(sizes_for(settings), settings.precision, work, gpu_gib)
-    if rows == 0:
-        return (
-            f"Not one row fits {gpu_gib:g} GiB in {settings.precision.name}: lower --max_length or --r, "
-            "or use --precision nf4."
-        )
-    batch = work.rows * work.accumulation
-    most = max(size for size in range(1, min(rows, batch) + 1) if batch % size == 0)
-    if most <= work.rows:
-        return ""
-    return (
-        f"The same global batch in larger micro-batches: --per_device_train_batch_size {most} "
-        f"--gradient_accumulation_steps {batch // most}"
-    )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qlora_recipes.families.family import Sizes
 from qlora_recipes.memory.sizes import linear_shapes, sizes_for
 from qlora_recipes.settings import Settings
 
@@ -51,12 +49,15 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
     """Return what a process of this run does at a time, from its settings and TRL's defaults."""
     lora, training = settings.lora, settings.training
     checkpointing = training.get("gradient_checkpointing", True)  # as in `trl/trainer/base_config.py`
+    linears, named = linear_shapes(sizes_for(settings)), lora.get("target_modules")
+    # PEFT matches the end of a name; a pattern or `all-linear` counts as all layers.
+    ends = linears if named is None or isinstance(named, str) else {str(each).rsplit(".")[-1] for each in named}
     every = (training.get("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     return Workload(
         rows=training.get("per_device_train_batch_size", 8),
         length=training["max_length"],
         rank=lora.get("r", 8),
-        targets=_targets(lora.get("target_modules"), sizes_for(settings)),
+        targets=tuple(name for name in linears if name in ends),
         packing=bool(training.get("packing") or training.get("padding_free", True)),
         checkpoint_every=every if checkpointing else 0,
         accumulation=training.get("gradient_accumulation_steps", 1),
@@ -66,14 +67,6 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
         storage="expanded" if settings.storage == "expanded" else "packed",
         device=device,
     )
-
-
-def _targets(named: Any, sizes: Sizes) -> tuple[str, ...]:
-    """Return the target layers. PEFT matches the end of a name; a pattern or `all-linear` counts as all of them."""
-    linears = linear_shapes(sizes)
-    if named is None or isinstance(named, str):
-        return tuple(linears)
-    return tuple(name for name in linears if any(str(target).rsplit(".")[-1] == name for target in named))
 
 
 def left_out(settings: Settings) -> list[str]:

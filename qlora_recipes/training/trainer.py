@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
@@ -44,8 +44,7 @@ class TokenCount:
     micro_batches: int = 0
 
     def add(self, inputs: Mapping[str, Any]) -> None:
-        ids = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         self.micro_batches += 1
         self.positions += ids.numel()
         self.real += ids.numel() if mask is None else int(mask.sum())
@@ -73,8 +72,6 @@ class RunTrainer(SFTTrainer):
         """Whether any process was told to stop."""
         self.rows = rows
         """The training rows, which an error names."""
-        self.seconds_before = 0.0
-        """Time that earlier sessions spent on the steps that were kept."""
         self._continued: Path | None = None
         """Checkpoint that is resumed, until a step or an evaluation is about to begin."""
         self._aside: Path | None = None
@@ -107,8 +104,7 @@ class RunTrainer(SFTTrainer):
         return norm
 
     def _refuse(self, what: str, value: float) -> None:
-        step = self.state.global_step + 1
-        non_finite.refuse(what, value, step, self._step_batches, self.rows, self.tokenizer)
+        non_finite.refuse(what, value, self.state.global_step + 1, self._step_batches, self.rows, self.tokenizer)
 
     # ---- Stopping ----
 
@@ -150,16 +146,11 @@ class RunTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish(folder / checkpoints.WRITING / name, folder)
-        self.state.best_model_checkpoint = self._best(folder) or best
+        scored_best = folder / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = best = str(scored_best) if scored_best.is_dir() else best
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
             checkpoints.rotate(folder, self.args.save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
-
-    def _best(self, folder: Path) -> str | None:
-        """Return the checkpoint of the step with the best score, if it exists."""
-        path = folder / f"checkpoint-{self.state.best_global_step}"
-        return str(path) if path.is_dir() else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save adapter and tokenizer, but not upstream's training_args.bin: a pickle that can hold the hub token."""
@@ -191,7 +182,7 @@ class RunTrainer(SFTTrainer):
     @property
     def seconds(self) -> float:
         """Time spent on the steps so far, over all sessions."""
-        return self.seconds_before + time.monotonic() - self._began
+        return time.monotonic() - self._began
 
     def begin(self) -> None:
         """Start the clock, and restore what upstream does not restore from the checkpoint."""
@@ -201,7 +192,7 @@ class RunTrainer(SFTTrainer):
         self.args.eval_on_start = False  # this is not the start
         progress = json.loads((self._continued / self._progress_file).read_text(encoding="utf-8"))
         self.count = TokenCount(**progress["count"])
-        self.seconds_before = progress["seconds"]
+        self._began -= progress["seconds"]  # of earlier sessions, on the steps that were kept
         self._tr_loss += progress["loss_since_log"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self._metrics["train"].update(progress["metrics_since_log"])
@@ -212,7 +203,9 @@ class RunTrainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._make_up_evaluation()
-        if self.state.global_step >= self.state.max_steps or self._out_of_patience():
+        stoppers = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
+        impatient = any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in stoppers)
+        if self.state.global_step >= self.state.max_steps or impatient:
             self.control.should_training_stop = True  # nothing is left to do; upstream would take one more step
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
@@ -225,8 +218,7 @@ class RunTrainer(SFTTrainer):
         self.signals.loop_runs = False
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes without checking
         try:
-            output: TrainOutput = super()._finalize_training(*args)  # type: ignore[no-untyped-call]  # transformers
-            return output
+            return cast("TrainOutput", super()._finalize_training(*args))  # type: ignore[no-untyped-call]  # transformers
         finally:
             self.args.save_total_limit = limit
 
@@ -245,10 +237,6 @@ class RunTrainer(SFTTrainer):
         if strategy == "steps":
             return step >= self.args.eval_delay and (last or step % self.state.eval_steps == 0)
         return epoch >= self.args.eval_delay and (last or float(epoch).is_integer())
-
-    def _out_of_patience(self) -> bool:
-        stoppers = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
-        return any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in stoppers)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out rows without changing the random numbers that training draws.
@@ -282,20 +270,18 @@ class _Faults(TrainerCallback):
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         self.trainer.begin()
         self.trainer.signals.loop_runs = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.check_signals():
             control.should_save, control.should_evaluate = True, False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.stopping:
             raise self.trainer.stopped()
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.check_signals():
             raise _EvaluationStopped
