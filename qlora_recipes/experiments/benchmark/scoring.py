@@ -11,15 +11,8 @@ from rich.console import Console
 from qlora_recipes.evaluation.harness import Options, evaluate_many
 from qlora_recipes.evaluation.kl import measure
 from qlora_recipes.evaluation.records import finished_tasks
-from qlora_recipes.evaluation.task_loading import load_tasks
 from qlora_recipes.experiments.benchmark.plan import Plan
 from qlora_recipes.run.folder import RunFolder
-
-
-def check_tasks(plan: Plan) -> None:
-    """Refuse an unknown or broken task before anything is trained."""
-    if plan.tasks:
-        load_tasks(plan.tasks)
 
 
 def score_missing(plan: Plan, console: Console, *, controls: bool = True) -> list[str]:
