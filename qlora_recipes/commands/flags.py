@@ -21,6 +21,7 @@ from qlora_recipes.fields import ABSENT, Field
 OTHER_TEMPLATE = Field("other_template", "bool", "take a chat template edited after training", default=False)
 TRUST_REMOTE_CODE = Field("trust_remote_code", "bool", "run the code of a base trained with it", default=False)
 RUN = Field("run", "str", "run folder, such as runs/llama2_guanaco-demo/nf4-seed0", "RUN")
+RUNS = Field("run", "list[str]", "run folders, such as runs/falcon_faq/nf4-seed0", "RUN")
 _FLAG = re.compile(r"--[^\s=]+(=|$)")
 _PLAIN = re.compile(r"[\w.][\w.-]*")
 _COLUMN, _WIDTH = 26, 100
@@ -109,8 +110,8 @@ class Parser:
     def _following(self, flag: Field, rest: list[str]) -> list[str]:
         """Take the words that belong to a flag from those after it."""
         count = next((at for at, word in enumerate(rest) if _FLAG.match(word)), len(rest))
-        taken = rest[: count if flag.takes_list else min(count, 1)]
-        if flag.is_switch and (not taken or (self.words is not None and not _is_value(flag, taken))):
+        taken = rest[: count if list in flag.kinds else min(count, 1)]
+        if bool in flag.kinds and (not taken or (self.words is not None and not _is_value(flag, taken))):
             return ["true"]
         del rest[: len(taken)]
         return taken
@@ -124,18 +125,18 @@ class Parser:
     def _loose(self, loose: Sequence[str]) -> dict[str, Any]:
         """Name the words that belong to no flag, after refusing an empty one, one too many and none."""
         words = self.words
-        extra = list(loose if words is None else [] if words.takes_list else loose[1:])
+        extra = list(loose if words is None else [] if list in words.kinds else loose[1:])
         if extra or "" in loose:
             raise UsageError(f"unexpected word {[*extra, ''][0]!r}; flags start with --")
         if words is None:
             return {}
         if not loose and words.default is ABSENT:
             raise UsageError(f"{words.metavar} is missing: {words.help}. {self.prog} --help says more")
-        return {words.name: list(loose) if words.takes_list else [*loose, words.default][0]}
+        return {words.name: list(loose) if list in words.kinds else [*loose, words.default][0]}
 
     def help(self) -> str:
         """Return what `--help` prints."""
-        word = f" {self.words.metavar}{' ...' if self.words.takes_list else ''}" if self.words else ""
+        word = f" {self.words.metavar}{' ...' if list in self.words.kinds else ''}" if self.words else ""
         lines = [f"usage: {self.prog}{word} [--flag value ...]", "", *textwrap.wrap(self.about, _WIDTH)]
         lines += ["", *_described(self.words.metavar, self.words.help)] if self.words else []
         for title, flags in self._sections.items():
@@ -145,7 +146,7 @@ class Parser:
 
 def _with_value(flag: Field) -> str:
     value = flag.metavar or flag.annotation.replace(" ", "")
-    return f"--{flag.name}" + ("" if value == "bool" else f" {value}{' ...' if flag.takes_list else ''}")
+    return f"--{flag.name}" + ("" if value == "bool" else f" {value}{' ...' if list in flag.kinds else ''}")
 
 
 def _is_value(flag: Field, words: Sequence[str]) -> bool:
