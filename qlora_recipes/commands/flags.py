@@ -86,26 +86,22 @@ class Parser:
                 loose.append(word)
                 continue
             name, equals, value = word.removeprefix("--").partition("=")
-            if name == "debug" and not equals and not self._takes_debug(rest):
+            has_debug = "debug" in self._flags and self.words is None  # SFTConfig's own, which has a value
+            if name == "debug" and not equals and not (has_debug and rest and not _FLAG.match(rest[0])):
                 continue
-            flag = self.flag(name)
+            if name in self._derived:
+                raise UsageError(f"--{name} is not set by hand; it follows from {self._derived[name]}")
+            if name not in self._flags:
+                raise UsageError(f"unknown flag --{name}.{nearest(name, self._flags)} --help lists the flags")
             if name in given:
                 raise UsageError(f"--{name} is given twice")
-            given[name] = self._value(flag, [value] if equals else self._following(flag, rest))
+            flag = self._flags[name]
+            try:
+                given[name] = flag.parse([value] if equals else self._following(flag, rest))
+            except UsageError as error:
+                raise UsageError(f"--{error}") from error
         given |= self._loose(loose)
         return {name: flag.default for name, flag in self._flags.items() if flag.default is not ABSENT} | given
-
-    def flag(self, name: str) -> Field:
-        """Return a flag, or refuse an unknown one with the nearest."""
-        if name in self._flags:
-            return self._flags[name]
-        if name in self._derived:
-            raise UsageError(f"--{name} is not set by hand; it follows from {self._derived[name]}")
-        raise UsageError(f"unknown flag --{name}.{nearest(name, self._flags)} --help lists the flags")
-
-    def _takes_debug(self, rest: Sequence[str]) -> bool:
-        """Whether `--debug` is SFTConfig's own, which has a value."""
-        return "debug" in self._flags and self.words is None and bool(rest) and not _FLAG.match(rest[0])
 
     def _following(self, flag: Field, rest: list[str]) -> list[str]:
         """Take the words that belong to a flag from those after it."""
@@ -115,12 +111,6 @@ class Parser:
             return ["true"]
         del rest[: len(taken)]
         return taken
-
-    def _value(self, flag: Field, words: Sequence[str]) -> Any:
-        try:
-            return flag.parse(words)
-        except UsageError as error:
-            raise UsageError(f"--{error}") from error
 
     def _loose(self, loose: Sequence[str]) -> dict[str, Any]:
         """Name the words that belong to no flag, after refusing an empty one, one too many and none."""

@@ -117,7 +117,7 @@ def _with_config(given: dict[str, Any]) -> dict[str, Any]:
     if "config" not in given:
         return given
     known = {flag.name: flag for section in _sections().values() for flag in section if flag.name != "config"}
-    return read_config(given.pop("config"), known, DERIVED) | given
+    return read_config(given.pop("config"), known) | given
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:

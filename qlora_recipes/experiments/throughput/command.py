@@ -111,16 +111,13 @@ def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
             raise UsageError(f"--vocab_size: got {vocab_size}, expected at least the tokenizer's {len(tokenizer):,}")
         make(config_of(asked.family, asked.hidden_size, asked.num_hidden_layers, vocab_size), tokenizer, base)
     precision = precision_named(asked.precision)
+    shared = {name: getattr(asked, name) for name in ("family", "precision", "max_length", "steps", "r")}
     return Specification(
-        family=asked.family,
         model=str(base),
         rows=str(asked.rows or standins.ROWS[_FORMATS[asked.family]]),
-        precision=asked.precision,
         dtype=precision.dtype or asked.dtype,
-        max_length=asked.max_length,
-        steps=asked.steps,
-        r=asked.r,
         storage=asked.storage if precision.quant_type else "auto",
+        **shared,
     )
 
 
