@@ -21,15 +21,23 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from qlora_recipes import DatasetSpec, Recipe, environment
-from qlora_recipes.experiments.throughput.models import SPECS
+from qlora_recipes.errors import UsageError
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
+from qlora_recipes.models import MODELS
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings, resolve
@@ -40,6 +48,7 @@ from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 from qlora_recipes.training.train import machine
 from qlora_recipes.training.trainer import TokenCount
 
+SPECS = {spec.family: spec for spec in MODELS.values()}
 ARMS = ("plain", "plain_bf16", "recipe")
 _PIECES = "attention output_layer lora_linear storage packing fitting threads".split()
 WITHOUT = tuple(f"without_{piece}" for piece in _PIECES)
@@ -61,6 +70,42 @@ class Specification:
     steps: int
     r: int
     storage: str
+
+
+def base_config(family: str, hidden_size: int, num_hidden_layers: int, vocab_size: int) -> PreTrainedConfig:
+    """Return the configuration of a decoder of a family; everything else is in proportion to the 7B model.
+
+    Raises:
+        UsageError: for a width that is no multiple of the size of the family's attention heads.
+    """
+    whole = SPECS[family].sizes
+    head = whole.hidden_size // whole.num_attention_heads
+    if hidden_size % head or hidden_size <= 0:
+        raise UsageError(f"--hidden_size {hidden_size}: expected a multiple of {head}, the size of {family}'s heads")
+    heads = hidden_size // head
+    sizes = replace(
+        whole,
+        hidden_size=hidden_size,
+        num_key_value_heads=heads if whole.num_key_value_heads == whole.num_attention_heads else 1,
+        intermediate_size=whole.intermediate_size * hidden_size // whole.hidden_size,
+    )
+    return AutoConfig.for_model(
+        whole.family.model_types[0],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        **whole.family.config_from_sizes(sizes),
+    )
+
+
+def make_base(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a base with random weights and the tokenizer into a folder; no speed depends on the weights' values."""
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def settings_of(spec: Specification) -> Settings:
@@ -152,13 +197,10 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
         peft_config=LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=layers, task_type="CAUSAL_LM"),
     )
     if spec.dtype == "float16":  # TRL has cast the adapter to bfloat16, which a gradient scaler cannot handle
-        for weight in (weight for weight in _model(trainer).parameters() if weight.requires_grad):
-            weight.data = weight.data.float()
+        for weight in cast(torch.nn.Module, trainer.model).parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
     return trainer
-
-
-def _model(trainer: SFTTrainer) -> torch.nn.Module:
-    return cast(torch.nn.Module, trainer.model)
 
 
 class _Clock(TrainerCallback):
@@ -192,7 +234,7 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
     """Train an arm and return what it did; the first step, which warms up, is not in the speed."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(arm, spec, folder)
-        model, device = _model(trainer), trainer.args.device.type
+        model, device = cast(torch.nn.Module, trainer.model), trainer.args.device.type
         clock, beside = _Clock(trainer), non_weight_bytes(model)
         environment.reset_peak(device)
         trainer.train()

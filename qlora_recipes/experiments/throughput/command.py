@@ -99,8 +99,7 @@ def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
     """Make the base, unless it is the stand-in, and return what the arms share."""
     from transformers import AutoTokenizer
 
-    from qlora_recipes.experiments.throughput.arms import Specification
-    from qlora_recipes.experiments.throughput.models import SPECS, config_of, make
+    from qlora_recipes.experiments.throughput.arms import SPECS, Specification, base_config, make_base
 
     base = standins.STANDINS[asked.family].folder
     if not asked.standin:
@@ -109,7 +108,8 @@ def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
         base, vocab_size = folder / "base", asked.vocab_size or model.sizes.vocab_size
         if vocab_size < len(tokenizer):
             raise UsageError(f"--vocab_size: got {vocab_size}, expected at least the tokenizer's {len(tokenizer):,}")
-        make(config_of(asked.family, asked.hidden_size, asked.num_hidden_layers, vocab_size), tokenizer, base)
+        config = base_config(asked.family, asked.hidden_size, asked.num_hidden_layers, vocab_size)
+        make_base(config, tokenizer, base)
     precision = precision_named(asked.precision)
     shared = {name: getattr(asked, name) for name in ("family", "precision", "max_length", "steps", "r")}
     return Specification(
