@@ -188,7 +188,12 @@ def record_margin(plan: Plan) -> list[float]:
         RunFolderError: when the folder is another benchmark's.
     """
     file = plan.output / "benchmark.json"
-    earlier = _read(file)
+    earlier = None
+    try:
+        earlier = read_record(file, _Record, fix=_FIX)
+    except FileNotFoundError:
+        if plan.output.is_dir() and any(plan.output.iterdir()):
+            raise RunFolderError(f"{plan.output} holds other files. {_FIX}") from None
     flags = {name: value for name, value in plan.flags.items() if name != "demo"}
     record = _Record(
         schema_version=1,
@@ -217,12 +222,3 @@ def record_margin(plan: Plan) -> list[float]:
         plan.output.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(record))
     return record.margins[:-1]
-
-
-def _read(file: Path) -> _Record | None:
-    try:
-        return read_record(file, _Record, fix=_FIX)
-    except FileNotFoundError:
-        if file.parent.is_dir() and any(file.parent.iterdir()):
-            raise RunFolderError(f"{file.parent} holds other files. {_FIX}") from None
-        return None
