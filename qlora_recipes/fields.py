@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,14 @@ class Field:
             return None
         typed = int(word) if _INT.fullmatch(word) else {"true": True, "false": False}.get(word.lower(), word)
         for reading in (typed, word) if word.strip() else ():
-            if (value := self._converted(reading)) is not _NO_VALUE:
-                return value
+            with suppress(UsageError):
+                return self.check(reading)
         raise self._refusal(word)
 
     def check(self, value: object) -> Any:
         """Return the value in the field's type (`"2e-4"` becomes a float), or raise UsageError."""
         if value is None and "None" in self._members:
             return None
-        if (converted := self._converted(value)) is _NO_VALUE:
-            raise self._refusal(value)
-        return converted
-
-    def _converted(self, value: object) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         for kind in self.kinds:
             if kind is bool and isinstance(value, bool):
@@ -110,7 +106,7 @@ class Field:
                 return [Field(self.name, self._item, "").check(each) if self._item else each for each in value]
             if kind is dict and isinstance(value, Mapping):
                 return dict(value)
-        return _NO_VALUE
+        raise self._refusal(value)
 
     def _json(self, word: str) -> Any:
         if word[:1] not in ("{", "[") or not {dict, list} & set(self.kinds):
