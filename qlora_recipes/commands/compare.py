@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: when the runs differ in more than precision, are not evaluated, or say too little.
     """
     given = Parser("qlora-recipes compare", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
-    from qlora_recipes.comparison.report import check_report_folder, write_report
+    from qlora_recipes.comparison.report import check_report_folder, read_report, write_report
 
     folders = [Path(run) for run in given["run"]]
     beside = os.path.commonpath([folder.resolve().parent for folder in folders])
@@ -47,9 +47,11 @@ def main(argv: Sequence[str]) -> None:
     check_report_folder(output)
     if given["divergence"]:
         _measure_divergence(folders, given["baseline"])
-    margin = given["margin"]
-    earlier = _earlier_margins(output, margin)
-    report = compare_folders(folders, margin, tasks=given["tasks"], baseline=given["baseline"], earlier_margins=earlier)
+    margin, earlier = given["margin"], read_report(output)
+    margins = [*earlier.earlier_margins, earlier.margin] if earlier else []
+    if margins[-1:] == [margin]:
+        margins.pop()
+    report = compare_folders(folders, margin, tasks=given["tasks"], baseline=given["baseline"], earlier_margins=margins)
     say(report, write_report(report, output))
 
 
@@ -73,15 +75,6 @@ def compare_folders(
     baseline = baseline or choose_baseline(list(arms))
     controls = read_controls(runs, baseline)
     return build_report(runs, margin=margin, baseline=baseline, controls=controls, earlier_margins=earlier_margins)
-
-
-def _earlier_margins(output: Path, margin: float) -> list[float]:
-    from qlora_recipes.comparison.report import read_report
-
-    earlier = read_report(output)
-    if earlier is None:
-        return []
-    return [*earlier.earlier_margins, *([earlier.margin] if earlier.margin != margin else [])]
 
 
 def say(report: Report, page: Path) -> None:
