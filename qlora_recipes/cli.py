@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError, nearest
 
-# Verb to the module whose `main(argv)` does it, and what it is for. Imported only when called.
+# Verb to what it is for. The module of that name in commands/ does it; it is imported only when called.
 VERBS = {
-    "list": ("qlora_recipes.commands.list", "recipes in a folder (default: recipes/)"),
-    "plan": ("qlora_recipes.commands.plan", "memory of a recipe in every precision, without loading anything"),
-    "inspect": ("qlora_recipes.commands.inspect", "which tokens of a recipe's rows are in the loss"),
-    "evaluate": ("qlora_recipes.commands.evaluate", "score a run with lm-eval and on its held-out rows"),
-    "compare": ("qlora_recipes.commands.compare", "compare evaluated runs and write a report"),
-    "merge": ("qlora_recipes.commands.merge", "write the adapter into 16-bit weights"),
-    "chat": ("qlora_recipes.commands.chat", "talk to a trained run"),
+    "list": "recipes in a folder (default: recipes/)",
+    "plan": "memory of a recipe in every precision, without loading anything",
+    "inspect": "which tokens of a recipe's rows are in the loss",
+    "evaluate": "score a run with lm-eval and on its held-out rows",
+    "compare": "compare evaluated runs and write a report",
+    "merge": "write the adapter into 16-bit weights",
+    "chat": "talk to a trained run",
 }
 
 
@@ -32,11 +32,11 @@ def _dispatch(argv: Sequence[str]) -> None:
         return
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{nearest(verb, VERBS)}\n{_usage()}")
-    importlib.import_module(VERBS[verb][0]).main(rest)
+    importlib.import_module(f"qlora_recipes.commands.{verb}").main(rest)
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<9} {purpose}" for verb, (_, purpose) in VERBS.items()]
+    lines = [f"  {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
     return "usage: qlora-recipes COMMAND ...\n\n" + "\n".join(lines) + "\n\nqlora-recipes COMMAND --help says more."
 
 

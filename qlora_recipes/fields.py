@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,31 +84,16 @@ class Field:
             return None
         typed = int(word) if _INT.fullmatch(word) else {"true": True, "false": False}.get(word.lower(), word)
         for reading in (typed, word) if word.strip() else ():
-            if (value := self._converted(reading)) is not _NO_VALUE:
-                return value
+            with suppress(UsageError):
+                return self.check(reading)
         raise self._refusal(word)
 
     def check(self, value: object) -> Any:
         """Return the value in the field's type (`"2e-4"` becomes a float), or raise UsageError."""
         if value is None and "None" in self._members:
             return None
-        if (converted := self._converted(value)) is _NO_VALUE:
-            raise self._refusal(value)
-        return converted
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the flag alone, without a value, means true."""
-        return bool in self._kinds
-
-    @property
-    def takes_list(self) -> bool:
-        """Whether several words can follow the flag."""
-        return list in self._kinds
-
-    def _converted(self, value: object) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        for kind in self._kinds:
+        for kind in self.kinds:
             if kind is bool and isinstance(value, bool):
                 return value
             if kind is int and is_number and isinstance(value, int):
@@ -120,29 +106,29 @@ class Field:
                 return [Field(self.name, self._item, "").check(each) if self._item else each for each in value]
             if kind is dict and isinstance(value, Mapping):
                 return dict(value)
-        return _NO_VALUE
+        raise self._refusal(value)
 
     def _json(self, word: str) -> Any:
-        if word[:1] not in ("{", "[") or not {dict, list} & set(self._kinds):
+        if word[:1] not in ("{", "[") or not {dict, list} & set(self.kinds):
             return _NO_VALUE
         try:
             return json.loads(word)
         except (ValueError, RecursionError):
-            if word[0] == "[" and str in self._kinds:
+            if word[0] == "[" and str in self.kinds:
                 return _NO_VALUE  # a pattern, such as [qv]_proj
         raise UsageError(f'{self.name}: got {_shortened(word)}, expected JSON, such as {{"name": 1}} or ["a", "b"]')
 
     def _is_list(self, words: Sequence[str]) -> bool:
         if not self._item or (len(words) == 1 and self._is_none(words[0])):
             return False
-        if len(words) > 1 or str not in self._kinds:
+        if len(words) > 1 or str not in self.kinds:
             return True
         names = list(self._members)
         list_first = "str" not in names or names.index("list") < names.index("str")
         return _NAMES.fullmatch(words[0]) is not None and (list_first or "," in words[0])
 
     def _is_none(self, word: str) -> bool:
-        return "None" in self._members and (word == "null" or (word.lower() == "none" and str not in self._kinds))
+        return "None" in self._members and (word == "null" or (word.lower() == "none" and str not in self.kinds))
 
     def _refusal(self, value: object) -> UsageError:
         word = value if isinstance(value, str) else ""
@@ -163,8 +149,8 @@ class Field:
         return {ast.unparse(node).split("[")[0]: node for node in _members(tree.body)}
 
     @functools.cached_property
-    def _kinds(self) -> list[type]:
-        """The plain types among the members, the narrowest first."""
+    def kinds(self) -> list[type]:
+        """The plain types that a value can have, the narrowest first."""
         kinds = [kind for name, kind in _PLAIN.items() if name in self._members]
         if "Literal" in self._members and str not in kinds:
             kinds.append(str)
@@ -208,17 +194,12 @@ def _as_float(value: Any) -> float | None:
         return None
 
 
-# Fields that this package adds: a recipe and the command line give them as they give the others.
-_ADDED = {
-    "SFTConfig": (
-        Field(
-            "early_stopping_patience",
-            "int | None",
-            "Stop after so many evaluations without a better held-out loss, and keep the best adapter",
-        ),
-    ),
-    "LoraConfig": (),
-}
+# This package's own field: a recipe and the command line give it as they give the others.
+_PATIENCE = Field(
+    "early_stopping_patience",
+    "int | None",
+    "Stop after so many evaluations without a better held-out loss, and keep the best adapter",
+)
 
 
 @functools.cache
@@ -230,35 +211,22 @@ def fields_of(config: str) -> Mapping[str, Field]:
     """
     found: dict[str, Field] = {}
     for package, path, class_name in _SOURCES[config]:
-        found.update(_class_fields(_source(package, path), class_name))
-    return found | {field.name: field for field in _ADDED[config]}
-
-
-def _source(package: str, path: str) -> str:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SetupError(f"{package} is not installed; run: pip install -c constraints.txt {package}")
-    return Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8")
-
-
-def _class_fields(source: str, class_name: str) -> dict[str, Field]:
-    body = next(
-        node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == class_name
-    )
-    return {
-        node.target.id: Field(node.target.id, ast.unparse(node.annotation), _help(node.value))
-        for node in body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise SetupError(f"{package} is not installed; run: pip install -c constraints.txt {package}")
+        tree = ast.parse(Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8"))
+        classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+        for node in classes[class_name]:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                name = node.target.id
+                found[name] = Field(name, ast.unparse(node.annotation), _help(node.value))
+    return found | ({_PATIENCE.name: _PATIENCE} if config == "SFTConfig" else {})
 
 
 def _help(value: ast.expr | None) -> str:
     """The first sentence of `metadata={"help": ...}` in a `field(...)` call."""
-    if value is not None:
-        for node in ast.walk(value):
-            if isinstance(node, ast.Dict):
-                for key, text in zip(node.keys, node.values, strict=True):
-                    if isinstance(key, ast.Constant) and key.value == "help":
-                        parts = [n.value for n in ast.walk(text) if isinstance(n, ast.Constant)]
-                        return "".join(str(part) for part in parts).split(". ")[0].strip()
-    return ""
+    dicts = [node for node in ast.walk(value or ast.Pass()) if isinstance(node, ast.Dict)]
+    pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
+    texts = [text for key, text in pairs if isinstance(key, ast.Constant) and key.value == "help"]
+    parts = [str(node.value) for text in texts[:1] for node in ast.walk(text) if isinstance(node, ast.Constant)]
+    return "".join(parts).split(". ")[0].strip()

@@ -20,7 +20,7 @@ from trl.trainer import utils
 from qlora_recipes import standins
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError
-from qlora_recipes.experiments.throughput import arms, bound, command, models, results
+from qlora_recipes.experiments.throughput import arms, bound, command, results
 from qlora_recipes.experiments.throughput.arms import Specification
 from qlora_recipes.families.family import Sizes
 from qlora_recipes.families.llama import LLAMA
@@ -35,7 +35,7 @@ SEVEN = {"llama2": (4096, LLAMA_2_7B_CHAT.sizes), "falcon": (4544, FALCON_7B.siz
 @pytest.mark.parametrize("family", SEVEN)
 def test_the_full_shape_is_the_7b_model(family: str, tmp_path: Path) -> None:
     hidden, sizes = SEVEN[family]
-    models.Shape(family, hidden, 32, sizes.vocab_size).config().save_pretrained(tmp_path)
+    arms.base_config(family, hidden, 32, sizes.vocab_size).save_pretrained(tmp_path)
     assert sizes_of(tmp_path) == sizes
 
 
@@ -43,9 +43,9 @@ def test_the_full_shape_is_the_7b_model(family: str, tmp_path: Path) -> None:
 def test_a_base_of_a_shape_is_loaded_as_that_shape(family: str, hidden: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = models.SPECS[family]
+    spec = arms.SPECS[family]
     tokenizer = AutoTokenizer.from_pretrained(standins.STANDINS[family].folder, **spec.tokenizer)
-    models.make(models.Shape(family, hidden, 2, 1600), tokenizer, tmp_path)
+    arms.make_base(arms.base_config(family, hidden, 2, 1600), tokenizer, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
     assert sum(weight.numel() for weight in model.parameters()) == parameter_count(sizes_of(tmp_path))
@@ -58,7 +58,7 @@ def test_a_base_of_a_shape_is_loaded_as_that_shape(family: str, hidden: int, tmp
 @pytest.mark.parametrize(("family", "hidden"), [("llama2", 1000), ("llama2", 64), ("falcon", 4545), ("falcon", 0)])
 def test_a_width_that_no_heads_make_up_is_refused(family: str, hidden: int) -> None:
     with pytest.raises(UsageError, match=f"--hidden_size {hidden}: expected a multiple of"):
-        models.Shape(family, hidden, 2, 1000).config()
+        arms.base_config(family, hidden, 2, 1000)
 
 
 SMALL = Sizes(
@@ -150,13 +150,11 @@ def specification(family: str, **others: Any) -> Specification:
         family=family,
         model=str(standins.STANDINS[family].folder),
         rows=str(standins.ROWS[command._FORMATS[family]]),
-        format_row=None,
         precision="nf4",
         dtype="bfloat16",
         max_length=256,
         steps=2,
         r=16,
-        seed=0,
         storage="auto",
     )
     return Specification(**{**given, **others})

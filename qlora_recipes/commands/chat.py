@@ -44,7 +44,11 @@ def _converse(run: RestoredRun, max_new_tokens: int) -> None:
     if asking:
         print("An empty line starts a new conversation, Ctrl-D ends.")
     messages: list[Message] = []
-    while (question := _read("> " if asking else "")) is not None:
+    while True:
+        try:
+            question = input("> " if asking else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
         if not question:
             messages = []
             continue
@@ -54,13 +58,6 @@ def _converse(run: RestoredRun, max_new_tokens: int) -> None:
         except DataError as error:  # the question holds a role marker; it is not asked
             messages.pop()
             print(f"error: {error}", file=sys.stderr)
-
-
-def _read(prompt: str) -> str | None:
-    try:
-        return input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
 
 
 def answer(run: RestoredRun, messages: Sequence[Message], max_new_tokens: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_recipes.commands.flags import Parser
+from qlora_recipes.commands.flags import RUNS, Parser
 from qlora_recipes.errors import ComparisonError
 from qlora_recipes.fields import Field
 
@@ -23,7 +23,6 @@ MARGIN_FLAG = Field("margin", "float", _MARGIN_HELP, "POINTS", MARGIN, **_IS_MAR
 _ABOUT = """Say whether runs that differ in precision alone score alike, and write index.html, report.md and \
 report.json. With two precisions the 16-bit run is the baseline; with more, the first one listed is. Runs with several \
 seeds are paired by seed. Controls and divergences that are in the run folders are reported with them."""
-_RUNS = Field("run", "list[str]", "run folders, such as runs/falcon_faq/nf4-seed0", "RUN")
 _FLAGS = (
     MARGIN_FLAG,
     Field("tasks", "list[str]", "tasks to compare (default: all that are evaluated)", "TASK", None),
@@ -39,15 +38,20 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         RecipesError: when the runs differ in more than precision, are not evaluated, or say too little.
     """
-    given = Parser("qlora-recipes compare", _ABOUT, {"flags": _FLAGS}, words=_RUNS).parse(argv)
-    from qlora_recipes.comparison.report import check_report_folder, write_report
+    given = Parser("qlora-recipes compare", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
+    from qlora_recipes.comparison.report import check_report_folder, read_report, write_report
 
     folders = [Path(run) for run in given["run"]]
-    output = Path(given["output"]) if given["output"] else _beside(folders) / "report"
+    beside = os.path.commonpath([folder.resolve().parent for folder in folders])
+    output = Path(given["output"] or Path(beside, "report"))
     check_report_folder(output)
     if given["divergence"]:
         _measure_divergence(folders, given["baseline"])
-    report = compare_folders(folders, given["margin"], tasks=given["tasks"], baseline=given["baseline"], output=output)
+    margin, earlier = given["margin"], read_report(output)
+    margins = [*earlier.earlier_margins, earlier.margin] if earlier else []
+    if margins[-1:] == [margin]:
+        margins.pop()
+    report = compare_folders(folders, margin, tasks=given["tasks"], baseline=given["baseline"], earlier_margins=margins)
     say(report, write_report(report, output))
 
 
@@ -57,10 +61,9 @@ def compare_folders(
     *,
     tasks: Sequence[str] | None = None,
     baseline: str | None = None,
-    earlier_margins: Sequence[float] | None = None,
-    output: Path | None = None,
+    earlier_margins: Sequence[float] = (),
 ) -> Report:
-    """Return the report of run folders. Margins that an earlier report in `output` stated are told in the new one."""
+    """Return the report of run folders; it tells the margins that earlier reports on them stated."""
     from qlora_recipes.comparison.build import build_report, choose_baseline  # scipy: not while flags are read
     from qlora_recipes.comparison.controls import read_controls
     from qlora_recipes.comparison.evaluated import group, read_scores
@@ -70,19 +73,7 @@ def compare_folders(
         raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
     baseline = baseline or choose_baseline(list(arms))
     arms = {baseline: arms[baseline], **arms}  # the baseline first
-    if earlier_margins is None:
-        earlier_margins = _earlier_margins(output, margin) if output else []
     return build_report(arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins)
-
-
-def _earlier_margins(output: Path, margin: float) -> list[float]:
-    from qlora_recipes.comparison.report import read_report
-
-    earlier = read_report(output)
-    if earlier is None:
-        return []
-    margins = [*earlier.earlier_margins, earlier.margin]
-    return margins[:-1] if earlier.margin == margin else margins
 
 
 def say(report: Report, page: Path) -> None:
@@ -94,11 +85,6 @@ def say(report: Report, page: Path) -> None:
     for contrast in report.contrasts:
         print(contrast.sentence)
     print(f"report: {page} (and {MARKDOWN} beside it)")
-
-
-def _beside(folders: Sequence[Path]) -> Path:
-    """Return the folder that the runs are in."""
-    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
 def _measure_divergence(folders: Sequence[Path], baseline: str | None) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from qlora_recipes.errors import UsageError, nearest
 from qlora_recipes.fields import Field
+from qlora_recipes.recipe import DERIVED
 
 LARGEST = 2**20
 """Bytes of a config file. All flags there are take a hundredth of that."""
@@ -54,7 +55,7 @@ for _name, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), None)
 
 
-def read_config(file: str, flags: Mapping[str, Field], derived: Mapping[str, str]) -> dict[str, Any]:
+def read_config(file: str, flags: Mapping[str, Field]) -> dict[str, Any]:
     """Return flag to value for the lines of a YAML file.
 
     A word is read as on the command line (`save_strategy: no` is the word no); lists and mappings are YAML's.
@@ -70,7 +71,7 @@ def read_config(file: str, flags: Mapping[str, Field], derived: Mapping[str, str
         if not isinstance(root, yaml.MappingNode):
             kind = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a word"}.get(type(root), "nothing")
             raise UsageError(f"--config {file} holds {kind}, expected `flag: value` lines")
-        return {key.value: _value(loader, key, node, flags, derived) for key, node in root.value}
+        return {key.value: _value(loader, key, node, flags) for key, node in root.value}
     except UsageError:
         raise
     except RecursionError as error:
@@ -97,12 +98,10 @@ def _read(file: str) -> str:
         raise UsageError(f"--config {file} is not UTF-8: byte {error.start}; save it as UTF-8") from error
 
 
-def _value(
-    loader: _Loader, key: yaml.Node, node: yaml.Node, flags: Mapping[str, Field], derived: Mapping[str, str]
-) -> Any:
+def _value(loader: _Loader, key: yaml.Node, node: yaml.Node, flags: Mapping[str, Field]) -> Any:
     name = key.value
-    if name in derived:
-        raise loader.fault(key, f"{name} is not set by hand; it follows from {derived[name]}")
+    if name in DERIVED:
+        raise loader.fault(key, f"{name} is not set by hand; it follows from {DERIVED[name]}")
     if name not in flags:
         raise loader.fault(key, f"unknown flag {name!r}.{nearest(str(name), flags)}")
     field = flags[name]

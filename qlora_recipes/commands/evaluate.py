@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qlora_recipes.commands.flags import OTHER_TEMPLATE, TRUST_REMOTE_CODE, Parser, count
+from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser, count
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.signals import StopSignals
@@ -22,7 +22,6 @@ lm-eval's, or a folder of YAML tasks (Python functions that they name are run). 
 what needs no network"""
 _TEMPLATE = "render prompts with it (default: true, and false for lm-eval's own tasks, as the leaderboard did)"
 _NAMES = list(PRECISIONS)
-_RUNS = Field("run", "list[str]", "run folders, such as runs/falcon_faq/nf4-seed0", "RUN")
 _FLAGS = (
     Field("tasks", "list[str]", _TASKS, "TASK", None),
     count("limit", "the first N documents of each task: for a trial"),
@@ -42,21 +41,17 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         RecipesError: for anything a user can fix.
     """
-    flags = Parser("qlora-recipes evaluate", _ABOUT, {"flags": _FLAGS}, words=_RUNS).parse(argv)
+    flags = Parser("qlora-recipes evaluate", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
     with StopSignals():  # outside of the scoring too a signal ends it with its own exit code
-        _evaluate(flags)
+        from qlora_recipes.evaluation.harness import Options, evaluate_many  # torch, which --help can do without
+        from qlora_recipes.run.folder import RunFolder
 
-
-def _evaluate(flags: Mapping[str, Any]) -> None:
-    from qlora_recipes.evaluation.harness import Options, evaluate_many  # torch, which --help can do without
-    from qlora_recipes.run.folder import RunFolder
-
-    same = ("limit", "batch_size", "chat_template", "precision", "other_template", "trust_remote_code")
-    options = Options(adapter=not flags["no_adapter"], **{name: flags[name] for name in same})
-    folders = [RunFolder(Path(run)) for run in flags["run"]]
-    results = evaluate_many(folders, flags["tasks"], options=options, overwrite=flags["overwrite"])
-    for folder, scored in zip(folders, results, strict=True):
-        _print_results(folder.path, scored)
+        same = ("limit", "batch_size", "chat_template", "precision", "other_template", "trust_remote_code")
+        options = Options(adapter=not flags["no_adapter"], **{name: flags[name] for name in same})
+        folders = [RunFolder(Path(run)) for run in flags["run"]]
+        results = evaluate_many(folders, flags["tasks"], options=options, overwrite=flags["overwrite"])
+        for folder, scored in zip(folders, results, strict=True):
+            _print_results(folder.path, scored)
 
 
 def _print_results(run: Path, results: Sequence[TaskResult]) -> None:

@@ -21,6 +21,7 @@ from qlora_recipes.fields import ABSENT, Field
 OTHER_TEMPLATE = Field("other_template", "bool", "take a chat template edited after training", default=False)
 TRUST_REMOTE_CODE = Field("trust_remote_code", "bool", "run the code of a base trained with it", default=False)
 RUN = Field("run", "str", "run folder, such as runs/llama2_guanaco-demo/nf4-seed0", "RUN")
+RUNS = Field("run", "list[str]", "run folders, such as runs/falcon_faq/nf4-seed0", "RUN")
 _FLAG = re.compile(r"--[^\s=]+(=|$)")
 _PLAIN = re.compile(r"[\w.][\w.-]*")
 _COLUMN, _WIDTH = 26, 100
@@ -85,57 +86,47 @@ class Parser:
                 loose.append(word)
                 continue
             name, equals, value = word.removeprefix("--").partition("=")
-            if name == "debug" and not equals and not self._takes_debug(rest):
+            has_debug = "debug" in self._flags and self.words is None  # SFTConfig's own, which has a value
+            if name == "debug" and not equals and not (has_debug and rest and not _FLAG.match(rest[0])):
                 continue
-            flag = self.flag(name)
+            if name in self._derived:
+                raise UsageError(f"--{name} is not set by hand; it follows from {self._derived[name]}")
+            if name not in self._flags:
+                raise UsageError(f"unknown flag --{name}.{nearest(name, self._flags)} --help lists the flags")
             if name in given:
                 raise UsageError(f"--{name} is given twice")
-            given[name] = self._value(flag, [value] if equals else self._following(flag, rest))
+            flag = self._flags[name]
+            try:
+                given[name] = flag.parse([value] if equals else self._following(flag, rest))
+            except UsageError as error:
+                raise UsageError(f"--{error}") from error
         given |= self._loose(loose)
         return {name: flag.default for name, flag in self._flags.items() if flag.default is not ABSENT} | given
-
-    def flag(self, name: str) -> Field:
-        """Return a flag, or refuse an unknown one with the nearest."""
-        if name in self._flags:
-            return self._flags[name]
-        if name in self._derived:
-            raise UsageError(f"--{name} is not set by hand; it follows from {self._derived[name]}")
-        raise UsageError(f"unknown flag --{name}.{nearest(name, self._flags)} --help lists the flags")
-
-    def _takes_debug(self, rest: Sequence[str]) -> bool:
-        """Whether `--debug` is SFTConfig's own, which has a value."""
-        return "debug" in self._flags and self.words is None and bool(rest) and not _FLAG.match(rest[0])
 
     def _following(self, flag: Field, rest: list[str]) -> list[str]:
         """Take the words that belong to a flag from those after it."""
         count = next((at for at, word in enumerate(rest) if _FLAG.match(word)), len(rest))
-        taken = rest[: count if flag.takes_list else min(count, 1)]
-        if flag.is_switch and (not taken or (self.words is not None and not _is_value(flag, taken))):
+        taken = rest[: count if list in flag.kinds else min(count, 1)]
+        if bool in flag.kinds and (not taken or (self.words is not None and not _is_value(flag, taken))):
             return ["true"]
         del rest[: len(taken)]
         return taken
 
-    def _value(self, flag: Field, words: Sequence[str]) -> Any:
-        try:
-            return flag.parse(words)
-        except UsageError as error:
-            raise UsageError(f"--{error}") from error
-
     def _loose(self, loose: Sequence[str]) -> dict[str, Any]:
         """Name the words that belong to no flag, after refusing an empty one, one too many and none."""
         words = self.words
-        extra = list(loose if words is None else [] if words.takes_list else loose[1:])
+        extra = list(loose if words is None else [] if list in words.kinds else loose[1:])
         if extra or "" in loose:
             raise UsageError(f"unexpected word {[*extra, ''][0]!r}; flags start with --")
         if words is None:
             return {}
         if not loose and words.default is ABSENT:
             raise UsageError(f"{words.metavar} is missing: {words.help}. {self.prog} --help says more")
-        return {words.name: list(loose) if words.takes_list else [*loose, words.default][0]}
+        return {words.name: list(loose) if list in words.kinds else [*loose, words.default][0]}
 
     def help(self) -> str:
         """Return what `--help` prints."""
-        word = f" {self.words.metavar}{' ...' if self.words.takes_list else ''}" if self.words else ""
+        word = f" {self.words.metavar}{' ...' if list in self.words.kinds else ''}" if self.words else ""
         lines = [f"usage: {self.prog}{word} [--flag value ...]", "", *textwrap.wrap(self.about, _WIDTH)]
         lines += ["", *_described(self.words.metavar, self.words.help)] if self.words else []
         for title, flags in self._sections.items():
@@ -145,7 +136,7 @@ class Parser:
 
 def _with_value(flag: Field) -> str:
     value = flag.metavar or flag.annotation.replace(" ", "")
-    return f"--{flag.name}" + ("" if value == "bool" else f" {value}{' ...' if flag.takes_list else ''}")
+    return f"--{flag.name}" + ("" if value == "bool" else f" {value}{' ...' if list in flag.kinds else ''}")
 
 
 def _is_value(flag: Field, words: Sequence[str]) -> bool:

@@ -43,16 +43,6 @@ class Token:
     in_loss: bool
     control: bool
 
-    @property
-    def shown(self) -> str:
-        """The text with its line breaks made visible."""
-        return self.text.replace("\n", "⏎")
-
-    @property
-    def breaks(self) -> bool:
-        """Whether a line break is in it."""
-        return "\n" in self.text
-
 
 @dataclass(frozen=True)
 class ShownRow:
@@ -72,11 +62,6 @@ class Page:
     rows: list[ShownRow]
     lengths: list[int]
     checks: list[Check]
-
-    @property
-    def picture(self) -> str:
-        """The histogram of lengths, an SVG in base64."""
-        return base64.b64encode(draw_lengths(self.lengths)).decode()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,15 +117,13 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Iterator
 
     control = set(tokenizer.get_added_vocab().values())
     held: list[int] = []
-    for token, label in zip(row.encoded.input_ids, row.encoded.labels, strict=True):
+    for at, (token, label) in enumerate(zip(row.encoded.input_ids, row.encoded.labels, strict=True), 1):
         held.append(token)
         text = _text(tokenizer, held)
-        if "\ufffd" in text and len(held) < 4 and token not in control:
-            continue  # UTF-8 has at most four bytes a character
-        yield Token(text, tuple(held), in_loss=label != IGNORED, control=token in control)
-        held = []
-    if held:
-        yield Token(_text(tokenizer, held), tuple(held), in_loss=label != IGNORED, control=False)
+        is_part = "\ufffd" in text and len(held) < 4 and token not in control  # UTF-8 has at most four bytes
+        if not is_part or at == len(row.encoded.labels):
+            yield Token(text, tuple(held), in_loss=label != IGNORED, control=token in control)
+            held = []
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -156,18 +139,15 @@ def print_page(page: Page, console: Console) -> None:
     from qlora_recipes.preflight import print_checks
 
     console.print(Text(page.summary))
-    console.print(_legend(console))
+    if console.color_system:
+        console.print(Text.assemble(("in the loss", _IN_LOSS[0]), " ", ("not in the loss", _NOT_IN_LOSS[0])))
+    else:
+        console.print(Text("[[ ]] encloses what is in the loss; a bar stands between tokens."))
     for row in page.rows:
         console.print(Text(f"\n{row.title}", style="bold"), Text(f"  {row.figures}"), sep="\n")
         console.print(_colored(row.tokens, console))
     console.print()
     print_checks(page.checks, "Checks on the rows", console)
-
-
-def _legend(console: Console) -> Text:
-    if not console.color_system:
-        return Text("[[ ]] encloses what is in the loss; a bar stands between tokens.")
-    return Text.assemble(("in the loss", _IN_LOSS[0]), " ", ("not in the loss", _NOT_IN_LOSS[0]))
 
 
 def _colored(tokens: list[Token], console: Console) -> Text:
@@ -184,8 +164,8 @@ def _colored(tokens: list[Token], console: Console) -> Text:
             shown.append(" [[" if token.in_loss and not before else "]] " if before and not token.in_loss else "|")
         before = token.in_loss
         style = (_IN_LOSS if token.in_loss else _NOT_IN_LOSS)[i % 2]
-        shown.append(token.shown, style=f"bold {style}" if token.control else style)
-        if token.breaks:
+        shown.append(token.text.replace("\n", "⏎"), style=f"bold {style}" if token.control else style)
+        if "\n" in token.text:
             shown.append("\n")
     if before and not console.color_system:
         shown.append("]]")
@@ -217,4 +197,5 @@ def render_html(page: Page) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("qlora_recipes.commands", "."), autoescape=True, trim_blocks=True)
-    return environment.get_template("inspect.html.jinja").render(page=page)
+    picture = base64.b64encode(draw_lengths(page.lengths)).decode()
+    return environment.get_template("inspect.html.jinja").render(page=page, picture=picture)

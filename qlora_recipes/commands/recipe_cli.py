@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from qlora_recipes.commands.config_file import read_config
@@ -33,6 +35,7 @@ _OWN_FLAGS = (
 )
 _SETTINGS = ("precision", "dtype", "storage", "demo", "model", "dataset", "output_dir")
 _CONFIGS = ("SFTConfig", "LoraConfig")
+_TOKEN_FLAG = re.compile("--[^=]*token[^=]*")
 
 
 def main(recipe: type[Recipe], argv: Sequence[str] | None = None) -> None:
@@ -104,28 +107,27 @@ def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
 def _sections() -> dict[str, list[Field]]:
     """Every flag of a recipe under the heading that `--help` shows."""
     taken = {*DERIVED, *(flag.name for flag in _OWN_FLAGS)}
-    sections = {"this package": list(_OWN_FLAGS)}
-    for config in _CONFIGS:
-        fields = fields_of(config).items()
-        sections[f"{config}, every field under its own name"] = [f for name, f in fields if name not in taken]
-    return sections
+    return {"this package": list(_OWN_FLAGS)} | {
+        f"{config}, every field under its own name": [f for name, f in fields_of(config).items() if name not in taken]
+        for config in _CONFIGS
+    }
 
 
 def _with_config(given: dict[str, Any]) -> dict[str, Any]:
     if "config" not in given:
         return given
     known = {flag.name: flag for section in _sections().values() for flag in section if flag.name != "config"}
-    return read_config(given.pop("config"), known, DERIVED) | given
+    return read_config(given.pop("config"), known) | given
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
     """Return a command line as files may hold it, with the value of every token flag and every secret taken out."""
-    shown: list[str] = []
-    for word in map(masked, argv):
-        after_token = bool(shown) and shown[-1].startswith("--") and "token" in shown[-1] and "=" not in shown[-1]
-        if after_token and not word.startswith("--"):
+    shown = []
+    for before, word in pairwise(["", *map(masked, argv)]):
+        flag, equals, _ = word.partition("=")
+        if equals and _TOKEN_FLAG.fullmatch(flag):
+            word = f"{flag}=***"
+        elif _TOKEN_FLAG.fullmatch(before) and not word.startswith("--"):
             word = "***"
-        elif word.startswith("--") and "token" in word.split("=")[0] and "=" in word:
-            word = word.split("=")[0] + "=***"
         shown.append(word)
     return shown

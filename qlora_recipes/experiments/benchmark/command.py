@@ -45,11 +45,7 @@ def main(argv: Sequence[str]) -> None:
     own = {"recipe", *(flag.name for flag in _FLAGS)} - {"demo"}
     plan = plan_benchmark(
         Path(given["recipe"]),
-        precisions=given["precisions"],
-        seeds=given["seeds"],
-        margin=given["margin"],
-        tasks=given["tasks"],
-        limit=given["limit"],
+        **{name: given[name] for name in ("precisions", "seeds", "margin", "tasks", "limit")},
         flags={name: value for name, value in given.items() if name not in own},
         output=Path(given["output"]) if given["output"] else None,
     )
@@ -75,18 +71,15 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
     page_folder = plan.output / "report"
     check_report_folder(page_folder)
     if plan.tasks:
-        from qlora_recipes.experiments.benchmark.scoring import check_tasks
+        from qlora_recipes.evaluation.task_loading import load_tasks
 
-        check_tasks(plan)
+        load_tasks(plan.tasks)  # refuses an unknown or broken one before anything is trained
     earlier_margins = record_margin(plan)
     train_missing(plan, console, launch=launch)
-    from qlora_recipes.experiments.benchmark.scoring import (  # torch: not while others train
-        measure_divergence,
-        score_missing,
-    )
+    from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
 
-    tasks = score_missing(plan, console, controls=controls)
-    measure_divergence(plan, console)
+    tasks = scoring.score_missing(plan, console, controls=controls)
+    scoring.measure_divergence(plan, console)
     report = compare_folders(
         [arm.folder.path for arm in plan.arms],
         plan.margin,

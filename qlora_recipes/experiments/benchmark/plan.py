@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +13,13 @@ from qlora_recipes.commands.recipe_cli import settings_from, without_secrets
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.records import disk_faults
 from qlora_recipes.precision import precision_named
-from qlora_recipes.recipe import Recipe, load_recipe
+from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.differences import MISSING, differences
 from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 
-SCHEMA_VERSION = 1
-RECORD = "benchmark.json"
+_FIX = "Give --output another folder"
 # Flags of a recipe that the benchmark sets itself, with what to give it in their place.
 _OURS = {
     "precision": "--precisions",
@@ -57,15 +56,14 @@ class Arm:
 class Plan:
     """A benchmark with nothing left to decide."""
 
-    recipe: type[Recipe]
     recipe_file: Path
     arms: Sequence[Arm]
     """Seed by seed, the baseline first."""
     baseline: str
-    precisions: Sequence[str]
+    precisions: list[str]
     """The baseline first."""
-    seeds: Sequence[int]
-    tasks: Sequence[str] | None
+    seeds: list[int]
+    tasks: list[str] | None
     """None for the default of the runs."""
     margin: float
     """Points."""
@@ -130,7 +128,6 @@ def plan_benchmark(
             arms.append(Arm(settings_from(recipe, given), argv_of(given)))
     declared = None if flags.get("demo") else list(recipe.eval_tasks) or None
     return Plan(
-        recipe=recipe,
         recipe_file=recipe_file,
         arms=arms,
         baseline=baseline,
@@ -180,8 +177,7 @@ def check_trained(arm: Arm) -> None:
     for key, was, expected in differences(receipt, json.loads(json.dumps(asked, default=str))):
         if MISSING not in (was, expected):  # a key that only one has: another version's setting, or the outcome
             raise RunFolderError(
-                f"{arm.folder.path} was trained with {key} {was!r}, and {expected!r} is asked for. Give --output "
-                "another folder"
+                f"{arm.folder.path} was trained with {key} {was!r}, and {expected!r} is asked for. {_FIX}"
             )
 
 
@@ -191,42 +187,38 @@ def record_margin(plan: Plan) -> list[float]:
     Raises:
         RunFolderError: when the folder is another benchmark's.
     """
-    file = plan.output / RECORD
-    earlier = _read(file)
-    demo = bool(plan.flags.get("demo"))
-    flags = without_secrets(argv_of({name: value for name, value in plan.flags.items() if name != "demo"}))
-    mine = {"recipe": plan.arms[0].settings.name, "demo": demo, "flags": flags}
-    for key, value in mine.items():
-        if earlier and earlier[key] != value:
-            raise RunFolderError(
-                f"{plan.output} is a benchmark with {key} {earlier[key]!r}, expected {value!r}. Give --output another "
-                "folder"
-            )
-    if earlier and earlier["limit"] is None and plan.limit is not None:
-        raise RunFolderError(f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)")
-    margins = list(earlier["margins"]) if earlier else []
-    if not margins or margins[-1] != plan.margin:
-        margins.append(plan.margin)
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        **mine,
-        "precisions": list(plan.precisions),
-        "baseline": plan.baseline,
-        "seeds": list(plan.seeds),
-        "tasks": plan.tasks and list(plan.tasks),
-        "limit": plan.limit,
-        "margins": margins,
-    }
-    with disk_faults(plan.output, "Give --output another folder"):
-        plan.output.mkdir(parents=True, exist_ok=True)
-        write_json(file, content)
-    return margins[:-1]
-
-
-def _read(file: Path) -> dict[str, Any] | None:
+    file = plan.output / "benchmark.json"
+    earlier = None
     try:
-        return asdict(read_record(file, _Record, fix="Give --output another folder"))
+        earlier = read_record(file, _Record, fix=_FIX)
     except FileNotFoundError:
-        if file.parent.is_dir() and any(file.parent.iterdir()):
-            raise RunFolderError(f"{file.parent} holds other files. Give --output another folder") from None
-        return None
+        if plan.output.is_dir() and any(plan.output.iterdir()):
+            raise RunFolderError(f"{plan.output} holds other files. {_FIX}") from None
+    flags = {name: value for name, value in plan.flags.items() if name != "demo"}
+    record = _Record(
+        schema_version=1,
+        recipe=plan.arms[0].settings.name,
+        demo=bool(plan.flags.get("demo")),
+        flags=without_secrets(argv_of(flags)),
+        precisions=plan.precisions,
+        baseline=plan.baseline,
+        seeds=plan.seeds,
+        tasks=plan.tasks,
+        limit=plan.limit,
+        margins=[plan.margin],
+    )
+    if earlier:
+        for key in ("recipe", "demo", "flags"):
+            was, expected = getattr(earlier, key), getattr(record, key)
+            if was != expected:
+                raise RunFolderError(f"{plan.output} is a benchmark with {key} {was!r}, expected {expected!r}. {_FIX}")
+        if earlier.limit is None and plan.limit is not None:
+            raise RunFolderError(
+                f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)"
+            )
+        repeated = earlier.margins[-1:] == record.margins
+        record = replace(record, margins=earlier.margins if repeated else [*earlier.margins, plan.margin])
+    with disk_faults(plan.output, _FIX):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(record))
+    return record.margins[:-1]

@@ -11,15 +11,8 @@ from rich.console import Console
 from qlora_recipes.evaluation.harness import Options, evaluate_many
 from qlora_recipes.evaluation.kl import measure
 from qlora_recipes.evaluation.records import finished_tasks
-from qlora_recipes.evaluation.task_loading import load_tasks
 from qlora_recipes.experiments.benchmark.plan import Plan
 from qlora_recipes.run.folder import RunFolder
-
-
-def check_tasks(plan: Plan) -> None:
-    """Refuse an unknown or broken task before anything is trained."""
-    if plan.tasks:
-        load_tasks(plan.tasks)
 
 
 def score_missing(plan: Plan, console: Console, *, controls: bool = True) -> list[str]:
@@ -45,16 +38,12 @@ def score_missing(plan: Plan, console: Console, *, controls: bool = True) -> lis
 
 def _score(plan: Plan, name: str, folders: Sequence[RunFolder], options: Options, console: Console) -> list[str]:
     started = time.monotonic()
-    overwrite = any(_is_trial(folder, options) for folder in folders)
+    earlier = [finished_tasks(folder.evaluation / options.control(folder.receipt())) for folder in folders]
+    limits = {result.limit for results in earlier for result in results.values()}
+    overwrite = bool(limits - {None, options.limit})  # the results of a trial, which any others replace
     found = evaluate_many(folders, plan.tasks, options=options, overwrite=overwrite, console=console)
     console.print(f"{name}: evaluated in {time.monotonic() - started:.0f} s", highlight=False)
     return [result.task for result in found[0]]
-
-
-def _is_trial(folder: RunFolder, options: Options) -> bool:
-    """Whether the results there are a trial's, which any others replace."""
-    results = finished_tasks(folder.evaluation / options.control(folder.receipt()))
-    return any(result.limit not in (None, options.limit) for result in results.values())
 
 
 def measure_divergence(plan: Plan, console: Console) -> None:

@@ -53,9 +53,8 @@ def _train(plan: Plan, arm: Arm, console: Console, launch: Sequence[str] | None)
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch is not None else []
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
-        command = [sys.executable, *launcher, str(plan.recipe_file), *argv]
         process = subprocess.Popen(
-            command,
+            [sys.executable, *launcher, str(plan.recipe_file), *argv],
             stdout=stream,
             stderr=subprocess.STDOUT,
             preexec_fn=_end_with_parent,
@@ -116,10 +115,10 @@ def _watch(process: subprocess.Popen[bytes], arm: Arm, console: Console) -> None
 def _last_step(folder: RunFolder) -> str:
     try:
         rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        logged = [row for row in rows if "loss" in row]
+        return f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}"
+    except (OSError, ValueError, IndexError):
         return "loading"
-    logged = [row for row in rows if "loss" in row]
-    return f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}" if logged else "loading"
 
 
 def _failure(arm: Arm, code: int, log: Path) -> str:

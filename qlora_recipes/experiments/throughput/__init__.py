@@ -1,5 +1,5 @@
 """How fast a recipe trains compared with the plain script a user would otherwise write, and with the machine's bound.
 
-`models.py` makes the base, `arms.py` trains one arm in its own process, `bound.py` measures the machine, `command.py`
-lets the arms take turns and `results.py` shows the figures.
+`arms.py` makes the base and trains one arm in its own process, `bound.py` measures the machine, `command.py` lets the
+arms take turns and `results.py` shows the figures.
 """

@@ -21,15 +21,23 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
-from qlora_recipes import DatasetSpec, Recipe, environment, formatters
-from qlora_recipes.experiments.throughput.models import SPECS
+from qlora_recipes import DatasetSpec, Recipe, environment
+from qlora_recipes.errors import UsageError
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
+from qlora_recipes.models import MODELS
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings, resolve
@@ -40,9 +48,10 @@ from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 from qlora_recipes.training.train import machine
 from qlora_recipes.training.trainer import TokenCount
 
+SPECS = {spec.family: spec for spec in MODELS.values()}
 ARMS = ("plain", "plain_bf16", "recipe")
-WITHOUT = tuple(f"without_{piece}" for piece in ("attention", "output_layer", "lora_linear", "storage", "packing",
-                "fitting", "threads"))  # fmt: skip
+_PIECES = "attention output_layer lora_linear storage packing fitting threads".split()
+WITHOUT = tuple(f"without_{piece}" for piece in _PIECES)
 """The recipe's arm with one piece left out, which shows what the piece contributes."""
 BATCH = 8
 """Rows of a step: TRL's default."""
@@ -55,22 +64,55 @@ class Specification:
     family: str
     model: str
     rows: str
-    format_row: str | None
     precision: str
     dtype: str
     max_length: int
     steps: int
     r: int
-    seed: int
     storage: str
+
+
+def base_config(family: str, hidden_size: int, num_hidden_layers: int, vocab_size: int) -> PreTrainedConfig:
+    """Return the configuration of a decoder of a family; everything else is in proportion to the 7B model.
+
+    Raises:
+        UsageError: for a width that is no multiple of the size of the family's attention heads.
+    """
+    whole = SPECS[family].sizes
+    head = whole.hidden_size // whole.num_attention_heads
+    if hidden_size % head or hidden_size <= 0:
+        raise UsageError(f"--hidden_size {hidden_size}: expected a multiple of {head}, the size of {family}'s heads")
+    heads = hidden_size // head
+    sizes = replace(
+        whole,
+        hidden_size=hidden_size,
+        num_key_value_heads=heads if whole.num_key_value_heads == whole.num_attention_heads else 1,
+        intermediate_size=whole.intermediate_size * hidden_size // whole.hidden_size,
+    )
+    return AutoConfig.for_model(
+        whole.family.model_types[0],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        **whole.family.config_from_sizes(sizes),
+    )
+
+
+def make_base(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a base with random weights and the tokenizer into a folder; no speed depends on the weights' values."""
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def settings_of(spec: Specification) -> Settings:
     """Return the settings of the recipe's arm, with everything open that a recipe may leave open."""
-    given = getattr(formatters, spec.format_row) if spec.format_row else None
     declared = {
         "model": SPECS[spec.family],
-        "dataset": DatasetSpec(spec.rows, format_row=given, held_out=0.0),
+        "dataset": DatasetSpec(spec.rows, held_out=0.0),
         "lora": dict(r=spec.r, lora_alpha=spec.r),
         "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
         "__module__": __name__,
@@ -111,7 +153,7 @@ def _shared(spec: Specification) -> dict[str, Any]:
         lr_scheduler_type="linear",
         warmup_steps=0,
         max_grad_norm=1.0,
-        seed=spec.seed,
+        seed=0,
         logging_steps=1,
         report_to="none",
     )
@@ -124,8 +166,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
         return build_trainer(load_model(leave_out(arm, read)), RunFolder(Path(folder)))
     rows = [row.encoded for row in read.data.train]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
-    stored, cpu = precision_named(spec.precision), not torch.cuda.is_available()
-    sixteen = arm == "plain_bf16"
+    stored, sixteen = precision_named(spec.precision), arm == "plain_bf16"
     quantization = None
     if stored.quant_type:
         quantization = BitsAndBytesConfig(
@@ -134,6 +175,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             bnb_4bit_use_double_quant=stored.double_quant,
             **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
         )
+    layers = list(SPECS[spec.family].linear_layers)
     others: dict[str, Any] = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
     if sixteen:
         others["model_init_kwargs"] = {"dtype": spec.dtype}
@@ -144,7 +186,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             per_device_train_batch_size=BATCH,
             max_length=spec.max_length,
             save_strategy="no",
-            use_cpu=cpu,
+            use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             **others,
             **_shared(spec),
@@ -152,21 +194,13 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
         train_dataset=dataset,
         processing_class=read.tokenizer,
         quantization_config=quantization,
-        peft_config=LoraConfig(
-            r=spec.r,
-            lora_alpha=spec.r,
-            target_modules=list(SPECS[spec.family].linear_layers),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=layers, task_type="CAUSAL_LM"),
     )
     if spec.dtype == "float16":  # TRL has cast the adapter to bfloat16, which a gradient scaler cannot handle
-        for weight in (weight for weight in _model(trainer).parameters() if weight.requires_grad):
-            weight.data = weight.data.float()
+        for weight in cast(torch.nn.Module, trainer.model).parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
     return trainer
-
-
-def _model(trainer: SFTTrainer) -> torch.nn.Module:
-    return cast(torch.nn.Module, trainer.model)
 
 
 class _Clock(TrainerCallback):
@@ -200,41 +234,32 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
     """Train an arm and return what it did; the first step, which warms up, is not in the speed."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(arm, spec, folder)
-        clock, beside = _Clock(trainer), non_weight_bytes(_model(trainer))
-        environment.reset_peak(trainer.args.device.type)
+        model, device = cast(torch.nn.Module, trainer.model), trainer.args.device.type
+        clock, beside = _Clock(trainer), non_weight_bytes(model)
+        environment.reset_peak(device)
         trainer.train()
     counted = clock.steps[1:]
     total = {name: sum(step[name] for step in counted) for name in counted[0]}
+    memory = {}
+    if arm == "recipe":
+        planned = estimate.plan(fit_to_memory(settings_of(spec), machine()), device=device).training.allocated
+        memory = {"training_bytes": environment.peak_since_reset(device) - beside, "planned_bytes": planned}
     return {
         "tokens_per_second": total["real"] / total["seconds"],
         "supervised_tokens_per_second": total["supervised"] / total["seconds"],
-        "peak_bytes": environment.peak_bytes(trainer.args.device.type),
+        "peak_bytes": environment.peak_bytes(device),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "supervised_tokens": [step["supervised"] for step in clock.steps],
         "tokens": sum(step["real"] for step in clock.steps),
         "tokens_per_micro_batch": total["real"] / total["micro_batches"],
         "padding_share": 1 - total["real"] / total["positions"],
-        "quantized_linears": sum(
-            getattr(weight, "quant_state", None) is not None for weight in _model(trainer).parameters()
-        ),
-        "storage": _storage(trainer),
+        "quantized_linears": sum(getattr(weight, "quant_state", None) is not None for weight in model.parameters()),
+        "storage": "expanded" if any(hasattr(module, EXPANDED) for module in model.modules()) else "packed",
         "micro_batch": trainer.args.per_device_train_batch_size,
         "checkpointing": bool(trainer.args.gradient_checkpointing),
-        **_memory(arm, beside, spec, trainer.args.device.type),
+        **memory,
         "threads": torch.get_num_threads(),
     }
-
-
-def _memory(arm: str, beside: int, spec: Specification, device: str) -> dict[str, int]:
-    """Return the peak of the training alone, and the planned one, for the arm that has a plan."""
-    if arm != "recipe":
-        return {}
-    planned = estimate.plan(fit_to_memory(settings_of(spec), machine()), device=device).training
-    return {"training_bytes": environment.peak_since_reset(device) - beside, "planned_bytes": planned.allocated}
-
-
-def _storage(trainer: SFTTrainer) -> str:
-    return "expanded" if any(hasattr(module, EXPANDED) for module in _model(trainer).modules()) else "packed"
 
 
 def main() -> None:

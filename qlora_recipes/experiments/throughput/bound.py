@@ -69,13 +69,13 @@ def tokens_per_second(machine: Machine, sizes: Sizes, supervised_share: float, p
     return 1 / seconds
 
 
-def run_identity(spec: Any, recipe: Mapping[str, Any]) -> dict[str, float]:
-    """Return the bound of a comparison, as its report has it, for what the recipe's arm computed."""
+def of_arm(model: str, dtype: str, recipe: Mapping[str, Any]) -> dict[str, float]:
+    """Return the bound for what the recipe's arm computed on a base, and what it follows from, as a report has them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(recipe["threads"])
-    sizes = sizes_of(Path(spec.model))
-    machine = measure(sizes, device, getattr(torch, spec.dtype))
+    sizes = sizes_of(Path(model))
+    machine = measure(sizes, device, getattr(torch, dtype))
     share = recipe["supervised_tokens_per_second"] / recipe["tokens_per_second"]
     packed = recipe["quantized_linears"] and recipe["storage"] == "packed"
     tokens = recipe["tokens_per_micro_batch"] if packed else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -20,9 +20,13 @@ from rich.progress import Progress
 from qlora_recipes import standins
 from qlora_recipes.commands.flags import Parser, count, file_to_read, file_to_write
 from qlora_recipes.errors import RecipesError, UsageError
+from qlora_recipes.experiments.throughput import results
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import DTYPES, PRECISIONS, precision_named
 from qlora_recipes.settings import check_storage
+
+if TYPE_CHECKING:
+    from qlora_recipes.experiments.throughput.arms import Specification
 
 _FORMATS = {"llama2": "guanaco_llama2", "falcon": "openassistant_guanaco"}
 _WIDTH = 112  # of a table that goes into a file
@@ -56,84 +60,64 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: for what a user can fix.
     """
     about = "Tokens/s, memory and loss of a recipe beside the plain TRL script, in turns on this machine."
-    _run(SimpleNamespace(**Parser("throughput.py", about, {"flags": _FLAGS}).parse(argv)))
-
-
-def _run(asked: SimpleNamespace) -> None:
+    asked = SimpleNamespace(**Parser("throughput.py", about, {"flags": _FLAGS}).parse(argv))
     check_storage(asked.storage, precision_named(asked.precision))
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        figures = [measure(asked, Path(folder), length) for length in asked.lengths or [None]]
-    from qlora_recipes.experiments.throughput import results
-
+        spec = _specification(asked, Path(folder))
+        figures = [measure(asked, spec, length, Path(folder)) for length in asked.lengths or [None]]
     for each in figures:
         results.print_table(each, Console(width=None if sys.stdout.isatty() else _WIDTH))
     if asked.json:
-        Path(asked.json).write_text(
-            json.dumps(figures if asked.lengths else figures[0], indent=1) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(figures if asked.lengths else figures[0], indent=1)
+        Path(asked.json).write_text(text + "\n", encoding="utf-8")
     if asked.plot:
         results.plot(figures, Path(asked.plot))
 
 
-def measure(asked: SimpleNamespace, folder: Path, length: int | None) -> dict[str, Any]:
+def measure(asked: SimpleNamespace, spec: Specification, length: int | None, folder: Path) -> dict[str, Any]:
     """Return the figures of one comparison: of the rows as they are, or of rows of one length."""
     from qlora_recipes.experiments.throughput import bound
-    from qlora_recipes.experiments.throughput.arms import ARMS, WITHOUT, Specification
+    from qlora_recipes.experiments.throughput.arms import ARMS, WITHOUT
 
-    spec = _specification(asked, folder, Specification)
     if length is not None:
         spec = replace(spec, rows=_rows_of(length, folder), max_length=length)
     turns: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, *(WITHOUT if asked.pieces else ()))}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for arm in progress.track(list(turns) * asked.repeats, description="arms in turn"):
-            turns[arm].append(_in_a_process(arm, asdict(spec), folder))
-    arms = {arm: _median(results) for arm, results in turns.items()}
+            turns[arm].append(_in_a_process(arm, spec, folder))
+    arms = {arm: _median(found) for arm, found in turns.items()}
     return {
-        "model": {
-            "family": asked.family,
-            "hidden_size": asked.hidden_size,
-            "num_hidden_layers": asked.num_hidden_layers,
-            "standin": asked.standin,
-        },
+        "model": {name: getattr(asked, name) for name in ("family", "hidden_size", "num_hidden_layers", "standin")},
         "rows": {"file": Path(spec.rows).name, "length": length, "max_length": spec.max_length},
         "precision": spec.precision,
         "arms": arms,
-        "bound": bound.run_identity(spec, arms["recipe"]),
+        "bound": bound.of_arm(spec.model, spec.dtype, arms["recipe"]),
     }
 
 
-def _specification(asked: SimpleNamespace, folder: Path, kind: type) -> Any:
-    """Make the base, if it is not there yet, and return what the arms share."""
+def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
+    """Make the base, unless it is the stand-in, and return what the arms share."""
     from transformers import AutoTokenizer
 
-    from qlora_recipes.experiments.throughput.models import SPECS, Shape, make
+    from qlora_recipes.experiments.throughput.arms import SPECS, Specification, base_config, make_base
 
-    standin = standins.STANDINS[asked.family]
-    base = standin.folder
+    base = standins.STANDINS[asked.family].folder
     if not asked.standin:
-        base = folder / "base"
-        vocab_size = asked.vocab_size or SPECS[asked.family].sizes.vocab_size
-        if not base.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(
-                asked.tokenizer or standin.folder, **SPECS[asked.family].tokenizer
-            )
-            if vocab_size < len(tokenizer):
-                raise UsageError(
-                    f"--vocab_size: got {vocab_size}, expected at least the tokenizer's {len(tokenizer):,}"
-                )
-            make(Shape(asked.family, asked.hidden_size, asked.num_hidden_layers, vocab_size), tokenizer, base)
-    return kind(
-        family=asked.family,
+        model = SPECS[asked.family]
+        tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer or base, **model.tokenizer)
+        base, vocab_size = folder / "base", asked.vocab_size or model.sizes.vocab_size
+        if vocab_size < len(tokenizer):
+            raise UsageError(f"--vocab_size: got {vocab_size}, expected at least the tokenizer's {len(tokenizer):,}")
+        config = base_config(asked.family, asked.hidden_size, asked.num_hidden_layers, vocab_size)
+        make_base(config, tokenizer, base)
+    precision = precision_named(asked.precision)
+    shared = {name: getattr(asked, name) for name in ("family", "precision", "max_length", "steps", "r")}
+    return Specification(
         model=str(base),
         rows=str(asked.rows or standins.ROWS[_FORMATS[asked.family]]),
-        format_row=None,
-        precision=asked.precision,
-        dtype=PRECISIONS[asked.precision].dtype or asked.dtype,
-        max_length=asked.max_length,
-        steps=asked.steps,
-        r=asked.r,
-        seed=0,
-        storage=asked.storage if PRECISIONS[asked.precision].quant_type else "auto",
+        dtype=precision.dtype or asked.dtype,
+        storage=asked.storage if precision.quant_type else "auto",
+        **shared,
     )
 
 
@@ -146,10 +130,10 @@ def _rows_of(length: int, folder: Path) -> str:
     return str(file)
 
 
-def _in_a_process(arm: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _in_a_process(arm: str, spec: Specification, folder: Path) -> dict[str, Any]:
     """Train an arm by itself, so that no arm's memory or warm caches are another's."""
     given, result = folder / "specification.json", folder / "result.json"
-    given.write_text(json.dumps(spec), encoding="utf-8")
+    given.write_text(json.dumps(asdict(spec)), encoding="utf-8")
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "qlora_recipes.experiments.throughput.arms", arm, str(given), str(result)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

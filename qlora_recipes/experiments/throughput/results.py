@@ -49,23 +49,21 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _how(found: Mapping[str, Any]) -> str:
-    quantized = f"{found['quantized_linears']} quantized linears"
     kept = f", {found['storage']}" if found["quantized_linears"] else ""
+    plan = ""
+    if "planned_bytes" in found:
+        plan = f"; {found['training_bytes'] / _GIB:.2f} GiB of training, {found['planned_bytes'] / _GIB:.2f} planned"
     return (
-        f"{quantized}{kept}; {found['micro_batch']} rows at a time, {found['padding_share']:.0%} padding, "
-        f"checkpointing {'on' if found['checkpointing'] else 'off'}, {found['threads']} threads{_plan(found)}"
+        f"{found['quantized_linears']} quantized linears{kept}; {found['micro_batch']} rows at a time, "
+        f"{found['padding_share']:.0%} padding, checkpointing {'on' if found['checkpointing'] else 'off'}, "
+        f"{found['threads']} threads{plan}"
     )
-
-
-def _plan(found: Mapping[str, Any]) -> str:
-    if "planned_bytes" not in found:
-        return ""
-    return f"; {found['training_bytes'] / _GIB:.2f} GiB of training, {found['planned_bytes'] / _GIB:.2f} planned"
 
 
 def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw the tokens/s of every arm, a group for each comparison with the bound as a line."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -77,11 +75,8 @@ def plot(all_figures: Sequence[Mapping[str, Any]], file: Path) -> None:
         places = [group + (number - (len(arms) - 1) / 2) * width for group in range(len(all_figures))]
         found = [figures["arms"][arm] for figures in all_figures]
         speeds = [each["tokens_per_second"] for each in found]
-        spread = [
-            [speed - each["tokens_per_second_range"][0] for speed, each in zip(speeds, found, strict=True)],
-            [each["tokens_per_second_range"][1] - speed for speed, each in zip(speeds, found, strict=True)],
-        ]
-        bars = axes.bar(places, speeds, width, yerr=spread, capsize=3, label=arm)
+        low, high = np.transpose([each["tokens_per_second_range"] for each in found])
+        bars = axes.bar(places, speeds, width, yerr=[speeds - low, high - speeds], capsize=3, label=arm)
         axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=8)
     for group, figures in enumerate(all_figures):
         limit = figures["bound"]["tokens_per_second"]
