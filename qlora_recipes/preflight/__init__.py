@@ -9,17 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_recipes.preflight import (
-    gradient,
-    launch,
-    loss,
-    machine,
-    prompts,
-    rows,
-    tokens,
-    trained,
-    weights,
-)
+from qlora_recipes.preflight import gradient, launch, loss, machine, prompts, rows, tokens, trained, weights
 from qlora_recipes.preflight.checks import (
     CheckFunction,
     check_names,
@@ -113,20 +103,6 @@ def names(recipe: type[Recipe]) -> list[str]:
 
 
 __all__ = [
-    "AFTER_SAVING",
-    "AFTER_TRAINING",
-    "BEFORE_LOADING",
-    "BEFORE_TRAINING",
-    "CheckFunction",
-    "Run",
-    "check_names",
-    "fail_unless",
-    "names",
-    "passed",
-    "print_checks",
-    "refuse_failed",
-    "run_checks",
-    "tally",
-    "untested",
-    "warn_unless",
-]
+    "AFTER_SAVING", "AFTER_TRAINING", "BEFORE_LOADING", "BEFORE_TRAINING", "CheckFunction", "Run", "check_names",
+    "fail_unless", "names", "passed", "print_checks", "refuse_failed", "run_checks", "tally", "untested", "warn_unless",
+]  # fmt: skip

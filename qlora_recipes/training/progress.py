@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from qlora_recipes.run.display import progress_bar, running_mean
 from qlora_recipes.run.files import read_lines, write_text
@@ -26,7 +26,7 @@ class ProgressDisplay(TrainerCallback):
         self.progress = progress_bar("training", console, loss, speed)
         self.started = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.started = time.monotonic()
         self.tokens_before = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
         self.task = self.progress.add_task(
@@ -34,22 +34,15 @@ class ProgressDisplay(TrainerCallback):
         )
         self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kw: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any = None, **kw: Any) -> None:
         if logs and "loss" in logs:
             speed = (logs.get("num_tokens", 0) - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
             self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}", speed=f"{speed:,.0f}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.progress.stop()
 
 
@@ -59,17 +52,10 @@ class MetricsFile(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         write_text(self.file, "".join(_line(int(entry["step"]), entry) for entry in state.log_history))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kw: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any = None, **kw: Any) -> None:
         if state.is_world_process_zero and logs:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(_line(state.global_step, logs))

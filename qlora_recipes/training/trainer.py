@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
@@ -150,16 +150,11 @@ class RunTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish(folder / checkpoints.WRITING / name, folder)
-        self.state.best_model_checkpoint = self._best(folder) or best
+        path = folder / f"checkpoint-{self.state.best_global_step}"  # the one with the best score, if it was saved
+        self.state.best_model_checkpoint = best = str(path) if path.is_dir() else best
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
             checkpoints.rotate(folder, self.args.save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
-
-    def _best(self, folder: Path) -> str | None:
-        """Return the checkpoint of the step with the best score, if it exists."""
-        path = folder / f"checkpoint-{self.state.best_global_step}"
-        return str(path) if path.is_dir() else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save adapter and tokenizer, but not upstream's training_args.bin: a pickle that can hold the hub token."""
@@ -282,20 +277,18 @@ class _Faults(TrainerCallback):
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         self.trainer.begin()
         self.trainer.signals.loop_runs = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.check_signals():
             control.should_save, control.should_evaluate = True, False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.stopping:
             raise self.trainer.stopped()
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.check_signals():
             raise _EvaluationStopped
