@@ -1,8 +1,9 @@
 """What is checked of a run, and when: the lists below are the preflight.
 
-A check is a function of the `Run` that returns a `Check`; its own name is the check's. `fail_unless` and `warn_unless`
-make one. A recipe adds its own with `checks = (my_check,)`; they are made before training. A check that fails before
-training stops the run before anything is written; one that fails afterwards leaves a folder without a receipt.
+A check is a function of the run at its stage (stages.py) that returns a `Check`; its own name is the check's.
+`fail_unless` and `warn_unless` make one. A recipe adds its own with `checks = (my_check,)`; they are made before
+training, on a `BuiltRun`. A check that fails before training stops the run before anything is written; one that fails
+afterwards leaves a folder without a receipt.
 """
 
 from __future__ import annotations

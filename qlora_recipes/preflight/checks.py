@@ -114,8 +114,8 @@ def check_names(skip: Iterable[str], known: Iterable[str]) -> None:
 def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
     """Print one line a check, with the advice beneath what is not a pass."""
     columns = Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold")
-    table = Table(*columns, title=Text(title, style="bold"), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.show_header = False
+    table = Table(*columns, box=None, show_header=False, padding=(0, 1, 0, 0), title_justify="left")
+    table.title = Text(title, style="bold")
     for check in checks:
         figure = Text(check.figure)
         if check.advice and check.verdict != "pass":
