@@ -135,7 +135,7 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
     from qlora_recipes.data.encoding import ConversationEncoder
     from qlora_recipes.data.prepare import prepare
     from qlora_recipes.preflight import BEFORE_LOADING, run_checks
-    from qlora_recipes.stages import Prepared, Run
+    from qlora_recipes.stages import Run
 
     copies = folder / "copies.jsonl"
     write_copies(rows, count, copies)
@@ -145,7 +145,7 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
         settings = resolve(measured(recipe, rows, meter), model=tokenizer, dataset=str(copies))
         data = prepare(settings, encoder)
         meter.mark("split and counted")
-        run_checks(BEFORE_LOADING, Run(Prepared(settings, loaded, encoder, data)))
+        run_checks(BEFORE_LOADING, Run(settings, loaded, encoder, data))
         meter.mark("checked")
     return {
         "marks": [asdict(mark) for mark in meter.marks],

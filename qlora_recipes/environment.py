@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 from packaging.requirements import Requirement
 
 from qlora_recipes.errors import SetupError
@@ -99,8 +100,6 @@ def usable_bytes(device_type: str, local_processes: int) -> int:
         import torch
 
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    import psutil
-
     limits = (Path(_CGROUP, name) for name in ("memory.max", "memory/memory.limit_in_bytes"))  # of a container
     allowed = [int(text) for file in limits if file.is_file() and (text := file.read_text().strip()).isdigit()]
     return min(psutil.virtual_memory().total, *allowed, 2**63) // 2 // local_processes
@@ -112,8 +111,6 @@ def resident_bytes(device_type: str) -> int:
         import torch
 
         return torch.cuda.memory_allocated()
-    import psutil
-
     return psutil.Process().memory_info().rss
 
 

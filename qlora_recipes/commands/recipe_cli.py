@@ -55,7 +55,7 @@ def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
         print_plan(settings)
         prepare_run(settings, skip_checks=skip_checks)
         return
-    from qlora_recipes.training.summary import print_summary
+    from qlora_recipes.training.progress import print_summary
     from qlora_recipes.training.train import train
 
     folder = train(

@@ -1,25 +1,16 @@
 """What is checked of a run, and when: the lists below are the preflight.
 
-A check is a function of the `Run` that returns a `Check`; its own name is the check's. `fail_unless` and `warn_unless`
-make one. A recipe adds its own with `checks = (my_check,)`; they are made before training. A check that fails before
-training stops the run before anything is written; one that fails afterwards leaves a folder without a receipt.
+A check is a function of the run at its stage (stages.py) that returns a `Check`; its own name is the check's.
+`fail_unless` and `warn_unless` make one. A recipe adds its own with `checks = (my_check,)`; they are made before
+training, on a `BuiltRun`. A check that fails before training stops the run before anything is written; one that fails
+afterwards leaves a folder without a receipt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_recipes.preflight import (
-    gradient,
-    launch,
-    loss,
-    machine,
-    prompts,
-    rows,
-    tokens,
-    trained,
-    weights,
-)
+from qlora_recipes.preflight import gradient, launch, loss, machine, prompts, rows, tokens, trained, weights
 from qlora_recipes.preflight.checks import (
     CheckFunction,
     check_names,
@@ -113,20 +104,6 @@ def names(recipe: type[Recipe]) -> list[str]:
 
 
 __all__ = [
-    "AFTER_SAVING",
-    "AFTER_TRAINING",
-    "BEFORE_LOADING",
-    "BEFORE_TRAINING",
-    "CheckFunction",
-    "Run",
-    "check_names",
-    "fail_unless",
-    "names",
-    "passed",
-    "print_checks",
-    "refuse_failed",
-    "run_checks",
-    "tally",
-    "untested",
-    "warn_unless",
-]
+    "AFTER_SAVING", "AFTER_TRAINING", "BEFORE_LOADING", "BEFORE_TRAINING", "CheckFunction", "Run", "check_names",
+    "fail_unless", "names", "passed", "print_checks", "refuse_failed", "run_checks", "tally", "untested", "warn_unless",
+]  # fmt: skip

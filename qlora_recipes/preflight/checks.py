@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_recipes.errors import CheckError, RecipesError, UsageError, nearest
@@ -57,15 +57,18 @@ def run_checks(checks: Sequence[CheckFunction], run: Any, skip: Collection[str] 
 
     Every process makes every check and none of them communicates, so that no process waits for another inside one.
     """
-    return _worst_of_all([_run(check, run, skip) for check in checks])
+    made = [_run(check, run, skip) for check in checks]
+    if PartialState().num_processes == 1:
+        return made
+    of_each_process: list[list[Check]] = gather_object([made])
+    return [max(same, key=lambda check: _SEVERITY.index(check.verdict)) for same in zip(*of_each_process, strict=True)]
 
 
 def _run(check: CheckFunction, run: Any, skip: Collection[str]) -> Check:
     name = check.__name__
     if name in skip:
         return Check(name, "off", "turned off")
-    loaded = getattr(run, "loaded", None)
-    with preserving_state(loaded.model if loaded else None):
+    with preserving_state(getattr(run, "model", None)):
         try:
             return replace(check(run), name=name)
         except RecipesError as error:
@@ -78,13 +81,6 @@ def _run(check: CheckFunction, run: Any, skip: Collection[str]) -> Check:
                 f"the check itself failed: {type(error).__name__}: {first}",
                 f"If you are sure of this run, --skip_checks {name} leaves the check out.",
             )
-
-
-def _worst_of_all(checks: list[Check]) -> list[Check]:
-    if PartialState().num_processes == 1:
-        return checks
-    of_each_process: list[list[Check]] = gather_object([checks])
-    return [max(same, key=lambda check: _SEVERITY.index(check.verdict)) for same in zip(*of_each_process, strict=True)]
 
 
 def refuse_failed(checks: Iterable[Check]) -> None:
@@ -117,30 +113,22 @@ def check_names(skip: Iterable[str], known: Iterable[str]) -> None:
 
 def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
     """Print one line a check, with the advice beneath what is not a pass."""
-    table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, padding=(0, 1, 0, 0)
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    columns = Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold")
+    table = Table(*columns, box=None, show_header=False, padding=(0, 1, 0, 0), title_justify="left")
+    table.title = Text(title, style="bold")
     for check in checks:
-        table.add_row(Text(check.verdict, style=_STYLES[check.verdict]), Text(check.name), _figure(check))
-    console.print(table)
-    console.print(Text(tally(checks)))
-
-
-def _figure(check: Check) -> Text:
-    figure = Text(check.figure)
-    if check.advice and check.verdict != "pass":
-        figure.append(f"\n{check.advice}", style="italic")
-    return figure
+        figure = Text(check.figure)
+        if check.advice and check.verdict != "pass":
+            figure.append(f"\n{check.advice}", style="italic")
+        table.add_row(Text(check.verdict, style=_STYLES[check.verdict]), Text(check.name), figure)
+    console.print(table, Text(tally(checks)))
 
 
 def tally(checks: Sequence[Check]) -> str:
     """Return how many checks have each verdict, such as `31 pass, 2 warn (steps, memory)`."""
-    parts = []
-    for verdict in _STYLES:
-        names = [check.name for check in checks if check.verdict == verdict]
-        if names:
-            parts.append(f"{len(names)} {verdict}" + (f" ({', '.join(names)})" if verdict != "pass" else ""))
-    return ", ".join(parts)
+    found = {verdict: [check.name for check in checks if check.verdict == verdict] for verdict in _STYLES}
+    return ", ".join(
+        f"{len(names)} {verdict}" + (f" ({', '.join(names)})" if verdict != "pass" else "")
+        for verdict, names in found.items()
+        if names
+    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.data.encoding import Encoded
-from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
+from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import collate, forward, gradients, logits, probe_batch
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import BuiltRun
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
 # Of a norm, or of how far a changed conversation's own logits move: GPUs add in another order each time. The defect
@@ -21,40 +22,37 @@ _NOISE = 1e-3
 _TOKENS = 300  # of each of two packed conversations: together more than those that attention tells apart by a mask
 
 
-def gradient(run: Run) -> Check:
+def gradient(run: BuiltRun) -> Check:
     """Every adapter tensor has a finite gradient, and nothing else has one."""
     found = gradients(run, probe_batch(run))
-    trained = {name: found[name] for name, weight in run.model.named_parameters() if weight.requires_grad}
-    missing = [name for name, value in trained.items() if value is None]
-    broken = [name for name, value in trained.items() if value is not None and not torch.isfinite(value).all()]
-    outside = [
-        name for name, value in found.items() if value is not None and not any(part in name for part in _TRAINED)
-    ]
-    # A stays without a gradient as long as B is zero; B has one at once
-    idle = [name for name, value in trained.items() if "lora_B" in name and value is not None and not value.any()]
-    faults = {"without": missing, "not finite": broken, "zero": idle, "outside the adapter": outside}
+    trained = [name for name, weight in run.model.named_parameters() if weight.requires_grad]
+    faults = {
+        "without": [name for name in trained if name not in found],
+        "not finite": [name for name, value in found.items() if not torch.isfinite(value).all()],
+        # A stays without a gradient as long as B is zero; B has one at once
+        "zero": [name for name, value in found.items() if "lora_B" in name and not value.any()],
+        "outside the adapter": [name for name in found if not any(part in name for part in _TRAINED)],
+    }
     figure = "; ".join(f"{len(names)} {fault}, {names[0]} first" for fault, names in faults.items() if names)
     return fail_unless(
         not figure,
-        figure or f"{len(trained)} tensors, norm {_norm(trained):.3g}; none outside the adapter",
+        figure or f"{len(trained)} tensors, norm {_norm(found.values()):.3g}; none outside the adapter",
         "Leave modules that no token passes out of target_modules; if not finite, use --dtype bfloat16.",
     )
 
 
-def _norm(found: dict[str, torch.Tensor | None]) -> float:
-    return math.sqrt(sum(float(value.float().square().sum()) for value in found.values() if value is not None))
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.float().square().sum()) for tensor in tensors))
 
 
-def gradient_after_evaluation(run: Run) -> Check:
+def gradient_after_evaluation(run: BuiltRun) -> Check:
     """An evaluation pass in between leaves the gradient as it was; on some CPUs it repacks 4-bit weights."""
     batch = probe_batch(run)
     before = gradients(run, batch)
     logits(run, batch)
     after = gradients(run, batch)
-    pairs = [(first, after[name]) for name, first in before.items() if first is not None]
-    lost = any(second is None for _, second in pairs)
-    moved = _norm({str(i): first - second for i, (first, second) in enumerate(pairs) if second is not None})
-    share = 1.0 if lost else moved / max(_norm(before), 1e-12)
+    lost = before.keys() - after.keys()
+    share = 1.0 if lost else _norm(before[name] - after[name] for name in before) / max(_norm(before.values()), 1e-12)
     return fail_unless(
         share <= _NOISE,
         f"moved by {share:.2g} of its norm",
@@ -62,7 +60,7 @@ def gradient_after_evaluation(run: Run) -> Check:
     )
 
 
-def starting_loss(run: Run) -> Check:
+def starting_loss(run: BuiltRun) -> Check:
     """A pretrained model is better than chance from the start; one with weights that did not load is not."""
     run.model.train()
     with torch.no_grad():
@@ -74,7 +72,7 @@ def starting_loss(run: Run) -> Check:
     return warn_unless(loss < 0.9 * chance, figure, "Is this a pretrained model, and its own tokenizer?")
 
 
-def adapter_starts_at_base(run: Run) -> Check:
+def adapter_starts_at_base(run: BuiltRun) -> Check:
     """Before the first step the adapter changes nothing, so that what is learned starts from the base."""
     if run.settings.lora.get("init_lora_weights", True) not in (True, "gaussian"):
         return untested("this init_lora_weights starts elsewhere on purpose")
@@ -86,16 +84,23 @@ def adapter_starts_at_base(run: Run) -> Check:
     return fail_unless(moved == 0, f"logits moved by {moved:.2g}", "Take init_lora_weights out of the recipe.")
 
 
-def packing_leak(run: Run) -> Check:
+def packing_leak(run: BuiltRun) -> Check:
     """Change one packed conversation, and watch the logits of the next."""
+    args = cast(SFTConfig, run.trainer.args)
     if not run.trainer.padding_free:
-        return _not_packed(run)
+        return warn_unless(
+            not args.packing,
+            f"packing_strategy {args.packing_strategy} lays conversations end to end, without a mask between"
+            if args.packing
+            else "not packed; one conversation a row",
+            "Set --packing_strategy bfd, which keeps them apart.",
+        )
     first, second = (_repeated(run.data.train[i % len(run.data.train)].encoded.input_ids) for i in (0, 1))
-    start = len(first)
     changed = [*first[:1], *reversed(first[1:])]  # words in another order: the same length, other keys and values
-    plain, moved = (logits(run, collate(run, [_row(part), _row(second)]))[0] for part in (first, changed))
-    leak = float((plain[start:] - moved[start:]).abs().max())
-    own = float((plain[:start] - moved[:start]).abs().max())
+    plain, moved = (
+        logits(run, collate(run, [Encoded(ids, ids) for ids in (part, second)]))[0] for part in (first, changed)
+    )
+    own, leak = (float(part.abs().max()) for part in (plain - moved).tensor_split([len(first)]))
     repaired = ", after separate_packed_falcon" if "separate_packed_falcon" in run.repairs else ""
     return fail_unless(
         leak <= _NOISE * own,
@@ -106,18 +111,3 @@ def packing_leak(run: Run) -> Check:
 
 def _repeated(ids: list[int]) -> list[int]:
     return (ids * math.ceil(_TOKENS / len(ids)))[:_TOKENS]
-
-
-def _row(ids: list[int]) -> Encoded:
-    return Encoded(ids, ids)
-
-
-def _not_packed(run: Run) -> Check:
-    args = cast(SFTConfig, run.trainer.args)
-    if not args.packing:
-        return passed("not packed; one conversation a row")
-    return warn_unless(
-        False,
-        f"packing_strategy {args.packing_strategy} lays conversations end to end, without a mask between",
-        "Set --packing_strategy bfd, which keeps them apart.",
-    )

@@ -11,14 +11,14 @@ from datasets import Dataset
 
 from qlora_recipes.preflight.checks import fail_unless, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import BuiltRun
 
 _PRECISION = {"bfloat16": "bf16", "float16": "fp16"}
 _FEW_STEPS = 10
 _SEVERAL = "several"
 
 
-def num_processes(run: Run) -> Check:
+def num_processes(run: BuiltRun) -> Check:
     """`accelerate launch --cpu --num_processes 2` trains one process and says nothing."""
     got = run.trainer.accelerator.num_processes
     asked = asked_processes()
@@ -39,22 +39,20 @@ def asked_processes() -> str | None:
     return os.environ.get("WORLD_SIZE", _SEVERAL if under_accelerate else None)
 
 
-def distributed_type(run: Run) -> Check:
+def distributed_type(run: BuiltRun) -> Check:
     """FSDP that was asked for on a CPU becomes DDP without a word."""
     got = str(run.trainer.accelerator.distributed_type.value)
-    asked = [
-        name
-        for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"))
-        if os.environ.get(variable, "false").lower() in ("true", "1")
-    ]
+    kinds = ("FSDP", "DEEPSPEED")
+    asked = [kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1")]
+    holds = not asked or got in asked
     return fail_unless(
-        not asked or got in asked,
-        f"{got}, {asked[0]} was asked for" if asked and got not in asked else got.replace("NO", "none"),
+        holds,
+        got.replace("NO", "none") if holds else f"{got}, {asked[0]} was asked for",
         "Sharding needs GPUs here; leave the FSDP or DeepSpeed config out on a CPU.",
     )
 
 
-def device(run: Run) -> Check:
+def device(run: BuiltRun) -> Check:
     """A GPU that is idle while a CPU trains is rarely meant."""
     got = run.trainer.args.device
     base = next(run.model.parameters()).device
@@ -66,7 +64,7 @@ def device(run: Run) -> Check:
     )
 
 
-def mixed_precision(run: Run) -> Check:
+def mixed_precision(run: BuiltRun) -> Check:
     """The autocast of the accelerator is the run's dtype; ACCELERATE_MIXED_PRECISION can say otherwise."""
     got, expected = run.trainer.accelerator.mixed_precision, _PRECISION[run.settings.dtype]
     return fail_unless(
@@ -76,7 +74,7 @@ def mixed_precision(run: Run) -> Check:
     )
 
 
-def steps(run: Run) -> Check:
+def steps(run: BuiltRun) -> Check:
     """A run of a few steps, or one that ends while the learning rate still rises, hardly learns."""
     args = run.trainer.args
     rows = len(cast(Dataset, run.trainer.train_dataset))

@@ -10,7 +10,7 @@ from qlora_recipes.data.prepare import TOO_LONG
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import BuiltRun, Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,7 +103,7 @@ def answers_cut(run: Run) -> Check:
     )
 
 
-def trainer_keeps_the_loss(run: Run) -> Check:
+def trainer_keeps_the_loss(run: BuiltRun) -> Check:
     """What SFTTrainer made of the rows (packed, truncated, labeled) still has every token and every label."""
     rows = cast("Dataset", run.trainer.train_dataset)
     tokens = supervised = 0
@@ -112,13 +112,11 @@ def trainer_keeps_the_loss(run: Run) -> Check:
         tokens += sum(len(ids) for ids in columns["input_ids"])
         supervised += sum(int((labels != IGNORED).sum()) for labels in columns["labels"])
     receipt = run.data.receipt
-    holds = tokens == receipt.tokens and supervised == receipt.supervised_tokens
-    into = f"{len(rows):,} packed" if cast("SFTConfig", run.trainer.args).packing else f"{len(rows):,}"
+    into = f"{len(rows):,} packed rows" if cast("SFTConfig", run.trainer.args).packing else f"{len(rows):,} rows"
+    holds = (tokens, supervised) == (receipt.tokens, receipt.supervised_tokens)
+    expected = f"expected {receipt.tokens:,} and {receipt.supervised_tokens:,}"
     return fail_unless(
         holds,
-        f"{into} rows have {tokens:,} tokens and {supervised:,} labels, expected {receipt.tokens:,} "
-        f"and {receipt.supervised_tokens:,}"
-        if not holds
-        else f"all of them, in {into} rows",
+        f"all of them, in {into}" if holds else f"{into} have {tokens:,} tokens and {supervised:,} labels, {expected}",
         "Set --packing false, or --packing_strategy bfd.",
     )

@@ -20,7 +20,7 @@ from qlora_recipes.memory import estimate
 from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import model_location
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import BuiltRun, LoadedRun, Run, TrainedRun
 
 _CHECKPOINT_PARTS = 3  # float32 weights and Adam's two moments of the same size
 _HUB_SECONDS = 3
@@ -31,10 +31,8 @@ _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a preci
 def versions(run: Run) -> Check:
     """Package versions outside the tested ranges are refused with the command that fixes them."""
     environment.check_versions()
-    found = environment.versions()
-    return passed(
-        ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes"))
-    )
+    found, shown = environment.versions(), ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    return passed(", ".join(f"{name} {found[name]}" for name in shown))
 
 
 def writable_folder(run: Run) -> Check:
@@ -52,7 +50,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def disk_space(run: Run) -> Check:
+def disk_space(run: BuiltRun) -> Check:
     """The adapter and its checkpoints fit, with a reserve of a tenth of a GiB."""
     adapter = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad) * 4
     need = adapter * (1 + _CHECKPOINT_PARTS * _checkpoints(run)) + 2**30 // 10
@@ -64,34 +62,34 @@ def disk_space(run: Run) -> Check:
     )
 
 
-def _checkpoints(run: Run) -> int:
+def _checkpoints(run: BuiltRun) -> int:
     """Return how many checkpoints are on the disk at once; one more than are kept, since the old one goes last."""
     args = run.trainer.args
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    if strategy == "no":
+    if args.save_strategy == "no":
         return 0
     rows = len(cast(Dataset, run.trainer.train_dataset))
     steps = args.max_steps if args.max_steps > 0 else rows * args.num_train_epochs
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    made = args.num_train_epochs if strategy == "epoch" else steps / max(every, 1)
+    made = args.num_train_epochs if args.save_strategy == "epoch" else steps / max(every, 1)
     return min(int(made) + 1, (args.save_total_limit or 10**6) + 1)
 
 
 def hub(run: Run) -> Check:
     """The hub is asked for only where the run needs it: a model or rows by id, or an upload at the end."""
     upload = bool(run.settings.training.get("push_to_hub"))
-    by_id = [
-        source for source in (model_location(run.settings.model), run.settings.dataset) if not Path(source).exists()
-    ]
+    sources = (model_location(run.settings.model), run.settings.dataset)
+    by_id = [source for source in sources if not Path(source).exists()]
     if not upload and not by_id:
         return passed("not needed")
-    reachable = _hub_answers()
-    if upload:
-        advice = "Check the network, or leave --push_to_hub out."
-        return fail_unless(
-            reachable, "reachable" if reachable else "cannot be reached, and is needed at the end", advice
-        )
-    return passed("reachable" if reachable else f"cannot be reached; {' and '.join(by_id)} came from the cache")
+    if _hub_answers():
+        return passed("reachable")
+    return fail_unless(
+        not upload,
+        "cannot be reached, and is needed at the end"
+        if upload
+        else f"cannot be reached; {' and '.join(by_id)} came from the cache",
+        "Check the network, or leave --push_to_hub out.",
+    )
 
 
 def _hub_answers() -> bool:
@@ -125,7 +123,7 @@ def memory_free(run: Run) -> Check:
     return warn_unless(planned.total <= free, figure, _LOWER)
 
 
-def base_bytes(run: Run) -> Check:
+def base_bytes(run: LoadedRun) -> Check:
     """The base takes the memory that its precision promises."""
     try:
         planned = estimate.plan(run.settings).training.base
@@ -138,18 +136,16 @@ def base_bytes(run: Run) -> Check:
     )
 
 
-def peak_as_planned(run: Run) -> Check:
+def peak_as_planned(run: TrainedRun) -> Check:
     """Training took the memory that was planned for it, or less: rows are seldom all as long as they may be."""
     taken, planned = run.memory.training_bytes, run.memory.planned_bytes
     if planned is None:
         return untested("there is no plan for this model")
-    figure = f"{_size(taken)}, {_size(planned)} planned"
-    if taken <= 1.1 * planned + _OWN_GROWTH and 1.1 * planned < _OWN_GROWTH:
+    figure, fits = f"{_size(taken)}, {_size(planned)} planned", taken <= 1.1 * planned + _OWN_GROWTH
+    if fits and 1.1 * planned < _OWN_GROWTH:
         return untested(f"{figure}; a process may grow by {_size(_OWN_GROWTH)} of its own, more than that plan")
     return warn_unless(
-        taken <= 1.1 * planned + _OWN_GROWTH,
-        figure,
-        "Plan with more room than that; run.json has the settings that the plan was made for.",
+        fits, figure, "Plan with more room than that; run.json has the settings that the plan was made for."
     )
 
 

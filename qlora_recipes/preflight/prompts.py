@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -42,30 +43,28 @@ def template_agrees(run: Run) -> Check:
 
 
 def _prompt_agrees(run: Run, row: Conversation) -> bool:
-    before = row.messages[:-1]
+    before, trained = row.messages[:-1], row.encoded
     prompt = run.encoder.encode_prompt(before)
-    trained = row.encoded
-    starts_there = trained.input_ids[: len(prompt)] == prompt and IGNORED not in trained.labels[len(prompt) :]
     # lm-eval and chat render to text and encode it; no BOS is added where the text starts with one
-    text = _rendered(run.tokenizer, before, add_generation_prompt=True)
-    whole = _rendered(run.tokenizer, row.messages)
+    text, whole = _rendered(run, before, add_generation_prompt=True), _rendered(run, row.messages)
     return (
-        starts_there
-        and _ids(run.tokenizer, text) == prompt
-        and _ids(run.tokenizer, whole) == trained.input_ids
+        trained.input_ids[: len(prompt)] == prompt
+        and IGNORED not in trained.labels[len(prompt) :]
+        and _ids(run, text) == prompt
+        and _ids(run, whole) == trained.input_ids
         and whole.startswith(text)
     )
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
-) -> str:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+def _rendered(run: Run, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    text = run.tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     return cast(str, text)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(run: Run, text: str) -> list[int]:
+    return cast("list[int]", run.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def spaces_as_pretrained(run: Run) -> Check:
@@ -88,9 +87,15 @@ def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
-    tokens = [f"words {token} words" for token in _added_tokens(run)]
-    pieces = _template_pieces(run)
-    forged = [text for text in tokens if _changes_structure(run.encoder, text)] + _forging(run, pieces)
+    added = [token for token in run.tokenizer.get_added_vocab() if token.strip()]
+    tokens, pieces = [f"words {token} words" for token in added], _template_pieces(run)
+    refused, harmless = None, run.encoder.structure(("user", "assistant"))
+    forged = [text for text in tokens if _controls(run.encoder, text) not in (refused, harmless)]
+    # Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
+    # text, every piece must be refused.
+    some_plain = any(not any(token in piece for token in added) for piece in pieces)
+    allowed = (refused,) if some_plain else (refused, harmless)
+    forged += [piece for piece in pieces if _controls(run.encoder, piece) not in allowed]
     as_text = run.data.figures["control_text"].sum()
     dropped = run.data.receipt.rows_dropped.get(Reason.CONTROL_STRING, 0)
     return fail_unless(
@@ -102,41 +107,19 @@ def forged_turns(run: Run) -> Check:
     )
 
 
-def _added_tokens(run: Run) -> list[str]:
-    return [token for token in run.tokenizer.get_added_vocab() if token.strip()]
-
-
 def _template_pieces(run: Run) -> list[str]:
     """Return what the template writes between messages, as words of a message."""
     contents = [f"{role}\ue000{i}" for i, role in enumerate(_ROLES)]
     messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
-    first, *others = re.split("|".join(contents), _rendered(run.tokenizer, messages))
+    first, *others = re.split("|".join(contents), _rendered(run, messages))
     return [f"words\n{first}words", *(f"words{piece}words" for piece in dict.fromkeys(others[:-1]))]
 
 
-def _forging(run: Run, pieces: list[str]) -> list[str]:
-    """Return the pieces that open a turn in a message.
-
-    Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
-    text, every piece must be refused.
-    """
-    tokens = _added_tokens(run)
-    plain = any(not any(token in piece for token in tokens) for piece in pieces)
-    if plain:
-        return [piece for piece in pieces if _accepted_ids(run.encoder, piece) is not None]
-    return [piece for piece in pieces if _changes_structure(run.encoder, piece)]
-
-
-def _changes_structure(encoder: ConversationEncoder, text: str) -> bool:
-    """Whether a question with this text is accepted and produces other control tokens than plain words do."""
-    ids = _accepted_ids(encoder, text)
-    return ids is not None and encoder.control_tokens(ids) != encoder.structure(("user", "assistant"))
-
-
-def _accepted_ids(encoder: ConversationEncoder, question: str) -> list[int] | None:
+def _controls(encoder: ConversationEncoder, question: str) -> Counter[int] | None:
+    """Return the control tokens of a conversation with this question; None where it is refused."""
     said = [{"role": "user", "content": question}, {"role": "assistant", "content": "words"}]
     try:
-        return encoder.encode(said).input_ids
+        return encoder.control_tokens(encoder.encode(said).input_ids)
     except RowError:
         return None
 
@@ -144,14 +127,11 @@ def _accepted_ids(encoder: ConversationEncoder, question: str) -> list[int] | No
 def control_tokens(run: Run) -> Check:
     """Every row has the control tokens that its turns need, and no other."""
     data = run.data
-    counts = (
-        count_and_first(data.train, ~data.figures["controls_fit"]),
-        count_and_first(data.held_out, ~data.held_out_figures["controls_fit"]),
-    )
-    wrong, rows = sum(count for count, _ in counts), len(data.train) + len(data.held_out)
-    first = counts[0][1] or counts[1][1]
+    trained, first = count_and_first(data.train, ~data.figures["controls_fit"])
+    held_out, second = count_and_first(data.held_out, ~data.held_out_figures["controls_fit"])
+    wrong, rows = trained + held_out, len(data.train) + len(data.held_out)
     return fail_unless(
         not wrong,
-        f"{wrong} rows hold others, {first} first" if wrong else f"as many as turns in {rows:,} rows",
+        f"{wrong} rows hold others, {first or second} first" if wrong else f"as many as turns in {rows:,} rows",
         "Text in a message became a control token; `qlora-recipes inspect` shows it. Report this as a bug.",
     )

@@ -20,7 +20,7 @@ from qlora_recipes.preflight.prompts import template_agrees, template_sha256
 from qlora_recipes.preflight.rows import spread
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import TrainedRun
 
 _RELOADED = "reloaded"
 _FEW_LOSSES = 10
@@ -28,16 +28,17 @@ _QUESTIONS = 4
 _NEW_TOKENS = 64
 
 
-def adapter_finite(run: Run) -> Check:
+def adapter_finite(run: TrainedRun) -> Check:
     """No weight is NaN or infinite."""
+    finite = run.adapter.all_finite
     return fail_unless(
-        run.adapter.all_finite,
-        f"all {run.adapter.parameters:,} weights" if run.adapter.all_finite else "NaN or infinite weights",
+        finite,
+        f"all {run.adapter.parameters:,} weights" if finite else "NaN or infinite weights",
         "Lower --learning_rate; see grad_norm in metrics.jsonl for the step where it blew up.",
     )
 
 
-def adapter_changed(run: Run) -> Check:
+def adapter_changed(run: TrainedRun) -> Check:
     """B starts at zero and moves at once; A has no gradient before B has moved, which takes a few steps."""
     unchanged = run.adapter.unchanged
     stuck = [name for name in unchanged if "lora_A" not in name]
@@ -46,22 +47,20 @@ def adapter_changed(run: Run) -> Check:
     return fail_unless(False, figure, advice) if stuck else warn_unless(not unchanged, figure, advice)
 
 
-def losses_finite(run: Run) -> Check:
+def losses_finite(run: TrainedRun) -> Check:
     """No logged loss or gradient norm is NaN or infinite; one such step spoils every weight."""
     logged = [
-        (entry["step"], name) for entry in run.trainer.state.log_history
+        f"{name} of step {entry['step']}" for entry in run.trainer.state.log_history
         for name in ("loss", "grad_norm") if name in entry and not math.isfinite(entry[name])
     ]  # fmt: skip
     return fail_unless(
         not logged,
-        f"{logged[0][1]} of step {logged[0][0]}, {len(logged)} in all"
-        if logged
-        else "every logged loss and gradient norm",
+        f"{logged[0]}, {len(logged)} in all" if logged else "every logged loss and gradient norm",
         "Lower --learning_rate, or use --dtype bfloat16.",
     )
 
 
-def loss_fell(run: Run) -> Check:
+def loss_fell(run: TrainedRun) -> Check:
     """The last tenth of the logged losses is below the first tenth."""
     losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     if len(losses) < 2:
@@ -72,7 +71,7 @@ def loss_fell(run: Run) -> Check:
     return warn_unless(last < first, f"{first:.3f} to {last:.3f} over {len(losses)} logged steps", advice)
 
 
-def base_unchanged(run: Run) -> Check:
+def base_unchanged(run: TrainedRun) -> Check:
     """The stored bytes of the base are those that were loaded."""
     if _sharded(run):
         return untested("the base is sharded over processes")
@@ -84,7 +83,7 @@ def base_unchanged(run: Run) -> Check:
     )
 
 
-def optimizer_state_kept(run: Run) -> Check:
+def optimizer_state_kept(run: TrainedRun) -> Check:
     """Every adapter weight has a finite optimizer state, which a weight that the optimizer never saw has not."""
     optimizer = cast(Any, run.trainer.optimizer)  # accelerate wraps it
     states = getattr(optimizer, "optimizer", optimizer).state
@@ -98,11 +97,11 @@ def optimizer_state_kept(run: Run) -> Check:
     )
 
 
-def _sharded(run: Run) -> bool:
+def _sharded(run: TrainedRun) -> bool:
     return str(run.trainer.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED")
 
 
-def adapter_reloads(run: Run) -> Check:
+def adapter_reloads(run: TrainedRun) -> Check:
     """The adapter in the run folder gives the logits of the one in memory, to the last bit."""
     if _sharded(run):
         return untested("the base is sharded over processes")
@@ -120,31 +119,29 @@ def adapter_reloads(run: Run) -> Check:
     )
 
 
-def tokenizer_reloads(run: Run) -> Check:
+def tokenizer_reloads(run: TrainedRun) -> Check:
     """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
     saved = AutoTokenizer.from_pretrained(run.folder.adapter)
     encoder = ConversationEncoder(saved, run.encoder.template)
     rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
     wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
-    plain = template_agrees(replace(run, prepared=replace(run.prepared, tokenizer=saved, encoder=encoder)))
-    same_template = template_sha256(saved) == run.data.template.sha256
-    holds = not wrong and same_template and plain.verdict == "pass"
-    figure = f"{len(rows)} rows give the training ids"
-    if not same_template:
-        figure = f"template {template_sha256(saved)[:12]}, trained with {run.data.template.sha256[:12]}"
+    rendered = template_agrees(replace(run, tokenizer=saved, encoder=encoder))
+    template, expected = template_sha256(saved), run.data.template.sha256
+    fault = ""
+    if template != expected:
+        fault = f"template {template[:12]}, trained with {expected[:12]}"
     elif wrong:
-        figure = f"{len(wrong)} of {len(rows)} rows give other ids, {wrong[0]} first"
-    elif not holds:
-        figure = plain.figure
-    return fail_unless(
-        holds, figure, "Put what the tokenizer needs into ModelSpec.tokenizer, so that it is saved with it."
-    )
+        fault = f"{len(wrong)} of {len(rows)} rows give other ids, {wrong[0]} first"
+    elif rendered.verdict != "pass":
+        fault = rendered.figure
+    advice = "Put what the tokenizer needs into ModelSpec.tokenizer, so that it is saved with it."
+    return fail_unless(not fault, fault or f"{len(rows)} rows give the training ids", advice)
 
 
 # ---- Greedy answers to a few held-out questions ----
 
 
-def answers_end(run: Run) -> Check:
+def answers_end(run: TrainedRun) -> Check:
     """Ask held-out questions, written with their answers to answers.json; an empty answer does not count as one."""
     rows = spread(run.data.held_out, _QUESTIONS, ~run.data.held_out_figures["truncated"])
     if not rows:
@@ -154,34 +151,29 @@ def answers_end(run: Run) -> Check:
         write_json(run.folder.answers, answers)
     empty = sum(not answer["answer"] for answer in answers)
     ended = sum(bool(answer["ended"] and answer["answer"]) for answer in answers)
+    first = " ".join(str(answers[0]["answer"]).split())
     return warn_unless(
         ended > 0,
         f"{ended} of {len(answers)} within {_NEW_TOKENS} tokens{f', {empty} without a word' if empty else ''}; "
-        f"the first: {_short(answers[0]['answer'])!r}",
+        f"the first: {first if len(first) <= 60 else first[:57] + '...'!r}",
         "Train longer, or look at answers.json: the model may just have long answers to give.",
     )
 
 
-def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
+def _ask(run: TrainedRun, rows: Sequence[Conversation]) -> list[dict[str, object]]:
     """Answer all questions in one batch, in the arithmetic of training."""
     run.model.eval()
     prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]
     end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     with run.trainer.compute_loss_context_manager():
         answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
-    return [_answered(run, row, answer) for row, answer in zip(rows, answers, strict=True)]
-
-
-def _answered(run: Run, row: Conversation, new: list[int]) -> dict[str, object]:
-    return {
-        "place": row.place,
-        "question": row.messages[-2]["content"],
-        "answer": str(run.tokenizer.decode(new, skip_special_tokens=True)).strip(),
-        "expected": row.messages[-1]["content"],
-        "ended": new[-1:] == [run.tokenizer.eos_token_id],
-    }
-
-
-def _short(text: object) -> str:
-    line = " ".join(str(text).split())
-    return line if len(line) <= 60 else line[:57] + "..."
+    return [
+        {
+            "place": row.place,
+            "question": row.messages[-2]["content"],
+            "answer": str(run.tokenizer.decode(new, skip_special_tokens=True)).strip(),
+            "expected": row.messages[-1]["content"],
+            "ended": new[-1:] == [end],
+        }
+        for row, new in zip(rows, answers, strict=True)
+    ]

@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
-from qlora_recipes.base.adapters import ADAPTER, WEIGHTS, adapted_modules, adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors
 from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, Receipt, TrainingReceipt
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import BuiltRun
 from qlora_recipes.training.trainer import RunTrainer, TokenCount
 
 
-def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
+def describe_adapter(run: BuiltRun, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
     """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
@@ -47,10 +47,12 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
     losses = [entry["loss"] for entry in log if "loss" in entry]
     losses = losses or [entry["train_loss"] for entry in log if "train_loss" in entry]  # no step was logged: their mean
     tail = losses[-max(1, len(losses) // 10) :]
-    seconds, count, total = trainer.seconds, trainer.count, _over_processes(trainer)
+    device, seconds = trainer.args.device, trainer.seconds
+    counts = torch.tensor(list(asdict(trainer.count).values()), device=device)
+    total = TokenCount(*trainer.accelerator.reduce(counts, "sum").tolist())
     return TrainingReceipt(
         steps=trainer.state.global_step,
-        micro_batches=count.micro_batches,
+        micro_batches=trainer.count.micro_batches,
         epochs=float(trainer.state.epoch or 0),
         first_loss=losses[0],
         final_loss=sum(tail) / len(tail),
@@ -61,12 +63,12 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
         seconds=seconds,
         packed=bool(cast(SFTConfig, trainer.args).packing),
         processes=trainer.accelerator.num_processes,
-        device=_device_name(trainer.args.device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         attention=cast(PreTrainedModel, trainer.model).config._attn_implementation,
     )
 
 
-def describe_memory(run: Run, held: int) -> MemoryReceipt:
+def describe_memory(run: BuiltRun, held: int) -> MemoryReceipt:
     """Return the peak memory of this session, and without the bytes held before the first step besides weights."""
     device = run.trainer.args.device.type
     return MemoryReceipt(
@@ -86,7 +88,7 @@ def non_weight_bytes(model: torch.nn.Module) -> int:
     return environment.resident_bytes(device) - sum(int(tensor.nbytes) for tensor in tensors)
 
 
-def _planned(run: Run, device: str) -> int | None:
+def _planned(run: BuiltRun, device: str) -> int | None:
     try:
         return estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
     except ModelError:
@@ -98,17 +100,3 @@ def write_model_card(folder: RunFolder, receipt: Receipt) -> None:
     templates = Environment(loader=PackageLoader("qlora_recipes.training", "."), keep_trailing_newline=True)
     card = templates.get_template("model_card.md.jinja").render(run=receipt, adapter_name=ADAPTER)
     (folder.adapter / "README.md").write_text(card, encoding="utf-8")
-
-
-def saved_bytes(folder: RunFolder) -> int:
-    """Return the size of the saved adapter's weights."""
-    return (folder.adapter / WEIGHTS).stat().st_size
-
-
-def _over_processes(trainer: RunTrainer) -> TokenCount:
-    counts = torch.tensor(list(asdict(trainer.count).values()), device=trainer.args.device)
-    return TokenCount(*trainer.accelerator.reduce(counts, "sum").tolist())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

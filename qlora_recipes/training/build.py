@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from dataclasses import replace
 from typing import cast
 
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
@@ -27,7 +26,7 @@ from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
-from qlora_recipes.stages import Loaded, Prepared, Run
+from qlora_recipes.stages import LoadedRun, Run
 from qlora_recipes.training.trainer import RunTrainer
 
 
@@ -41,10 +40,10 @@ def prepare_rows(settings: Settings) -> Run:
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
     encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
-    return Run(Prepared(settings, tokenizer, encoder, prepare(settings, encoder)))
+    return Run(settings, tokenizer, encoder, prepare(settings, encoder))
 
 
-def load_model(run: Run) -> Run:
+def load_model(run: Run) -> LoadedRun:
     """Return the run with its base loaded and counted, and a new adapter on it.
 
     Raises:
@@ -62,18 +61,24 @@ def load_model(run: Run) -> Run:
     if settings.storage == "expanded":
         expand(base, getattr(torch, settings.dtype))
         receipt.storage = "expanded"
-    base_bytes = environment.peak_bytes(device.type)
-    model = attach(base, settings.lora, settings.seed)
-    return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
+    return LoadedRun(
+        **vars(run),
+        base=receipt,
+        repairs=[*run.tokenizer.repairs, *made],
+        base_bytes=environment.peak_bytes(device.type),  # without the adapter
+        model=attach(base, settings.lora, settings.seed),
+    )
 
 
-def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
+def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
     """Return the trainer of a run, with float32 adapter weights whatever the base is stored as.
 
     Raises:
         UsageError: when SFTConfig refuses the settings, or they need held-out rows and none were kept.
     """
-    held_out = _held_out(run)
+    evaluates, patience = _evaluates(run.settings), run.settings.training.get("early_stopping_patience")
+    if evaluates and not run.data.held_out:
+        raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
@@ -86,9 +91,9 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
             model=run.model,
             args=_sft_config(run, aside),
             train_dataset=cast(Rows, run.data.train).dataset(),
-            eval_dataset=held_out.dataset() if held_out else None,
+            eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
             processing_class=run.tokenizer,
-            callbacks=_early_stopping(run.settings),
+            callbacks=None if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
             rows=run.data.train,
         )
     trainer.args.output_dir = str(folder.checkpoints)
@@ -100,21 +105,11 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     return trainer
 
 
-def _held_out(run: Run) -> Rows | None:
-    """Return the rows to evaluate on during training, or None where that was not asked for."""
-    if run.settings.training.get("eval_strategy", "no") == "no":
-        return None
-    if not run.data.held_out:
-        raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
-    return cast(Rows, run.data.held_out)
+def _evaluates(settings: Settings) -> bool:
+    return bool(settings.training.get("eval_strategy", "no") != "no")
 
 
-def _early_stopping(settings: Settings) -> list[TrainerCallback]:
-    patience = settings.training.get("early_stopping_patience")
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
-
-
-def _sft_config(run: Run, folder: str) -> SFTConfig:
+def _sft_config(run: LoadedRun, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
     settings = run.settings
     training = dict(settings.training)
@@ -124,7 +119,7 @@ def _sft_config(run: Run, folder: str) -> SFTConfig:
         training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
     if training.pop("early_stopping_patience", None) is not None:
         training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
-    if training.get("load_best_model_at_end") and training.get("eval_strategy", "no") == "no":
+    if training.get("load_best_model_at_end") and not _evaluates(settings):
         raise UsageError(
             "the best checkpoint and early stopping are chosen by the held-out loss: give --eval_strategy steps "
             "--eval_steps N, and --save_strategy steps with a --save_steps that N divides"

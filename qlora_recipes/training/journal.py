@@ -19,7 +19,7 @@ from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Resume, Started
 from qlora_recipes.settings import AUTO_FIELDS, Settings, public
-from qlora_recipes.stages import Run
+from qlora_recipes.stages import LoadedRun
 
 _FIX = (
     "Without it nothing shows that this is the run to resume: give --output_dir another folder, or --overwrite to "
@@ -32,21 +32,20 @@ _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_
 def settings_identity(settings: Settings) -> dict[str, Any]:
     """Return what must be equal for a run to be resumed, as far as it is known before anything is loaded."""
     training = {name: value for name, value in public(settings.training).items() if not name.startswith(_FREE)}
-    return _plain(
-        {
-            "recipe": settings.name,
-            "model": settings.model,
-            "revision": settings.revision,
-            "dataset": settings.dataset_name,
-            "precision": settings.precision.name,
-            "dtype": settings.dtype,
-            "lora": dict(settings.lora),
-            "training": training,
-        }
-    )
+    identity = {
+        "recipe": settings.name,
+        "model": settings.model,
+        "revision": settings.revision,
+        "dataset": settings.dataset_name,
+        "precision": settings.precision.name,
+        "dtype": settings.dtype,
+        "lora": dict(settings.lora),
+        "training": training,
+    }
+    return cast(dict[str, Any], json.loads(json.dumps(identity, default=str)))  # as the file gives it back
 
 
-def run_identity(asked: Settings, run: Run, initial_sha256: str) -> dict[str, Any]:
+def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[str, Any]:
     """Return all that must be equal: the settings, and what they made of the data, the base and the adapter."""
     return {
         **settings_identity(asked),
@@ -64,18 +63,13 @@ def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
     Raises:
         RunFolderError: when `started.json` is damaged, naming the key.
     """
-    was = Journal(folder).identity["training"]
+    was = Journal(folder).read().run["training"]
     names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
     try:
         restored = {name: fields_of("SFTConfig")[name].check(was[name]) for name in names}
     except UsageError as error:
         raise RunFolderError(f"{folder.started}, key run.training.{error}. {_FIX}") from error
     return replace(settings, training={**settings.training, **restored}, auto_fields=frozenset())
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content as JSON gives it back."""
-    return cast(dict[str, Any], json.loads(json.dumps(content, default=str)))
 
 
 def _now() -> str:
@@ -90,7 +84,7 @@ class Journal:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Record what a new run is."""
-        self._write(Started(_now(), dict(identity), environment.versions()))
+        write_json(self.folder.started, asdict(Started(_now(), dict(identity), environment.versions())))
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
         """Raise when the folder holds a run that differs in what `identity` names.
@@ -98,7 +92,7 @@ class Journal:
         Raises:
             RunFolderError: naming every difference.
         """
-        was = self.identity
+        was = self.read().run
         pairs = differences({key: was.get(key, MISSING) for key in identity}, identity)
         found = [(key, *(MISSING if value is None else value for value in values)) for key, *values in pairs]
         lines = [f"  {key}: was {shortened(a)}, now {shortened(b)}" for key, a, b in sorted(found) if a != b]
@@ -111,28 +105,14 @@ class Journal:
 
     def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
         """Record that the run is resumed from a step, and return what was recorded."""
-        content, now = self._read(), environment.versions()
+        content, now = self.read(), environment.versions()
         changed = {name: f"{was} -> {now.get(name)}" for name, was in content.versions.items() if was != now.get(name)}
         resume = Resume(_now(), step, reason, dict(passed_over), changed)
-        self._write(replace(content, resumes=[*content.resumes, resume]))
+        write_json(self.folder.started, asdict(replace(content, resumes=[*content.resumes, resume])))
         return resume
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the run is."""
-        return self._read().run
-
-    @property
-    def started(self) -> str:
-        """When the run took its folder, UTC in ISO 8601."""
-        return self._read().started
-
-    @property
-    def resumes(self) -> list[Resume]:
-        """Every time that the run was resumed."""
-        return self._read().resumes
-
-    def _read(self) -> Started:
+    def read(self) -> Started:
+        """Return what the run is, when it took its folder, and every time that it was resumed."""
         file = self.folder.started
         try:
             content = read_record(file, Started, fix=_FIX)
@@ -142,9 +122,6 @@ class Journal:
             if not isinstance(got := content.run.get(key), dict):
                 raise RunFolderError(f"{file}, key run.{key}: got {got!r:.60}, expected an object. {_FIX}")
         return content
-
-    def _write(self, content: Started) -> None:
-        write_json(self.folder.started, asdict(content))
 
 
 def find_checkpoint(folder: RunFolder, settings: Settings) -> tuple[Checkpoint | None, dict[str, str]]:

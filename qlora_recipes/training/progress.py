@@ -1,4 +1,4 @@
-"""What a person sees while a model trains, and the metrics file that programs read."""
+"""What a person sees of a run, while it trains and at its end, and the metrics file that programs read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
-from qlora_recipes.run.display import progress_bar, running_mean
+from qlora_recipes.preflight import tally
+from qlora_recipes.run.display import figures_table, progress_bar, running_mean
 from qlora_recipes.run.files import read_lines, write_text
-from qlora_recipes.run.receipt import Resume
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import MemoryReceipt, Resume
 
 
 class ProgressDisplay(TrainerCallback):
@@ -26,7 +28,7 @@ class ProgressDisplay(TrainerCallback):
         self.progress = progress_bar("training", console, loss, speed)
         self.started = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.started = time.monotonic()
         self.tokens_before = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
         self.task = self.progress.add_task(
@@ -34,22 +36,15 @@ class ProgressDisplay(TrainerCallback):
         )
         self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kw: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any = None, **kw: Any) -> None:
         if logs and "loss" in logs:
             speed = (logs.get("num_tokens", 0) - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
             self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}", speed=f"{speed:,.0f}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.progress.stop()
 
 
@@ -59,17 +54,10 @@ class MetricsFile(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         write_text(self.file, "".join(_line(int(entry["step"]), entry) for entry in state.log_history))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kw: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any = None, **kw: Any) -> None:
         if state.is_world_process_zero and logs:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(_line(state.global_step, logs))
@@ -110,3 +98,36 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
     axes.legend()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+
+
+def print_summary(folder: RunFolder, console: Console | None = None) -> None:
+    """Print the lines of a receipt that a person looks for first."""
+    run = folder.receipt()
+    data, base, adapter, training = run.data, run.base, run.adapter, run.training
+    quantized = base.quantized
+    dropped, asked = sum(data.rows_dropped.values()), run.settings.training
+    batch = f"{asked['per_device_train_batch_size']} x {asked['gradient_accumulation_steps']} rows"
+    rows = {
+        "base": f"{base.model}, {run.precision}, {quantized.found} of {quantized.expected} linears "
+        f"quantized, {base.bytes / 2**20:,.1f} MiB",
+        "data": f"{data.source}: {data.rows_used:,} of {data.rows_in:,} rows trained on, "
+        f"{data.rows_held_out:,} held out, {dropped:,} dropped",
+        "in the loss": f"{data.supervised_tokens:,} of {data.tokens:,} tokens",
+        "adapter": f"{adapter.parameters:,} weights in {adapter.modules} modules, {adapter.dtype}, "
+        f"sha256 {adapter.final_sha256[:12]}",
+        "loss": f"{training.first_loss:.3f} to {training.final_loss:.3f} in {training.steps} steps",
+        "speed": f"{training.tokens_per_second:,.0f} tokens/s, {training.seconds:.1f} s",
+        "a step": f"{batch}, {base.storage} weights" if quantized.found else batch,
+        "memory": _memory(run.memory),
+        "repaired": ", ".join(run.repairs) or "nothing",
+        "checks": tally(run.checks),
+        "resumed": ", ".join(f"after step {resume.from_step}" for resume in run.resumes),
+        "written to": str(folder.path),
+    }
+    (console or Console()).print(figures_table(rows))
+
+
+def _memory(memory: MemoryReceipt) -> str:
+    planned = f", {memory.planned_bytes / 2**30:.2f} planned" if memory.planned_bytes else ""
+    own = memory.training_bytes / 2**30
+    return f"{memory.peak_bytes / 2**30:.2f} GiB peak, {own:.2f} of it used by training{planned}"

@@ -14,24 +14,17 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_recipes import environment, preflight
-from qlora_recipes.base.adapters import adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.run.checkpoints import Checkpoint
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, TrainingReceipt
+from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, Started, TrainingReceipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
-from qlora_recipes.stages import Run, Trained
-from qlora_recipes.training.accounting import (
-    describe_adapter,
-    describe_memory,
-    describe_training,
-    non_weight_bytes,
-    saved_bytes,
-    write_model_card,
-)
+from qlora_recipes.stages import BuiltRun, TrainedRun
+from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
@@ -114,66 +107,57 @@ class _Launch:
 def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     """Make one attempt at a run, from its settings to its receipt."""
     folder = RunFolder(launch.settings.output_dir)
-    checkpoint, passed_over = _find_start(launch, folder)
+    if launch.resume:
+        checkpoint, passed_over = find_checkpoint(folder, launch.asked)
+    else:
+        folder.check_free(overwrite=launch.overwrite)
+        checkpoint, passed_over = None, {}
     run, checks = prepare_run(launch.settings, skip_checks=launch.skip_checks, console=launch.console)
 
     initial = adapter_sha256(run.model)
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
 
-    held = non_weight_bytes(run.model)
+    held = accounting.non_weight_bytes(run.model)
     environment.reset_peak(PartialState().device.type)
     training = _run_steps(launch, run, folder, signals, checkpoint)
-    memory = describe_memory(run, held)
-    run = replace(run, trained=Trained(describe_adapter(run, initial, before), folder, memory))
+    memory = accounting.describe_memory(run, held)
+    adapter = accounting.describe_adapter(run, initial, before)
+    trained = TrainedRun(**vars(run), adapter=adapter, folder=folder, memory=memory)
 
-    checks += _check_and_save(run, launch)
+    checks += _check_and_save(trained, launch)
     if PartialState().is_main_process:
-        run.adapter.bytes = saved_bytes(folder)
-        _write_results(run, _receipt(launch, run, journal, training, checks))
+        _write_results(launch, trained, journal.read(), training, checks)
     PartialState().wait_for_everyone()
     return folder
 
 
-def _find_start(launch: _Launch, folder: RunFolder) -> tuple[Checkpoint | None, dict[str, str]]:
-    """Return the checkpoint to resume from, if any, and the damaged ones passed over; refuse a folder that is taken."""
-    if launch.resume:
-        return find_checkpoint(folder, launch.asked)
-    folder.check_free(overwrite=launch.overwrite)
-    return None, {}
-
-
 def prepare_run(
     settings: Settings, *, skip_checks: Sequence[str] = (), console: Console | None = None
-) -> tuple[Run, list[Check]]:
+) -> tuple[BuiltRun, list[Check]]:
     """Do everything that comes before the first step, print what was checked of it, and write nothing.
 
     Raises:
         RecipesError: for anything that would make the run fail, or be something other than it claims.
     """
     preflight.check_names(skip_checks, preflight.names(settings.recipe))
-    run = prepare_rows(settings)
-    checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
-    _refuse_failed(checks, "Before loading the base", console)  # which takes minutes
+    read = prepare_rows(settings)
+    checks = preflight.run_checks(preflight.BEFORE_LOADING, read, skip_checks)
+    _refuse_failed(checks, "Before loading the base", console, last=False)  # which takes minutes
 
-    run = load_model(run)
-    run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
+    loaded = load_model(read)
+    run = BuiltRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(settings.output_dir)))
     checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
-    _show(checks, "Before training", console)
-    preflight.refuse_failed(checks)
+    _refuse_failed(checks, "Before training", console)
     return run, checks
 
 
-def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None) -> None:
-    """Show the checks when one of them failed, and raise."""
-    if any(check.verdict == "fail" for check in checks):
-        _show(checks, title, console)
-    preflight.refuse_failed(checks)
-
-
-def _show(checks: Sequence[Check], title: str, console: Console | None) -> None:
-    if PartialState().is_main_process:
+def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None, *, last: bool = True) -> None:
+    """Raise when one of the checks failed; print them then, and when they are the last of their table."""
+    failed = any(check.verdict == "fail" for check in checks)
+    if (last or failed) and PartialState().is_main_process:
         preflight.print_checks(checks, title, console or Console())
+    preflight.refuse_failed(checks)
 
 
 def _open_journal(
@@ -200,18 +184,22 @@ def _open_journal(
 
 
 def _run_steps(
-    launch: _Launch, run: Run, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
+    launch: _Launch, run: BuiltRun, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
 ) -> TrainingReceipt:
     """Train to the last step, and return what was done."""
-    trainer, display = cast(RunTrainer, run.trainer), ProgressDisplay(launch.console)
+    trainer, main = cast(RunTrainer, run.trainer), PartialState().is_main_process
+    display = ProgressDisplay(launch.console)
     trainer.signals = signals
-    if PartialState().is_main_process:
+    if main:
         trainer.add_callback(display)
         trainer.add_callback(MetricsFile(folder.metrics))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except Stopped as stopped:
-        _print_how_to_resume(stopped, folder)
+        if main and stopped.step is not None:
+            where = f"{folder.path} has the checkpoint of step {stopped.step}"
+            how = "resume with the same command and --resume"
+            print(f"stopped by {stopped.signal.name}: {where}; {how}", file=sys.stderr)
         raise
     except pickle.UnpicklingError as error:
         raise RunFolderError(
@@ -220,30 +208,27 @@ def _run_steps(
         ) from error
     finally:
         display.progress.stop()
-    return describe_training(trainer)
+    return accounting.describe_training(trainer)
 
 
-def _print_how_to_resume(stopped: Stopped, folder: RunFolder) -> None:
-    if PartialState().is_main_process and stopped.step is not None:
-        where = f"{folder.path} has the checkpoint of step {stopped.step}"
-        print(f"stopped by {stopped.signal.name}: {where}; resume with the same command and --resume", file=sys.stderr)
-
-
-def _check_and_save(run: Run, launch: _Launch) -> list[Check]:
+def _check_and_save(run: TrainedRun, launch: _Launch) -> list[Check]:
     """Check what was trained, save it, and check what was saved; raise where one fails, before there is a receipt."""
     checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
-    _refuse_failed(checks, "After training", launch.console)
+    _refuse_failed(checks, "After training", launch.console, last=False)
     run.trainer.save_model(str(run.folder.adapter))  # gathers a sharded adapter; writes tokenizer and template too
     PartialState().wait_for_everyone()
     checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
-    _show(checks, "After training", launch.console)
-    preflight.refuse_failed(checks)
+    _refuse_failed(checks, "After training", launch.console)
     return checks
 
 
-def _receipt(launch: _Launch, run: Run, journal: Journal, training: TrainingReceipt, checks: list[Check]) -> Receipt:
-    settings = launch.settings
-    return Receipt(
+def _write_results(
+    launch: _Launch, run: TrainedRun, journal: Started, training: TrainingReceipt, checks: list[Check]
+) -> None:
+    """Write what a finished run has besides its adapter, and last its receipt."""
+    settings, folder = launch.settings, run.folder
+    run.adapter.bytes = (folder.adapter / WEIGHTS).stat().st_size
+    receipt = Receipt(
         recipe=settings.name,
         precision=settings.precision.name,
         dtype=settings.dtype,
@@ -268,12 +253,7 @@ def _receipt(launch: _Launch, run: Run, journal: Journal, training: TrainingRece
         checks=checks,
         resumes=journal.resumes,
     )
-
-
-def _write_results(run: Run, receipt: Receipt) -> None:
-    """Write what a finished run has besides its adapter, and last its receipt."""
-    folder = run.folder
     plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
-    write_model_card(folder, receipt)
+    accounting.write_model_card(folder, receipt)
     write_json(folder.held_out, [{"place": row.place, "messages": row.messages} for row in run.data.held_out])
     folder.write_receipt(receipt)
