@@ -1,9 +1,9 @@
-"""A run at each stage: rows prepared, model loaded, trainer built, adapter trained. All that a check may look at."""
+"""A run made of parts: rows prepared, model loaded, trainer built, adapter trained. All that a check may look at."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, TypeVar
 
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import PreparedData
@@ -16,28 +16,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl.trainer.sft_trainer import SFTTrainer
 
+_Part = TypeVar("_Part")
+
 
 @dataclass(frozen=True)
-class Run:
-    """Settings, and the rows as read, encoded and split with them; reading what a later stage adds is refused."""
+class Prepared:
+    """Settings, and the rows as read, encoded and split with them."""
 
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
     encoder: ConversationEncoder
     data: PreparedData
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> NoReturn:
-            for stage, part in (LoadedRun, "loaded model"), (BuiltRun, "trainer"), (TrainedRun, "trained adapter"):
-                if name in stage.__annotations__:
-                    raise AttributeError(f"the run has no {part} yet: that part of it is made later")
-            raise AttributeError(f"{type(self).__name__} has no {name}")
-
 
 @dataclass(frozen=True)
-class LoadedRun(Run):
-    """With the frozen base and a new adapter on it."""
+class Loaded:
+    """The frozen base with a new adapter on it."""
 
     base: BaseReceipt
     model: PeftModel
@@ -48,16 +42,80 @@ class LoadedRun(Run):
 
 
 @dataclass(frozen=True)
-class BuiltRun(LoadedRun):
-    """With everything that the first step needs."""
-
-    trainer: SFTTrainer
-
-
-@dataclass(frozen=True)
-class TrainedRun(BuiltRun):
-    """With the adapter after the last step."""
+class Trained:
+    """The adapter after the last step."""
 
     adapter: AdapterReceipt
     folder: RunFolder
     memory: MemoryReceipt
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as far as it has come; reading a part that is not there yet is an AssertionError."""
+
+    prepared: Prepared
+    loaded: Loaded | None = None
+    built: SFTTrainer | None = None
+    trained: Trained | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.prepared.settings
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.prepared.tokenizer
+
+    @property
+    def encoder(self) -> ConversationEncoder:
+        return self.prepared.encoder
+
+    @property
+    def data(self) -> PreparedData:
+        return self.prepared.data
+
+    @property
+    def base(self) -> BaseReceipt:
+        return self._loaded.base
+
+    @property
+    def model(self) -> PeftModel:
+        return self._loaded.model
+
+    @property
+    def repairs(self) -> list[str]:
+        return self._loaded.repairs
+
+    @property
+    def base_bytes(self) -> int:
+        return self._loaded.base_bytes
+
+    @property
+    def trainer(self) -> SFTTrainer:
+        return _reached(self.built, "trainer")
+
+    @property
+    def adapter(self) -> AdapterReceipt:
+        return self._trained.adapter
+
+    @property
+    def folder(self) -> RunFolder:
+        return self._trained.folder
+
+    @property
+    def memory(self) -> MemoryReceipt:
+        return self._trained.memory
+
+    @property
+    def _loaded(self) -> Loaded:
+        return _reached(self.loaded, "loaded model")
+
+    @property
+    def _trained(self) -> Trained:
+        return _reached(self.trained, "trained adapter")
+
+
+def _reached(part: _Part | None, name: str) -> _Part:
+    assert part is not None, f"the run has no {name} yet: that part of it is made later"
+    return part

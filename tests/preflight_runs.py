@@ -8,12 +8,12 @@ from pathlib import Path
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.figures import RowMeter
-from qlora_recipes.preflight import Run, run_checks
+from qlora_recipes.preflight import run_checks
 from qlora_recipes.recipe import Recipe
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import resolve
-from qlora_recipes.stages import BuiltRun
+from qlora_recipes.stages import Run
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 
 
@@ -21,14 +21,14 @@ def read(recipe: type[Recipe], model: Path, **options: object) -> Run:
     return prepare_rows(resolve(recipe, model=str(model), **options))
 
 
-def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> BuiltRun:
+def ready(recipe: type[Recipe], model: Path, folder: Path, **options: object) -> Run:
     loaded = load_model(read(recipe, model, output_dir=folder, **options))
-    return BuiltRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(folder)))
+    return replace(loaded, built=build_trainer(loaded, RunFolder(folder)))
 
 
 def changed(run: Run, **prepared: object) -> Run:
     """Return the run with other settings, tokenizer, encoder or data."""
-    return replace(run, **prepared)
+    return replace(run, prepared=replace(run.prepared, **prepared))
 
 
 def verdict_of(check: Callable[..., Check], run: object) -> Check:

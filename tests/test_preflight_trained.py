@@ -33,7 +33,7 @@ from qlora_recipes.preflight import (
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import AdapterReceipt, Check, MemoryReceipt
 from qlora_recipes.settings import resolve
-from qlora_recipes.stages import TrainedRun
+from qlora_recipes.stages import Trained
 from qlora_recipes.training.train import prepare_run, train
 
 Tiny = Callable[[str], Path]
@@ -46,7 +46,7 @@ def quiet() -> Console:
 
 
 @pytest.fixture
-def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> TrainedRun:
+def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> Run:
     """Train three steps and save, as `train` does."""
     settings = resolve(recipe_for("llama2"), model=str(tiny("llama2")), output_dir=tmp_path, training=LEARNS)
     prepared, _ = prepare_run(settings, console=quiet())
@@ -56,7 +56,7 @@ def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> TrainedRun:
     weights = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
     receipt = AdapterReceipt([], 14, weights, "float32", "", "", all_finite=True, unchanged=[], bytes=0)
     memory = MemoryReceipt(0, 0, 0, planned_bytes=None)
-    return TrainedRun(**vars(prepared), adapter=receipt, folder=folder, memory=memory)
+    return replace(prepared, trained=Trained(receipt, folder, memory))
 
 
 def test_a_sound_adapter_passes_and_says_something(run: Run) -> None:
@@ -168,7 +168,7 @@ def test_nothing_to_ask_is_not_a_pass(run: Run) -> None:
 def test_a_peak_is_tested_only_where_a_process_cannot_hide_it(run: Run) -> None:
     def verdict(taken: float, planned: float) -> str:
         memory = MemoryReceipt(0, 0, round(taken * 2**30), round(planned * 2**30))
-        return verdict_of(machine.peak_as_planned, replace(run, memory=memory)).verdict
+        return verdict_of(machine.peak_as_planned, replace(run, trained=replace(run.trained, memory=memory))).verdict
 
     assert verdict_of(machine.peak_as_planned, run).verdict == "untested"  # it has no plan
     assert verdict(0.96, planned=0.08) == "untested"  # twelve times the plan

@@ -24,7 +24,7 @@ from qlora_recipes.comparison.paired import (
 )
 from qlora_recipes.comparison.sentences import sentence
 from qlora_recipes.errors import ComparisonError
-from qlora_recipes.evaluation.kl_files import Divergence, LayerError
+from qlora_recipes.evaluation.records import Divergence, LayerError
 
 FEWEST_DOCUMENTS = 20
 """Fewer per task leave an interval of some 20 points at best, which supports no verdict."""

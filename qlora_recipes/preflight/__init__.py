@@ -2,7 +2,7 @@
 
 A check is a function of the run at its stage (stages.py) that returns a `Check`; its own name is the check's.
 `fail_unless` and `warn_unless` make one. A recipe adds its own with `checks = (my_check,)`; they are made before
-training, on a `BuiltRun`. A check that fails before training stops the run before anything is written; one that fails
+training, on a `Run`. A check that fails before training stops the run before anything is written; one that fails
 afterwards leaves a folder without a receipt.
 """
 

@@ -13,7 +13,7 @@ from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import collate, forward, gradients, logits, probe_batch
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import BuiltRun
+from qlora_recipes.stages import Run
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
 # Of a norm, or of how far a changed conversation's own logits move: GPUs add in another order each time. The defect
@@ -22,7 +22,7 @@ _NOISE = 1e-3
 _TOKENS = 300  # of each of two packed conversations: together more than those that attention tells apart by a mask
 
 
-def gradient(run: BuiltRun) -> Check:
+def gradient(run: Run) -> Check:
     """Every adapter tensor has a finite gradient, and nothing else has one."""
     found = gradients(run, probe_batch(run))
     trained = [name for name, weight in run.model.named_parameters() if weight.requires_grad]
@@ -45,7 +45,7 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return math.sqrt(sum(float(tensor.float().square().sum()) for tensor in tensors))
 
 
-def gradient_after_evaluation(run: BuiltRun) -> Check:
+def gradient_after_evaluation(run: Run) -> Check:
     """An evaluation pass in between leaves the gradient as it was; on some CPUs it repacks 4-bit weights."""
     batch = probe_batch(run)
     before = gradients(run, batch)
@@ -60,7 +60,7 @@ def gradient_after_evaluation(run: BuiltRun) -> Check:
     )
 
 
-def starting_loss(run: BuiltRun) -> Check:
+def starting_loss(run: Run) -> Check:
     """A pretrained model is better than chance from the start; one with weights that did not load is not."""
     run.model.train()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def starting_loss(run: BuiltRun) -> Check:
     return warn_unless(loss < 0.9 * chance, figure, "Is this a pretrained model, and its own tokenizer?")
 
 
-def adapter_starts_at_base(run: BuiltRun) -> Check:
+def adapter_starts_at_base(run: Run) -> Check:
     """Before the first step the adapter changes nothing, so that what is learned starts from the base."""
     if run.settings.lora.get("init_lora_weights", True) not in (True, "gaussian"):
         return untested("this init_lora_weights starts elsewhere on purpose")
@@ -84,7 +84,7 @@ def adapter_starts_at_base(run: BuiltRun) -> Check:
     return fail_unless(moved == 0, f"logits moved by {moved:.2g}", "Take init_lora_weights out of the recipe.")
 
 
-def packing_leak(run: BuiltRun) -> Check:
+def packing_leak(run: Run) -> Check:
     """Change one packed conversation, and watch the logits of the next."""
     args = cast(SFTConfig, run.trainer.args)
     if not run.trainer.padding_free:

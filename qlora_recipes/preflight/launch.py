@@ -11,14 +11,14 @@ from datasets import Dataset
 
 from qlora_recipes.preflight.checks import fail_unless, warn_unless
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import BuiltRun
+from qlora_recipes.stages import Run
 
 _PRECISION = {"bfloat16": "bf16", "float16": "fp16"}
 _FEW_STEPS = 10
 _SEVERAL = "several"
 
 
-def num_processes(run: BuiltRun) -> Check:
+def num_processes(run: Run) -> Check:
     """`accelerate launch --cpu --num_processes 2` trains one process and says nothing."""
     got = run.trainer.accelerator.num_processes
     asked = asked_processes()
@@ -39,7 +39,7 @@ def asked_processes() -> str | None:
     return os.environ.get("WORLD_SIZE", _SEVERAL if under_accelerate else None)
 
 
-def distributed_type(run: BuiltRun) -> Check:
+def distributed_type(run: Run) -> Check:
     """FSDP that was asked for on a CPU becomes DDP without a word."""
     got = str(run.trainer.accelerator.distributed_type.value)
     kinds = ("FSDP", "DEEPSPEED")
@@ -52,7 +52,7 @@ def distributed_type(run: BuiltRun) -> Check:
     )
 
 
-def device(run: BuiltRun) -> Check:
+def device(run: Run) -> Check:
     """A GPU that is idle while a CPU trains is rarely meant."""
     got = run.trainer.args.device
     base = next(run.model.parameters()).device
@@ -64,7 +64,7 @@ def device(run: BuiltRun) -> Check:
     )
 
 
-def mixed_precision(run: BuiltRun) -> Check:
+def mixed_precision(run: Run) -> Check:
     """The autocast of the accelerator is the run's dtype; ACCELERATE_MIXED_PRECISION can say otherwise."""
     got, expected = run.trainer.accelerator.mixed_precision, _PRECISION[run.settings.dtype]
     return fail_unless(
@@ -74,7 +74,7 @@ def mixed_precision(run: BuiltRun) -> Check:
     )
 
 
-def steps(run: BuiltRun) -> Check:
+def steps(run: Run) -> Check:
     """A run of a few steps, or one that ends while the learning rate still rises, hardly learns."""
     args = run.trainer.args
     rows = len(cast(Dataset, run.trainer.train_dataset))

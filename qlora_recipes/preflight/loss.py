@@ -10,7 +10,7 @@ from qlora_recipes.data.prepare import TOO_LONG
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import BuiltRun, Run
+from qlora_recipes.stages import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,7 +103,7 @@ def answers_cut(run: Run) -> Check:
     )
 
 
-def trainer_keeps_the_loss(run: BuiltRun) -> Check:
+def trainer_keeps_the_loss(run: Run) -> Check:
     """What SFTTrainer made of the rows (packed, truncated, labeled) still has every token and every label."""
     rows = cast("Dataset", run.trainer.train_dataset)
     tokens = supervised = 0

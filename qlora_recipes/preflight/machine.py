@@ -20,7 +20,7 @@ from qlora_recipes.memory import estimate
 from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import model_location
-from qlora_recipes.stages import BuiltRun, LoadedRun, Run, TrainedRun
+from qlora_recipes.stages import Run
 
 _CHECKPOINT_PARTS = 3  # float32 weights and Adam's two moments of the same size
 _HUB_SECONDS = 3
@@ -50,7 +50,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def disk_space(run: BuiltRun) -> Check:
+def disk_space(run: Run) -> Check:
     """The adapter and its checkpoints fit, with a reserve of a tenth of a GiB."""
     adapter = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad) * 4
     need = adapter * (1 + _CHECKPOINT_PARTS * _checkpoints(run)) + 2**30 // 10
@@ -62,7 +62,7 @@ def disk_space(run: BuiltRun) -> Check:
     )
 
 
-def _checkpoints(run: BuiltRun) -> int:
+def _checkpoints(run: Run) -> int:
     """Return how many checkpoints are on the disk at once; one more than are kept, since the old one goes last."""
     args = run.trainer.args
     if args.save_strategy == "no":
@@ -123,7 +123,7 @@ def memory_free(run: Run) -> Check:
     return warn_unless(planned.total <= free, figure, _LOWER)
 
 
-def base_bytes(run: LoadedRun) -> Check:
+def base_bytes(run: Run) -> Check:
     """The base takes the memory that its precision promises."""
     try:
         planned = estimate.plan(run.settings).training.base
@@ -136,7 +136,7 @@ def base_bytes(run: LoadedRun) -> Check:
     )
 
 
-def peak_as_planned(run: TrainedRun) -> Check:
+def peak_as_planned(run: Run) -> Check:
     """Training took the memory that was planned for it, or less: rows are seldom all as long as they may be."""
     taken, planned = run.memory.training_bytes, run.memory.planned_bytes
     if planned is None:

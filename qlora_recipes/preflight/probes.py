@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qlora_recipes.data.encoding import IGNORED, Encoded
-from qlora_recipes.stages import BuiltRun
+from qlora_recipes.stages import Run
 
 PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
 
@@ -34,7 +34,7 @@ def preserving_state(model: nn.Module | None) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
 
 
-def probe_batch(run: BuiltRun) -> dict[str, Any]:
+def probe_batch(run: Run) -> dict[str, Any]:
     """Return the shortest two rows, or windows of them around the start of their answer, collated as in training."""
     shortest = numpy.argsort(run.data.figures["length"], kind="stable")[:2]
     return collate(run, [_window(run.data.train[int(i)].encoded) for i in shortest])
@@ -46,28 +46,28 @@ def _window(row: Encoded) -> Encoded:
     return Encoded(row.input_ids[start : start + PROBE_TOKENS], row.labels[start : start + PROBE_TOKENS])
 
 
-def collate(run: BuiltRun, rows: Sequence[Encoded]) -> dict[str, Any]:
+def collate(run: Run, rows: Sequence[Encoded]) -> dict[str, Any]:
     """Return rows as the trainer's collator hands them to the model, on its device."""
     batch = run.trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     device = run.trainer.args.device
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def forward(run: BuiltRun, batch: dict[str, Any]) -> Any:
+def forward(run: Run, batch: dict[str, Any]) -> Any:
     """Return the model's output for a batch, under the autocast of training."""
     with run.trainer.compute_loss_context_manager():
         return run.model(**batch, use_cache=False)
 
 
 @torch.no_grad()
-def logits(run: BuiltRun, batch: dict[str, Any]) -> torch.Tensor:
+def logits(run: Run, batch: dict[str, Any]) -> torch.Tensor:
     """Return float32 logits in evaluation mode, [rows, positions, vocabulary]."""
     run.model.eval()
     found: torch.Tensor = forward(run, batch).logits
     return found.float()
 
 
-def gradients(run: BuiltRun, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return name to gradient of every weight that has one after a pass in training mode."""
     torch.manual_seed(0)  # the same dropout in every probe; put back by `preserving_state`
     run.model.train()

@@ -7,7 +7,7 @@ import numpy
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import LoadedRun, Run
+from qlora_recipes.stages import Run
 
 
 def padding_token(run: Run) -> Check:
@@ -34,7 +34,7 @@ def unknown_tokens(run: Run) -> Check:
     )
 
 
-def embedding_covers_ids(run: LoadedRun) -> Check:
+def embedding_covers_ids(run: Run) -> Check:
     """An id beyond the embedding crashes on a CPU and reads garbage on some GPUs."""
     rows = run.model.get_input_embeddings().weight.shape[0]
     data = run.data
@@ -46,7 +46,7 @@ def embedding_covers_ids(run: LoadedRun) -> Check:
     )
 
 
-def context_length(run: LoadedRun) -> Check:
+def context_length(run: Run) -> Check:
     """Positions beyond those of pretraining raise no error and mean nothing to the model."""
     positions = getattr(run.model.config, "max_position_embeddings", None)
     longest = run.settings.training["max_length"]
@@ -57,7 +57,7 @@ def context_length(run: LoadedRun) -> Check:
     )
 
 
-def generation_stops(run: LoadedRun) -> Check:
+def generation_stops(run: Run) -> Check:
     """Generation stops at the token that ends answers in training."""
     stops, end = run.model.generation_config.eos_token_id, run.tokenizer.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]

@@ -20,7 +20,7 @@ from qlora_recipes.preflight.prompts import template_agrees, template_sha256
 from qlora_recipes.preflight.rows import spread
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import TrainedRun
+from qlora_recipes.stages import Run
 
 _RELOADED = "reloaded"
 _FEW_LOSSES = 10
@@ -28,7 +28,7 @@ _QUESTIONS = 4
 _NEW_TOKENS = 64
 
 
-def adapter_finite(run: TrainedRun) -> Check:
+def adapter_finite(run: Run) -> Check:
     """No weight is NaN or infinite."""
     finite = run.adapter.all_finite
     return fail_unless(
@@ -38,7 +38,7 @@ def adapter_finite(run: TrainedRun) -> Check:
     )
 
 
-def adapter_changed(run: TrainedRun) -> Check:
+def adapter_changed(run: Run) -> Check:
     """B starts at zero and moves at once; A has no gradient before B has moved, which takes a few steps."""
     unchanged = run.adapter.unchanged
     stuck = [name for name in unchanged if "lora_A" not in name]
@@ -47,7 +47,7 @@ def adapter_changed(run: TrainedRun) -> Check:
     return fail_unless(False, figure, advice) if stuck else warn_unless(not unchanged, figure, advice)
 
 
-def losses_finite(run: TrainedRun) -> Check:
+def losses_finite(run: Run) -> Check:
     """No logged loss or gradient norm is NaN or infinite; one such step spoils every weight."""
     logged = [
         f"{name} of step {entry['step']}" for entry in run.trainer.state.log_history
@@ -60,7 +60,7 @@ def losses_finite(run: TrainedRun) -> Check:
     )
 
 
-def loss_fell(run: TrainedRun) -> Check:
+def loss_fell(run: Run) -> Check:
     """The last tenth of the logged losses is below the first tenth."""
     losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     if len(losses) < 2:
@@ -71,7 +71,7 @@ def loss_fell(run: TrainedRun) -> Check:
     return warn_unless(last < first, f"{first:.3f} to {last:.3f} over {len(losses)} logged steps", advice)
 
 
-def base_unchanged(run: TrainedRun) -> Check:
+def base_unchanged(run: Run) -> Check:
     """The stored bytes of the base are those that were loaded."""
     if _sharded(run):
         return untested("the base is sharded over processes")
@@ -83,7 +83,7 @@ def base_unchanged(run: TrainedRun) -> Check:
     )
 
 
-def optimizer_state_kept(run: TrainedRun) -> Check:
+def optimizer_state_kept(run: Run) -> Check:
     """Every adapter weight has a finite optimizer state, which a weight that the optimizer never saw has not."""
     optimizer = cast(Any, run.trainer.optimizer)  # accelerate wraps it
     states = getattr(optimizer, "optimizer", optimizer).state
@@ -97,11 +97,11 @@ def optimizer_state_kept(run: TrainedRun) -> Check:
     )
 
 
-def _sharded(run: TrainedRun) -> bool:
+def _sharded(run: Run) -> bool:
     return str(run.trainer.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED")
 
 
-def adapter_reloads(run: TrainedRun) -> Check:
+def adapter_reloads(run: Run) -> Check:
     """The adapter in the run folder gives the logits of the one in memory, to the last bit."""
     if _sharded(run):
         return untested("the base is sharded over processes")
@@ -119,13 +119,13 @@ def adapter_reloads(run: TrainedRun) -> Check:
     )
 
 
-def tokenizer_reloads(run: TrainedRun) -> Check:
+def tokenizer_reloads(run: Run) -> Check:
     """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
     saved = AutoTokenizer.from_pretrained(run.folder.adapter)
     encoder = ConversationEncoder(saved, run.encoder.template)
     rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
     wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
-    rendered = template_agrees(replace(run, tokenizer=saved, encoder=encoder))
+    rendered = template_agrees(replace(run, prepared=replace(run.prepared, tokenizer=saved, encoder=encoder)))
     template, expected = template_sha256(saved), run.data.template.sha256
     fault = ""
     if template != expected:
@@ -141,7 +141,7 @@ def tokenizer_reloads(run: TrainedRun) -> Check:
 # ---- Greedy answers to a few held-out questions ----
 
 
-def answers_end(run: TrainedRun) -> Check:
+def answers_end(run: Run) -> Check:
     """Ask held-out questions, written with their answers to answers.json; an empty answer does not count as one."""
     rows = spread(run.data.held_out, _QUESTIONS, ~run.data.held_out_figures["truncated"])
     if not rows:
@@ -160,7 +160,7 @@ def answers_end(run: TrainedRun) -> Check:
     )
 
 
-def _ask(run: TrainedRun, rows: Sequence[Conversation]) -> list[dict[str, object]]:
+def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
     """Answer all questions in one batch, in the arithmetic of training."""
     run.model.eval()
     prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]

@@ -15,7 +15,7 @@ from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
 from qlora_recipes.run.receipt import Check
-from qlora_recipes.stages import BuiltRun
+from qlora_recipes.stages import Run
 
 _SAMPLE = 2**16  # weights of each layer that are compared; 224 layers of 7B give 15 million
 # Root mean square error of blocks of 64 normal weights, relative to the weights. In 16 bits there is none: the bound of
@@ -24,7 +24,7 @@ _EXPECTED_ERROR = {"nf4": 0.095, "nf4-single": 0.095, "fp4": 0.13, "int8": 0.012
 _BELOW_16_BITS = {"uint8", "int8"}
 
 
-def quantized_linears(run: BuiltRun) -> Check:
+def quantized_linears(run: Run) -> Check:
     """Linear layers by class, and how many of those that should be are stored in fewer bits."""
     found, expected = run.base.quantized.found, run.base.quantized.expected
     classes = ", ".join(f"{count} {name}" for name, count in run.base.linears.items())
@@ -32,7 +32,7 @@ def quantized_linears(run: BuiltRun) -> Check:
     return fail_unless(found == expected, figure, "Use --precision bf16, or add a repair for this architecture.")
 
 
-def checkpoint_names(run: BuiltRun) -> Check:
+def checkpoint_names(run: Run) -> Check:
     """A weight that the checkpoint does not name is drawn at random when the base is loaded."""
     missing = run.base.missing_keys
     count = sum("lora_" not in name for name, _ in run.model.named_parameters())
@@ -45,7 +45,7 @@ def checkpoint_names(run: BuiltRun) -> Check:
     )
 
 
-def quantization_error(run: BuiltRun) -> Check:
+def quantization_error(run: Run) -> Check:
     """The weights in memory beside those in the checkpoint, sampled from each layer: mean and worst layer."""
     files = weight_files(run.settings.model, run.base.revision)
     errors = dict(layer_errors(run.model, files, getattr(torch, run.settings.dtype), sample=_SAMPLE))
@@ -64,7 +64,7 @@ def quantization_error(run: BuiltRun) -> Check:
 # ---- Data types, as found in memory and in one pass ----
 
 
-def base_dtype(run: BuiltRun) -> Check:
+def base_dtype(run: Run) -> Check:
     """What is not quantized is in the run's 16-bit dtype; 4-bit layers dequantize to it and multiply in it."""
     found = {_name(weight.dtype) for name, weight in run.model.named_parameters() if "lora_" not in name}
     compute = {_name(module.compute_dtype) for module in run.model.modules() if getattr(module, "compute_dtype", None)}
@@ -79,7 +79,7 @@ def base_dtype(run: BuiltRun) -> Check:
     )
 
 
-def compute_dtype(run: BuiltRun) -> Check:
+def compute_dtype(run: Run) -> Check:
     """What one adapted layer really returns under the trainer's autocast."""
     layer = next(module for module in run.model.modules() if isinstance(module, LoraLayer))
     seen: list[torch.dtype] = []
@@ -95,13 +95,13 @@ def compute_dtype(run: BuiltRun) -> Check:
     )
 
 
-def adapter_dtype(run: BuiltRun) -> Check:
+def adapter_dtype(run: Run) -> Check:
     """Adapter weights are float32 in every arm; in 16 bits small updates are rounded away."""
     found = sorted({_name(tensor.dtype) for _, tensor in adapter_tensors(run.model)})
     return fail_unless(found == ["float32"], ", ".join(found), "Build the trainer with repairs.float32_adapter.")
 
 
-def optimizer_state_dtype(run: BuiltRun) -> Check:
+def optimizer_state_dtype(run: Run) -> Check:
     """What the optimizer keeps for a weight: float32, or fewer bits where its name says so."""
     args = run.trainer.args
     name = str(getattr(args.optim, "value", args.optim))

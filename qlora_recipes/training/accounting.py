@@ -20,11 +20,11 @@ from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, Receipt, TrainingReceipt
-from qlora_recipes.stages import BuiltRun
+from qlora_recipes.stages import Run
 from qlora_recipes.training.trainer import RunTrainer, TokenCount
 
 
-def describe_adapter(run: BuiltRun, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
+def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
     """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
@@ -68,7 +68,7 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
     )
 
 
-def describe_memory(run: BuiltRun, held: int) -> MemoryReceipt:
+def describe_memory(run: Run, held: int) -> MemoryReceipt:
     """Return the peak memory of this session, and without the bytes held before the first step besides weights."""
     device = run.trainer.args.device.type
     return MemoryReceipt(
@@ -88,7 +88,7 @@ def non_weight_bytes(model: torch.nn.Module) -> int:
     return environment.resident_bytes(device) - sum(int(tensor.nbytes) for tensor in tensors)
 
 
-def _planned(run: BuiltRun, device: str) -> int | None:
+def _planned(run: Run, device: str) -> int | None:
     try:
         return estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
     except ModelError:

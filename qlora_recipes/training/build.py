@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -26,7 +27,7 @@ from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
-from qlora_recipes.stages import LoadedRun, Run
+from qlora_recipes.stages import Loaded, Prepared, Run
 from qlora_recipes.training.trainer import RunTrainer
 
 
@@ -40,10 +41,10 @@ def prepare_rows(settings: Settings) -> Run:
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
     encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
-    return Run(settings, tokenizer, encoder, prepare(settings, encoder))
+    return Run(Prepared(settings, tokenizer, encoder, prepare(settings, encoder)))
 
 
-def load_model(run: Run) -> LoadedRun:
+def load_model(run: Run) -> Run:
     """Return the run with its base loaded and counted, and a new adapter on it.
 
     Raises:
@@ -61,16 +62,12 @@ def load_model(run: Run) -> LoadedRun:
     if settings.storage == "expanded":
         expand(base, getattr(torch, settings.dtype))
         receipt.storage = "expanded"
-    return LoadedRun(
-        **vars(run),
-        base=receipt,
-        repairs=[*run.tokenizer.repairs, *made],
-        base_bytes=environment.peak_bytes(device.type),  # without the adapter
-        model=attach(base, settings.lora, settings.seed),
-    )
+    base_bytes = environment.peak_bytes(device.type)  # without the adapter
+    model = attach(base, settings.lora, settings.seed)
+    return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
 
 
-def build_trainer(run: LoadedRun, folder: RunFolder) -> RunTrainer:
+def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     """Return the trainer of a run, with float32 adapter weights whatever the base is stored as.
 
     Raises:
@@ -109,7 +106,7 @@ def _evaluates(settings: Settings) -> bool:
     return bool(settings.training.get("eval_strategy", "no") != "no")
 
 
-def _sft_config(run: LoadedRun, folder: str) -> SFTConfig:
+def _sft_config(run: Run, folder: str) -> SFTConfig:
     """Return the recipe's SFTConfig fields, and those that follow from other choices."""
     settings = run.settings
     training = dict(settings.training)

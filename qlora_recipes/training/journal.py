@@ -19,7 +19,7 @@ from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Resume, Started
 from qlora_recipes.settings import AUTO_FIELDS, Settings, public
-from qlora_recipes.stages import LoadedRun
+from qlora_recipes.stages import Run
 
 _FIX = (
     "Without it nothing shows that this is the run to resume: give --output_dir another folder, or --overwrite to "
@@ -45,7 +45,7 @@ def settings_identity(settings: Settings) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(identity, default=str)))  # as the file gives it back
 
 
-def run_identity(asked: Settings, run: LoadedRun, initial_sha256: str) -> dict[str, Any]:
+def run_identity(asked: Settings, run: Run, initial_sha256: str) -> dict[str, Any]:
     """Return all that must be equal: the settings, and what they made of the data, the base and the adapter."""
     return {
         **settings_identity(asked),

@@ -23,7 +23,7 @@ from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, Started, TrainingReceipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
-from qlora_recipes.stages import BuiltRun, TrainedRun
+from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
@@ -122,31 +122,30 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     environment.reset_peak(PartialState().device.type)
     training = _run_steps(launch, run, folder, signals, checkpoint)
     memory = accounting.describe_memory(run, held)
-    adapter = accounting.describe_adapter(run, initial, before)
-    trained = TrainedRun(**vars(run), adapter=adapter, folder=folder, memory=memory)
+    run = replace(run, trained=Trained(accounting.describe_adapter(run, initial, before), folder, memory))
 
-    checks += _check_and_save(trained, launch)
+    checks += _check_and_save(run, launch)
     if PartialState().is_main_process:
-        _write_results(launch, trained, journal.read(), training, checks)
+        _write_results(launch, run, journal.read(), training, checks)
     PartialState().wait_for_everyone()
     return folder
 
 
 def prepare_run(
     settings: Settings, *, skip_checks: Sequence[str] = (), console: Console | None = None
-) -> tuple[BuiltRun, list[Check]]:
+) -> tuple[Run, list[Check]]:
     """Do everything that comes before the first step, print what was checked of it, and write nothing.
 
     Raises:
         RecipesError: for anything that would make the run fail, or be something other than it claims.
     """
     preflight.check_names(skip_checks, preflight.names(settings.recipe))
-    read = prepare_rows(settings)
-    checks = preflight.run_checks(preflight.BEFORE_LOADING, read, skip_checks)
+    run = prepare_rows(settings)
+    checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
     _refuse_failed(checks, "Before loading the base", console, last=False)  # which takes minutes
 
-    loaded = load_model(read)
-    run = BuiltRun(**vars(loaded), trainer=build_trainer(loaded, RunFolder(settings.output_dir)))
+    run = load_model(run)
+    run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
     checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
     _refuse_failed(checks, "Before training", console)
     return run, checks
@@ -184,7 +183,7 @@ def _open_journal(
 
 
 def _run_steps(
-    launch: _Launch, run: BuiltRun, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
+    launch: _Launch, run: Run, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
 ) -> TrainingReceipt:
     """Train to the last step, and return what was done."""
     trainer, main = cast(RunTrainer, run.trainer), PartialState().is_main_process
@@ -211,7 +210,7 @@ def _run_steps(
     return accounting.describe_training(trainer)
 
 
-def _check_and_save(run: TrainedRun, launch: _Launch) -> list[Check]:
+def _check_and_save(run: Run, launch: _Launch) -> list[Check]:
     """Check what was trained, save it, and check what was saved; raise where one fails, before there is a receipt."""
     checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
     _refuse_failed(checks, "After training", launch.console, last=False)
@@ -222,9 +221,7 @@ def _check_and_save(run: TrainedRun, launch: _Launch) -> list[Check]:
     return checks
 
 
-def _write_results(
-    launch: _Launch, run: TrainedRun, journal: Started, training: TrainingReceipt, checks: list[Check]
-) -> None:
+def _write_results(launch: _Launch, run: Run, journal: Started, training: TrainingReceipt, checks: list[Check]) -> None:
     """Write what a finished run has besides its adapter, and last its receipt."""
     settings, folder = launch.settings, run.folder
     run.adapter.bytes = (folder.adapter / WEIGHTS).stat().st_size

@@ -142,7 +142,7 @@ def leave_out(arm: str, read: Run) -> Run:
         vars(build)["fuse_lora_layers"] = lambda model: 0
     if arm == "without_threads":
         torch.set_num_threads(1)  # as `accelerate launch` leaves a CPU run
-    return replace(read, settings=settings)
+    return replace(read, prepared=replace(read.prepared, settings=settings))
 
 
 def _shared(spec: Specification) -> dict[str, Any]:
