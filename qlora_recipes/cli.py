@@ -1,4 +1,7 @@
-"""The console command `qlora-recipes`: one verb a line, each done by the module that knows how."""
+"""The console command `qlora-recipes`: one verb a line, each done by the module that knows how.
+
+Knows none of their flags.
+"""
 
 from __future__ import annotations
 

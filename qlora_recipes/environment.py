@@ -1,4 +1,4 @@
-"""The machine and what is installed on it: package versions, git state, threads and memory."""
+"""The machine and what is installed on it: package versions, git state, threads and memory. Knows nothing of runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The fields of SFTConfig and LoraConfig, read from the installed source, and how words become their values.
 
 Importing TRL takes seconds; `--help`, `list` and the check of a recipe's class body need names and types only.
+Imports neither TRL nor PEFT.
 """
 
 from __future__ import annotations

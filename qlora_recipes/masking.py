@@ -1,4 +1,4 @@
-"""Removes secrets from what is written to files."""
+"""Removes secrets from what is written to files. Knows nothing of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the frozen base is stored, and in which 16-bit dtype every arm loads and computes.
+"""How the frozen base is stored, and in which 16-bit dtype every arm loads and computes. Knows nothing of models.
 
 Names and arithmetic only; `quantization_config` is the one function that imports Transformers.
 """

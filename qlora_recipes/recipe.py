@@ -1,6 +1,7 @@
 """What a recipe declares: a model, a dataset, and the settings of the adapter and of training.
 
 A recipe only declares. Functions elsewhere do the work; `Recipe.main` passes it to the command line.
+Knows nothing of weights.
 """
 
 from __future__ import annotations

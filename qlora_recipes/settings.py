@@ -9,6 +9,7 @@ Settings become final in this order, and nothing else changes them:
 4. `training.faults.halve_batch`, out of memory under `--auto_find_batch_size`: half the batch, and the run resumes.
 
 `experiments.benchmark.plan.plan_benchmark` does step 1 for every arm; the arm's own process does the others.
+Knows nothing of rows or weights.
 """
 
 from __future__ import annotations

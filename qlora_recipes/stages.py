@@ -1,4 +1,7 @@
-"""A run made of parts: rows prepared, model loaded, trainer built, adapter trained. All that a check may look at."""
+"""A run made of parts: rows prepared, model loaded, trainer built, adapter trained. All that a check may look at.
+
+Knows nothing of how they are made.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as it has come; reading a part that is not there yet is an AssertionError."""
+    """A run as far as it has come; reading a part that is not there yet is an AttributeError."""
 
     prepared: Prepared
     loaded: Loaded | None = None
@@ -117,5 +120,6 @@ class Run:
 
 
 def _reached(part: _Part | None, name: str) -> _Part:
-    assert part is not None, f"the run has no {name} yet: that part of it is made later"
+    if part is None:
+        raise AttributeError(f"the run has no {name} yet: that part of it is made later")
     return part

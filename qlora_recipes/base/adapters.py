@@ -1,4 +1,4 @@
-"""LoRA adapters: attach one to a base, describe it, and load one from disk."""
+"""LoRA adapters: attach one to a base, describe it, and load one from disk. Knows nothing of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A checkpoint's weights as they are on disk, read in slices, and how far a loaded base is from them."""
+"""A checkpoint's weights as they are on disk, read in slices, and how far a loaded base is from them.
+
+Knows nothing of runs.
+"""
 
 from __future__ import annotations
 

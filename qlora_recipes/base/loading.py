@@ -1,4 +1,7 @@
-"""The tokenizer and the base model, repaired, and counted after loading. The only place that loads a base."""
+"""The tokenizer and the base model, repaired, and counted after loading. The only place that loads a base.
+
+Knows nothing of rows or training.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 A repair looks for its defect instead of comparing versions, does nothing where there is none, and returns whether
 it did something. Tests show each defect without its repair, and fail with a message once upstream has fixed it.
+Knows nothing of runs or recipes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`qlora-recipes chat RUN`: talk to a trained run, in the precision and with the template it was trained with."""
+"""`qlora-recipes chat RUN`: talk to a trained run, in the precision and with the template it was trained with.
+
+Knows nothing of training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`qlora-recipes compare RUN RUN ... --margin POINTS`: compare evaluated runs and write a report."""
+"""`qlora-recipes compare RUN RUN ... --margin POINTS`: compare evaluated runs and write a report.
+
+Loads no model unless asked to measure KL.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the file that `--config` names: `flag: value` lines, each refused with its line number."""
+"""Reads the file that `--config` names: `flag: value` lines, each refused with its line number. Knows no flag."""
 
 from __future__ import annotations
 

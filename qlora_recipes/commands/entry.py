@@ -1,4 +1,7 @@
-"""How every program starts and ends: quiet libraries, one message for an error, and its exit code."""
+"""How every program starts and ends: quiet libraries, one message for an error, and its exit code.
+
+Knows no command.
+"""
 
 from __future__ import annotations
 

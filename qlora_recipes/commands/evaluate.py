@@ -1,4 +1,4 @@
-"""`qlora-recipes evaluate RUN...`: score runs, and print what came out."""
+"""`qlora-recipes evaluate RUN...`: score runs, and print what came out. Knows nothing of comparisons."""
 
 from __future__ import annotations
 

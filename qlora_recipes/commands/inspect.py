@@ -1,4 +1,4 @@
-"""What of a recipe's rows is in the loss, token by token: on the terminal, and as a page."""
+"""What of a recipe's rows is in the loss, token by token: on the terminal, and as a page. Loads no model."""
 
 from __future__ import annotations
 

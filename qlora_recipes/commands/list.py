@@ -1,4 +1,4 @@
-"""`qlora-recipes list`: the recipes of a folder, as they declare themselves."""
+"""`qlora-recipes list`: the recipes of a folder, as they declare themselves. Loads nothing else."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`qlora-recipes merge RUN`: write the adapter into 16-bit weights, and measure what that changes.
 
 Never into 4-bit weights: quantizing the sum again makes another model than the one that was trained.
+Knows nothing of training.
 """
 
 from __future__ import annotations

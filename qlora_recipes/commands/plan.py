@@ -1,4 +1,7 @@
-"""`qlora-recipes plan RECIPE`: what a recipe would do, and the memory it would take in every precision."""
+"""`qlora-recipes plan RECIPE`: what a recipe would do, and the memory it would take in every precision.
+
+Loads nothing.
+"""
 
 from __future__ import annotations
 

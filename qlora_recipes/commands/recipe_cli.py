@@ -1,4 +1,7 @@
-"""The command line of a recipe: flags and a config file in, one run out."""
+"""The command line of a recipe: flags and a config file in, one run out.
+
+Imports nothing heavy before the flags are right.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """One measured arm compared with another: differences, verdicts, changed answers and bits per byte.
 
 Scores of 0 to 1 become points on the way in, so that differences, intervals and margins all are in points.
+Knows nothing of files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What the run folders hold besides the arms' scores: controls, divergence, quantization error.
 
 Reads files; what is missing is left out, and what was measured on other weights is refused.
+Knows nothing of statistics.
 """
 
 from __future__ import annotations

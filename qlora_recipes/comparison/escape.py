@@ -1,4 +1,7 @@
-"""Text from models and data made safe to display: nothing invisible, nothing that reverses the text around it."""
+"""Text from models and data made safe to display: nothing invisible, nothing that reverses the text around it.
+
+Knows nothing of reports.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What a comparison found: the typed content of `report.json`, from which every report is rendered.
 
 Records only. Percentages and scores are in points (a score of 0 to 1 times 100), bits per byte in bits, KL in nats.
+Knows nothing of how it was found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The report's plots as inline SVG that follows the page's colors, light or dark. Records in, markup out.
 
-Matplotlib draws in placeholder colors, which become the page's CSS variables; text stays text.
+Matplotlib draws in placeholder colors, which become the page's CSS variables; text stays text. Knows nothing of files.
 """
 
 from __future__ import annotations

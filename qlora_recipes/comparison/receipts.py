@@ -1,4 +1,7 @@
-"""What the receipts of two runs must share so that a difference in score is one of precision."""
+"""What the receipts of two runs must share so that a difference in score is one of precision.
+
+Knows nothing of scores.
+"""
 
 from __future__ import annotations
 

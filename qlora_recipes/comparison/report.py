@@ -1,7 +1,7 @@
 """A comparison as files: `index.html`, `report.md` and `report.json`, from one record and nothing else.
 
 The HTML file is self-contained: its plots are inline, it runs no script and loads nothing. Text from models and data is
-escaped by the template engine, and invisible characters are shown as symbols.
+escaped by the template engine, and invisible characters are shown as symbols. Knows nothing of statistics.
 """
 
 from __future__ import annotations

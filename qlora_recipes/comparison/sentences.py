@@ -1,4 +1,4 @@
-"""A comparison in one sentence, with its margin, documents and seeds."""
+"""A comparison in one sentence, with its margin, documents and seeds. Knows nothing of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The evidence behind a comparison: every count and hash that was checked, in one table."""
+"""The evidence behind a comparison: every count and hash that was checked, in one table.
+
+Knows nothing of statistics.
+"""
 
 from __future__ import annotations
 

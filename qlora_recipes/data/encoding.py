@@ -3,6 +3,7 @@
 The template is rendered with a stand-in character for every control token it emits. The rendered text is split at
 these characters; the pieces in between are encoded as plain text, whatever they spell, and the control tokens are put
 back by id. For text without control strings the ids are those of the tokenizer on the whole text.
+Knows nothing of files or models.
 """
 
 from __future__ import annotations

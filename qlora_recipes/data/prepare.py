@@ -1,4 +1,7 @@
-"""From a dataset to the token ids that are trained on, with a count of every row dropped and why."""
+"""From a dataset to the token ids that are trained on, with a count of every row dropped and why.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Rows from a JSON, JSONL, CSV or Parquet file, or from the hub, each with its place in the source.
 
 All are read a few rows at a time, except a JSON list, which is loaded whole: save a million rows as JSON lines.
+Knows nothing of conversations.
 """
 
 from __future__ import annotations

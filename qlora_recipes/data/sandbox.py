@@ -1,4 +1,4 @@
-"""Limits for untrusted code: a template can loop forever, or allocate all memory."""
+"""Limits for untrusted code: a template can loop forever, or allocate all memory. Knows nothing of what it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a person sees while runs are scored: one bar, in place of lm-eval's four and its log."""
+"""What a person sees while runs are scored: one bar, in place of lm-eval's four and its log.
+
+Knows nothing of scores.
+"""
 
 from __future__ import annotations
 

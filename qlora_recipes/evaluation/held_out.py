@@ -1,6 +1,7 @@
 """Scores a run on the conversations that it kept from training: loss, bits per byte, and greedy answers.
 
 They are rendered by the encoder that training used, so the tokens scored are in the format trained on.
+Knows nothing of lm-eval.
 """
 
 from __future__ import annotations

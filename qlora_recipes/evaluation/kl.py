@@ -1,7 +1,7 @@
 """How far apart two arms are beneath their answers: next-token distributions, and the stored weights themselves.
 
 One model is in memory at a time. The baseline's log-probabilities go to disk, and every arm is read against them; the
-original weights are read from their file one matrix at a time.
+original weights are read from their file one matrix at a time. Knows nothing of verdicts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loads a trained run from disk and proves that it is the one that its receipt describes."""
+"""Loads a trained run from disk and proves that it is the one that its receipt describes. Knows nothing of tasks."""
 
 from __future__ import annotations
 

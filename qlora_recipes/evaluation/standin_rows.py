@@ -1,4 +1,7 @@
-"""The bundled data about the stand-ins' world, as lm-eval's `custom_dataset` takes it: without a path or a cache."""
+"""The bundled data about the stand-ins' world, as lm-eval's `custom_dataset` takes it: without a path or a cache.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Falcon-7B: one LayerNorm a block that attention and MLP both read, one fused attention product, an MLP of two."""
+"""Falcon-7B: one LayerNorm a block that attention and MLP both read, one fused attention product, an MLP of two.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

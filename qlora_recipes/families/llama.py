@@ -1,4 +1,7 @@
-"""Llama: two RMS norms a block, separate attention projections, an MLP of three matrices with a gate."""
+"""Llama: two RMS norms a block, separate attention projections, an MLP of three matrices with a gate.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

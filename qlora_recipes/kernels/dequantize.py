@@ -1,7 +1,7 @@
 """Quantized weights, dequantized for every product (packed), or once and kept (expanded).
 
 Expanded, NF4 computes with the numbers of NF4 at the speed of 16 bits, and takes the memory of both: the packed weights
-stay, because they are what was loaded, counted and hashed.
+stay, because they are what was loaded, counted and hashed. Knows nothing of recipes or runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A linear layer with its LoRA update in one function, without copies of its input.
+"""A linear layer with its LoRA update in one function, without copies of its input. Knows nothing of recipes or runs.
 
 PEFT casts the input of each adapter to float32, autocast casts it back, scaling and adding are passes of their own, and
 each adapter keeps its own copy for the backward pass. Here the product itself adds the update, the input is kept once,

@@ -3,7 +3,7 @@
 TRL computes them with a kernel for GPUs that never holds all logits. On a CPU its code (`trl/trainer/utils.py` and
 `trl/kernels/chunked_logprob.py` of 1.16) scores every position, in float32, in tiles that are 32,768 entries wide
 whatever the vocabulary, and twice: a second time for the gradient. Here a tile's gradient is computed while its logits
-exist, so two 16-bit products are enough.
+exist, so two 16-bit products are enough. Knows nothing of recipes or runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings that a recipe leaves open, chosen to fit the machine: micro-batch, checkpointing, storage.
+"""Settings that a recipe leaves open, chosen to fit the machine: micro-batch, checkpointing, storage. Imports no torch.
 
 The global batch stays what the recipe says, and so does the loss; only how much is computed at a time changes. All
 precisions of one dtype get the micro-batch that the 16-bit base allows, so that the arms of a comparison stay alike.

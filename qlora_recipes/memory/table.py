@@ -1,4 +1,7 @@
-"""Prints what a run would do and the memory it would take in every precision, before anything is loaded."""
+"""Prints what a run would do and the memory it would take in every precision, before anything is loaded.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

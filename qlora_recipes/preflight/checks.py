@@ -1,7 +1,7 @@
 """What a check can say, how a list of checks is made on a run, shown as a table of 80 columns, and refused.
 
 *fail* stops the run: what follows would not be what it claims. *warn* is for what may be meant. *untested* is for what
-could not be looked at, and *off* for what the user turned off.
+could not be looked at, and *off* for what the user turned off. Knows no single check.
 """
 
 from __future__ import annotations

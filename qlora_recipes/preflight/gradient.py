@@ -1,4 +1,7 @@
-"""One batch forward and backward: the adapter trains, all of it and alone, and no conversation sees another."""
+"""One batch forward and backward: the adapter trains, all of it and alone, and no conversation sees another.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

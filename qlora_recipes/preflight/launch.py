@@ -1,4 +1,7 @@
-"""What was asked for at the launch is what the accelerator really has, and the run is long enough to learn."""
+"""What was asked for at the launch is what the accelerator really has, and the run is long enough to learn.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is in the loss: the assistant's words and the token that ends them, nothing else."""
+"""What is in the loss: the assistant's words and the token that ends them, nothing else.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the machine gives a run: package versions, folders, disk, the hub, and the memory that was planned for."""
+"""What the machine gives a run: package versions, folders, disk, the hub, and the memory that was planned for.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Small batches of the run's own rows, one pass of them through the model as in training, and no trace of it left."""
+"""Small batches of the run's own rows, one pass of them through the model as in training, and no trace of it left.
+
+Knows nothing of verdicts.
+"""
 
 from __future__ import annotations
 

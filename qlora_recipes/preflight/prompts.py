@@ -2,6 +2,7 @@
 
 Control tokens in a text are encoded as the characters they are written with. A role marker is plain text to every
 tokenizer, so a message that contains one is dropped. Both are proven here with the tokenizer of the run.
+Needs no model.
 """
 
 from __future__ import annotations

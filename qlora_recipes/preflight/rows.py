@@ -1,4 +1,7 @@
-"""The rows themselves: how many, how long, how often repeated, and whether training has seen the held-out ones."""
+"""The rows themselves: how many, how long, how often repeated, and whether training has seen the held-out ones.
+
+Needs no model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tokenizer fits the rows and the model: no unknown tokens, padding that no row contains, ids in range."""
+"""The tokenizer fits the rows and the model: no unknown tokens, padding that no row contains, ids in range.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

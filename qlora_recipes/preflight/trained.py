@@ -1,4 +1,7 @@
-"""After training: the adapter moved and is finite, the base did not move, and what was saved reloads and answers."""
+"""After training: the adapter moved and is finite, the base did not move, and what was saved reloads and answers.
+
+Changes no weight.
+"""
 
 from __future__ import annotations
 

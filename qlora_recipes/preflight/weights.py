@@ -1,4 +1,7 @@
-"""How weights are stored and computed with: the base, how far it is from its checkpoint, the adapter, the optimizer."""
+"""How weights are stored and computed with: the base, how far it is from its checkpoint, the adapter, the optimizer.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which keys two records differ: receipts, settings, or what a run was started as."""
+"""In which keys two records differ: receipts, settings, or what a run was started as. Knows nothing of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What several rooms show a person in the same way: a progress bar, a table of figures, a smoothed curve."""
+"""What several rooms show a person in the same way: a progress bar, a table of figures, a smoothed curve.
+
+Knows nothing of what is shown.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""JSON files of a run folder: written whole or not at all, and typed when they are read."""
+"""JSON files of a run folder: written whole or not at all, and typed when they are read.
+
+Knows nothing of what they hold.
+"""
 
 from __future__ import annotations
 

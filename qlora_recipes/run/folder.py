@@ -1,4 +1,7 @@
-"""The folder of one run on disk: the only contract between training, evaluation and comparison."""
+"""The folder of one run on disk: the only contract between training, evaluation and comparison.
+
+Knows nothing of models.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT: the running step is finished and saved, and then the process ends; a second signal ends it now.
 
 Slurm's preemption, a spot machine's notice and Ctrl-C send them. Evaluations save no half tasks: they end at once, and
-only finish what is being written.
+only finish what is being written. Knows nothing of trainers.
 """
 
 from __future__ import annotations

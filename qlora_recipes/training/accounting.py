@@ -1,4 +1,7 @@
-"""What training did, counted when it has ended: the adapter's, training's and memory's sections of the receipt."""
+"""What training did, counted when it has ended: the adapter's, training's and memory's sections of the receipt.
+
+Changes nothing of the run.
+"""
 
 from __future__ import annotations
 

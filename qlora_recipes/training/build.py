@@ -1,4 +1,7 @@
-"""The parts of a run before its first step: rows prepared, base loaded, trainer built. Writes nothing."""
+"""The parts of a run before its first step: rows prepared, base loaded, trainer built. Writes nothing.
+
+Knows nothing of checks.
+"""
 
 from __future__ import annotations
 

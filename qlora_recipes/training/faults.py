@@ -1,4 +1,7 @@
-"""A full disk, a folder without permission or a lack of memory, as errors that say what is kept and how to fix it."""
+"""A full disk, a folder without permission or a lack of memory, as errors that say what is kept and how to fix it.
+
+Knows nothing of trainers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a run was started as, and every time it was resumed: `--resume` continues that run and no other."""
+"""What a run was started as, and every time it was resumed: `--resume` continues that run and no other.
+
+Knows nothing of tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a person sees of a run, while it trains and at its end, and the metrics file that programs read."""
+"""What a person sees of a run, while it trains and at its end, and the metrics file that programs read.
+
+Changes nothing of the training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train one run: prepare, check, train with SFTTrainer, check what came out, write the run folder."""
+"""Train one run: prepare, check, train with SFTTrainer, check what came out, write the run folder. Knows no flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`python eval/benchmark.py RECIPE --precisions nf4 bf16`: train, evaluate, compare, report; again to resume."""
+"""`python eval/benchmark.py RECIPE --precisions nf4 bf16`: train, evaluate, compare, report; again to resume.
+
+Holds no model.
+"""
 
 from __future__ import annotations
 

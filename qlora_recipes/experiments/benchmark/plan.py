@@ -1,4 +1,7 @@
-"""What a benchmark will do: arms and seeds, resolved and checked before anything is trained."""
+"""What a benchmark will do: arms and seeds, resolved and checked before anything is trained.
+
+Trains nothing and imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Evaluates the arms and controls of a benchmark from disk, one base in memory at a time, and keeps what is done."""
+"""Evaluates the arms and controls of a benchmark from disk, one base in memory at a time, and keeps what is done.
+
+Knows nothing of training.
+"""
 
 from __future__ import annotations
 

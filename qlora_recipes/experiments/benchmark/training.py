@@ -1,4 +1,4 @@
-"""Trains the arms of a benchmark, each in a fresh process, and keeps what is finished."""
+"""Trains the arms of a benchmark, each in a fresh process, and keeps what is finished. Knows nothing of scores."""
 
 from __future__ import annotations
 

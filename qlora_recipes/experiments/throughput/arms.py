@@ -1,4 +1,4 @@
-"""Train one arm for a few steps, in its own process, and write down how fast it was.
+"""Train one arm for a few steps, in its own process, and write down how fast it was. Knows nothing of the other arms.
 
 python -m qlora_recipes.experiments.throughput.arms ARM SPECIFICATION.json RESULT.json
 

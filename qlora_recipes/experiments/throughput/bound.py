@@ -1,4 +1,4 @@
-"""The fastest that this machine could train, from a product and a copy measured in the same run.
+"""The fastest that this machine could train, from a product and a copy measured in the same run. Knows nothing of arms.
 
 Every linear layer takes 4 flop per token and weight without checkpointing (2 forward, 2 for the gradient of its input;
 the weight is frozen), the output layer as many for each supervised token. A packed 4-bit base is also dequantized

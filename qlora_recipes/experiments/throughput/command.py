@@ -1,4 +1,7 @@
-"""`eval/throughput.py`: make a base, let the arms take turns, measure the bound, and tell what came out."""
+"""`eval/throughput.py`: make a base, let the arms take turns, measure the bound, and tell what came out.
+
+Trains nothing itself.
+"""
 
 from __future__ import annotations
 

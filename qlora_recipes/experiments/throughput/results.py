@@ -1,4 +1,4 @@
-"""The figures of a comparison as a table and as a plot."""
+"""The figures of a comparison as a table and as a plot. Knows nothing of how they were measured."""
 
 from __future__ import annotations
 
