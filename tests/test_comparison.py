@@ -373,6 +373,55 @@ def test_divergences_of_other_weights_are_not_read(tmp_path: Path) -> None:
     assert read_quantization_error(runs[0]) == []
 
 
+def two_tasks(root: Path, lost: tuple[int, int], won: tuple[int, int], *, shared: bool = False) -> list[Path]:
+    """An nf4 run and its baseline on two tasks of 800 documents, which are the same documents where `shared`."""
+    folders = [make_run(root, "nf4"), make_run(root, "bf16")]
+    for task, down, up in zip(("standin_choice", "standin_answer"), lost, won, strict=True):
+        for folder, scores in zip(folders, (flipped(SCORES, down, up), SCORES), strict=True):
+            write_results(
+                folder / "evaluation",
+                RunFolder(folder).receipt(),
+                scores,
+                task=task,
+                text=False,
+                change=lambda document: replace(document, doc_hash=document.doc_id) if shared else document,
+            )
+    return folders
+
+
+def test_questions_of_two_tasks_count_once(tmp_path: Path) -> None:
+    (once,) = compare_folders(pair(tmp_path / "one", lost=20, won=8), 1.0).contrasts
+    (shared,) = compare_folders(two_tasks(tmp_path / "same", (20, 20), (8, 8), shared=True), 1.0).contrasts
+    assert shared.overall.interval == pytest.approx(once.overall.interval)
+    assert shared.overall.interval_95 == pytest.approx(once.overall.interval_95)
+    assert shared.overall.n_clusters == once.overall.n_clusters == 8
+
+
+def test_tasks_that_differ_are_no_match_though_their_mean_is(tmp_path: Path) -> None:
+    (found,) = compare_folders(two_tasks(tmp_path, lost=(45, 4), won=(4, 45)), 2.0).contrasts
+    low, high = found.overall.interval
+    assert -2 < low < high < 2
+    assert {each.comparison.verdict for each in found.tasks} == {"different"}
+    assert found.overall.verdict == "inconclusive"
+    assert found.sentence.startswith(
+        "nf4 does not match bf16 in every task: standin_answer +5.12 points, standin_choice"
+    )
+
+
+def test_a_task_is_different_by_its_adjusted_p_value(tmp_path: Path) -> None:
+    (found,) = compare_folders(two_tasks(tmp_path, lost=(27, 15), won=(13, 14)), 0.5).contrasts
+    row = next(each for each in found.tasks if each.task == "standin_choice")
+    assert row.comparison.p_difference < 0.05 < row.p_holm
+    assert row.comparison.verdict == "inconclusive"
+
+
+def test_one_seed_speaks_of_two_runs(tmp_path: Path) -> None:
+    one = compare_folders(pair(tmp_path / "one", lost=60, won=0), 1.0).contrasts[0]
+    assert one.sentence.endswith("With one seed, this is about these two runs and not about two precisions.")
+    several = compare_folders(ladder(tmp_path / "several"), 2.0).contrasts[-1]
+    assert "With one seed" not in several.sentence
+
+
 # The command
 
 

@@ -7,7 +7,7 @@ Knows nothing of files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 
 import numpy as np
@@ -89,14 +89,20 @@ def contrast(
     quantization_error: Sequence[LayerError] = (),
 ) -> Contrast:
     """Compare an arm `a` with its baseline `b`, over all their seeds."""
-    found = overall_difference(a, b, criteria)
+    found, tasks = overall_difference(a, b, criteria), _task_contrasts(a, b, criteria)
+    unlike = {each.task: each.comparison.difference for each in tasks if each.comparison.verdict == "different"}
+    unlike = {task: difference for task, difference in unlike.items() if task in criteria.verdict}
+    if found.verdict == "equivalent" and unlike:  # +5 points in one task and -5 in another are no match
+        found = replace(found, verdict="inconclusive")
+    else:
+        unlike = {}
     counts = _count_flips(a, b, seeds)
     return Contrast(
         name=a.name,
         baseline=b.name,
-        sentence=sentence(a.name, b.name, found, criteria.verdict, seeds),
+        sentence=sentence(a.name, b.name, found, criteria.verdict, seeds, unlike),
         overall=found,
-        tasks=_task_contrasts(a, b, criteria),
+        tasks=tasks,
         flips=counts,
         changed=_changed_answers(a, b, seeds),
         changed_share=_changed_share(counts),
@@ -114,14 +120,19 @@ def overall_difference(
     for task in tasks or criteria.verdict:
         subjects = [document.subject for document in b.documents(task)[0]]
         clusters = subjects if len(set(subjects)) > 1 else None
-        scores[task] = TaskScores(POINTS * a.scores(task), POINTS * b.scores(task), clusters)
+        texts = [document.doc_hash for document in b.documents(task)[0]]
+        scores[task] = TaskScores(POINTS * a.scores(task), POINTS * b.scores(task), clusters, texts)
     return overall(scores, margin=criteria.margin, limited=criteria.limit is not None)
 
 
 def _task_contrasts(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> list[TaskContrast]:
+    """Compare task by task; a task is *different* only where its p-value, adjusted over the tasks, is below 0.05."""
     of_a, of_b = mean_scores(a, criteria), mean_scores(b, criteria)
     found = {task: overall_difference(a, b, criteria, [task]) for task in of_a}
     adjusted = holm({task: comparison.p_difference for task, comparison in found.items()})
+    for task, p in adjusted.items():
+        if found[task].verdict == "different" and p >= 0.05:
+            found[task] = replace(found[task], verdict="inconclusive")
     return [
         TaskContrast(task, b.tasks[task].metric, of_a[task], of_b[task], comparison, adjusted[task])
         for task, comparison in found.items()

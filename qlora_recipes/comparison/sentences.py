@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qlora_recipes.comparison.intervals import Interval
 from qlora_recipes.comparison.paired import Comparison
 
 
-def sentence(name: str, baseline: str, found: Comparison, tasks: Sequence[str], seeds: Sequence[int]) -> str:
-    """Say what an arm did against its baseline. Differences are in points."""
+def sentence(
+    name: str,
+    baseline: str,
+    found: Comparison,
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    unlike: Mapping[str, float] | None = None,
+) -> str:
+    """Say what an arm did against its baseline. Differences are in points.
+
+    `unlike` holds the differences of tasks that differ by themselves where the mean over tasks is equivalent.
+    """
     evidence = f"{found.n:,} documents of {_count(len(tasks), 'task')} and {_count(len(seeds), 'seed')}"
     margin = f"the margin of ±{found.margin:g} {'point' if found.margin == 1 else 'points'}"
     if found.limited:
@@ -20,14 +30,20 @@ def sentence(name: str, baseline: str, found: Comparison, tasks: Sequence[str], 
     if found.verdict == "equivalent":
         return (
             f"{name} matches {baseline}: its score differs by {points(found.difference)} (90 % interval "
-            f"{interval(found.interval)}), which lies inside {margin}, over {evidence}."
+            f"{interval(found.interval)}), which lies inside {margin}, over {evidence}.{_of_one(seeds)}"
         )
     if found.verdict == "different":
         better = "above" if found.difference > 0 else "below"
         return (
             f"{name} does not match {baseline}: it scores {points(abs(found.difference), sign=False)} {better} it "
             f"(95 % interval {interval(found.interval_95)}, 90 % {interval(found.interval)}), with {margin}, over "
-            f"{evidence}."
+            f"{evidence}.{_of_one(seeds)}"
+        )
+    if unlike:
+        single = ", ".join(f"{task} {points(difference)}" for task, difference in unlike.items())
+        return (
+            f"{name} does not match {baseline} in every task: {single}. Only the mean over tasks is alike, with "
+            f"{points(found.difference)} (90 % interval {interval(found.interval)}) inside {margin}, over {evidence}."
         )
     return (
         f"Inconclusive: {name} scores {points(found.difference)} against {baseline} (90 % interval "
@@ -39,7 +55,13 @@ def sentence(name: str, baseline: str, found: Comparison, tasks: Sequence[str], 
 def _needed(found: Comparison) -> str:
     if found.n_needed is not None:
         return f" About {found.n_needed:,} documents would settle it."
+    if found.seeds_needed is not None:
+        return f" The documents are enough; about {found.seeds_needed} seeds would settle it if these are typical."
     return " What is wide is the spread over seeds: train more of them." if found.seed_interval else ""
+
+
+def _of_one(seeds: Sequence[int]) -> str:
+    return " With one seed, this is about these two runs and not about two precisions." if len(seeds) == 1 else ""
 
 
 def _count(number: int, what: str) -> str:
