@@ -14,7 +14,6 @@ from qlora_recipes.comparison.paired import (
     TaskScores,
     bits_per_byte_difference,
     compare,
-    detectable_difference,
     needed_documents,
     overall,
 )
@@ -238,11 +237,3 @@ def test_the_power_that_seeds_leave(seeds: int, power: float) -> None:
     found = rates(compare(*draw(), margin=NO_MARGIN).verdict for _ in range(500))["different"]
     print(f"{seeds} seeds: power {found:.0%}")
     assert abs(found - power) < 0.08
-
-
-def test_the_detectable_difference_is_found_in_four_of_five() -> None:
-    smallest = detectable_difference(sd=np.sqrt(0.05), documents=3000)
-    found = flip_rates(3000, 0.025 + smallest / 2, 0.025 - smallest / 2, NO_MARGIN, 17, 1500)
-    assert 0.76 <= found["different"] <= 0.84
-    two, five = (detectable_difference(0.2, 3000, seeds=seeds, seed_sd=0.005) for seeds in (2, 5))
-    assert two > 3 * five

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower, normal_sample_size_one_tail
+from statsmodels.stats.power import normal_sample_size_one_tail
 
 from qlora_recipes.comparison.intervals import (
     Floats,
@@ -189,21 +189,6 @@ def _seeds_for_a_verdict(per_seed: Floats, margin: float) -> int | None:
         if difference + half < margin or difference > half_95:
             return seeds
     return None
-
-
-def detectable_difference(
-    sd: float, documents: int, seeds: int = 1, seed_sd: float = 0.0, alpha: float = 0.05, power: float = 0.8
-) -> float:
-    """Return the smallest true difference that would be called *different* with that power.
-
-    `sd` is that of one document's difference, `seed_sd` that of a difference between seeds; the result is in their
-    units. With several seeds both intervals must exclude zero, so the larger of the two figures is returned.
-    """
-    by_documents = (stats.norm.isf(alpha / 2) + stats.norm.isf(1 - power)) * sd / math.sqrt(documents)
-    if seeds == 1:
-        return float(by_documents)
-    by_seeds = TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power) * seed_sd
-    return float(max(by_documents, by_seeds))
 
 
 def needed_documents(sd: float, margin: float, difference: float = 0.0, alpha: float = 0.05, power: float = 0.8) -> int:
