@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def link_pages(markdown: str, source: str) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if not (ROOT / path).exists():
-            raise FileNotFoundError(f"{source} links to {target}, which does not exist")
+            raise PluginError(f"{source} links to {target}, which does not exist")
         page = ELSEWHERE.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if page is None:
             return text[1:-1]
