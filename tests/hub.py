@@ -93,15 +93,6 @@ class Hub:
         finally:
             self.__enter__()
 
-    @property
-    def downloads(self) -> list[str]:
-        """Paths of the files that were sent."""
-        return [
-            request.split(" ", 1)[1]
-            for request in self.requests
-            if request.startswith("GET") and "/resolve/" in request
-        ]
-
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

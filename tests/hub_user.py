@@ -1,7 +1,7 @@
 """Runs command lines in one process, as a user would one after the other, with the hub at HF_ENDPOINT.
 
-Reads one JSON list of words per line and answers each with one JSON line: exit code, standard output and error. Torch is
-imported once, and the waiting between two tries of a download is left out: with it every fault of the hub takes a minute.
+Reads one JSON list of words per line and answers each with one JSON line: exit code, standard output and error. Torch
+is imported once, and the waits between two tries of a download are left out: with them a fault takes a minute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def run(words: list[str]) -> dict[str, object]:
-    """Run a program (`qlora-recipes` is the installed command), `forget` what was downloaded or `limit` files to bytes."""
+    """Run a program (or the installed `qlora-recipes`), `forget` what was downloaded, or `limit` files to bytes."""
     if words == ["forget"]:
         from datasets.config import HF_DATASETS_CACHE
         from huggingface_hub.constants import HF_HUB_CACHE

@@ -28,17 +28,7 @@ GUANACO, OPENASSISTANT = "mlabonne/guanaco-llama2-1k", "timdettmers/openassistan
 LLAMA = ("models", LLAMA_2_7B_CHAT.hub_id)
 ROWS_OF = ("datasets", GUANACO)
 MMLU = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
-SHORT = [
-    "--max_steps",
-    "2",
-    "--max_length",
-    "128",
-    "--per_device_train_batch_size",
-    "2",
-    "--gradient_accumulation_steps",
-    "1",
-]
-SHORT += ["--r", "4"]
+SHORT = ("--max_steps 2 --max_length 128 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --r 4").split()
 
 
 @dataclass
