@@ -20,12 +20,14 @@ from qlora_recipes.base.adapters import WEIGHTS
 from qlora_recipes.commands.recipe_cli import parse
 from qlora_recipes.errors import CheckError, RecipeError, UsageError
 from qlora_recipes.preflight import (
+    GROUPS,
     Run,
     check_names,
     fail_unless,
     machine,
     names,
     print_checks,
+    print_groups,
     refuse_failed,
     run_checks,
     trained,
@@ -267,6 +269,21 @@ def test_the_table_fits_80_columns_and_takes_words_as_they_are() -> None:
     assert max(map(len, lines)) <= 80
     assert sum(line.count("[/INST]") for line in lines) == 30
     assert lines[-1] == "1 pass, 1 warn (another_check), 1 untested (fourth), 1 off (third)"
+
+
+def test_checks_are_shown_by_group_and_what_is_no_pass_in_full() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    checks = [
+        Check("duplicates", "warn", "1 of 2", "Look."),
+        Check("row_lengths", "pass", "9"),
+        Check("mine", "pass", ""),
+    ]
+    print_groups(checks, "Before", console, GROUPS)
+    shown = console.file.getvalue()
+    assert "Before: 2 pass, 1 warn (duplicates)" in shown
+    assert "rows   row_lengths" in shown and "recipe mine" in shown
+    assert "warn duplicates: 1 of 2. Look." in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_fault_of_one_process_stops_all_of_them(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
 
 def quiet_libraries() -> None:
     """Leave the screen to what this package says; a library's warning that matters is a check of ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():  # in a log file a bar is thousands of lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

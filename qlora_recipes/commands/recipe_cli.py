@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Console
+
 from qlora_recipes.commands.config_file import read_config
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser
@@ -20,6 +22,7 @@ from qlora_recipes.fields import Field, fields_of
 from qlora_recipes.masking import masked
 from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.recipe import DERIVED, Recipe
+from qlora_recipes.run.display import say
 from qlora_recipes.settings import Settings, recipe_name, resolve
 
 _OWN_FLAGS = (
@@ -31,6 +34,7 @@ _OWN_FLAGS = (
     Field("dataset", "str", "another source of the rows", "ID_OR_FILE"),
     Field("output_dir", "str", "run folder (default: runs/<recipe>/<precision>-seed<seed>)", "FOLDER"),
     Field("plan", "bool", "print what would be done and what was checked, and train nothing"),
+    Field("checks", "Literal['brief', 'all']", "show checks by group, or each on a line (default: brief)", "brief|all"),
     Field("skip_checks", "list[str]", "checks to skip; the receipt says which", "NAME", expected="a list of names"),
     Field("resume", "bool", "resume from the newest intact checkpoint in the run folder"),
     Field("overwrite", "bool", "replace the run that is in the run folder"),
@@ -49,14 +53,16 @@ def main(recipe: type[Recipe], argv: Sequence[str] | None = None) -> None:
 def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
     flags = parse(recipe, argv)
     settings = settings_from(recipe, flags)
-    skip_checks = flags.get("skip_checks", ())
+    skip_checks, all_checks = flags.get("skip_checks", ()), flags.get("checks") == "all"
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{settings.name}, {settings.precision.name}: starting PyTorch, Transformers and TRL", Console())
     if flags.get("plan"):
         from qlora_recipes.memory.table import print_plan
         from qlora_recipes.training.train import finalize_settings, prepare_run
 
         settings = finalize_settings(settings)
         print_plan(settings)
-        prepare_run(settings, skip_checks=skip_checks)
+        prepare_run(settings, skip_checks=skip_checks, all_checks=all_checks)
         return
     from qlora_recipes.training.progress import print_summary
     from qlora_recipes.training.train import train
@@ -67,6 +73,7 @@ def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
         overwrite=flags.get("overwrite", False),
         resume=flags.get("resume", False),
         skip_checks=skip_checks,
+        all_checks=all_checks,
     )
     if os.environ.get("RANK", "0") == "0":
         print_summary(folder)

@@ -17,6 +17,7 @@ from qlora_recipes.preflight.checks import (
     fail_unless,
     passed,
     print_checks,
+    print_groups,
     refuse_failed,
     run_checks,
     tally,
@@ -97,6 +98,14 @@ AFTER_SAVING: Sequence[CheckFunction] = (
 """Made on a trained run whose adapter is in its folder; they decide whether there will be a receipt."""
 
 
+GROUPS = {
+    check.__name__: check.__module__.rpartition(".")[2]
+    for checks in (BEFORE_LOADING, BEFORE_TRAINING, AFTER_TRAINING, AFTER_SAVING)
+    for check in checks
+}
+"""Check to the file that it is in, which is what it looks at."""
+
+
 def names(recipe: type[Recipe]) -> list[str]:
     """Return the name of every check that a run of the recipe makes."""
     lists = (BEFORE_LOADING, BEFORE_TRAINING, recipe.checks, AFTER_TRAINING, AFTER_SAVING)
@@ -104,6 +113,22 @@ def names(recipe: type[Recipe]) -> list[str]:
 
 
 __all__ = [
-    "AFTER_SAVING", "AFTER_TRAINING", "BEFORE_LOADING", "BEFORE_TRAINING", "CheckFunction", "Run", "check_names",
-    "fail_unless", "names", "passed", "print_checks", "refuse_failed", "run_checks", "tally", "untested", "warn_unless",
+    "AFTER_SAVING",
+    "AFTER_TRAINING",
+    "BEFORE_LOADING",
+    "BEFORE_TRAINING",
+    "GROUPS",
+    "CheckFunction",
+    "Run",
+    "check_names",
+    "fail_unless",
+    "names",
+    "passed",
+    "print_checks",
+    "print_groups",
+    "refuse_failed",
+    "run_checks",
+    "tally",
+    "untested",
+    "warn_unless",
 ]  # fmt: skip

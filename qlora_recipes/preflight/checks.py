@@ -6,7 +6,7 @@ could not be looked at, and *off* for what the user turned off. Knows no single 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +122,21 @@ def print_checks(checks: Sequence[Check], title: str, console: Console) -> None:
             figure.append(f"\n{check.advice}", style="italic")
         table.add_row(Text(check.verdict, style=_STYLES[check.verdict]), Text(check.name), figure)
     console.print(table, Text(tally(checks)))
+
+
+def print_groups(checks: Sequence[Check], title: str, console: Console, groups: Mapping[str, str]) -> None:
+    """Print one line a group, `groups` being check to group, and everything that is not a pass in full."""
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), box=None, show_header=False, padding=(0, 1, 0, 0))
+    table.title, table.title_justify = Text(f"{title}: {tally(checks)}", style="bold"), "left"
+    for group in dict.fromkeys(groups.get(check.name, "recipe") for check in checks):
+        made = [check for check in checks if groups.get(check.name, "recipe") == group]
+        good = [check.name for check in made if check.verdict == "pass"]
+        table.add_row(Text(group), Text(", ".join(good), style="green"))
+        for check in made:
+            if check.verdict != "pass":
+                line = Text.assemble((f"{check.verdict} {check.name}", _STYLES[check.verdict]), f": {check.figure}")
+                table.add_row("", line.append(f". {check.advice}" if check.advice else "", style="italic"))
+    console.print(table)
 
 
 def tally(checks: Sequence[Check]) -> str:

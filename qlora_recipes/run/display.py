@@ -1,10 +1,11 @@
-"""What several rooms show a person in the same way: a progress bar, a table of figures, a smoothed curve.
+"""What several rooms show a person in the same way: what is being done, a progress bar, a table, a smoothed curve.
 
 Knows nothing of what is shown.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from rich import progress
@@ -12,6 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+_STARTED = time.monotonic()
+
+
+def say(doing: str, console: Console) -> None:
+    """Print what is being done from now on, after the seconds since the program began."""
+    console.print(Text(f"{time.monotonic() - _STARTED:6.1f} s  {doing}", style="dim"))
 
 
 def progress_bar(name: str, console: Console, *columns: progress.ProgressColumn) -> progress.Progress:

@@ -17,10 +17,10 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerState
 
 from qlora_recipes.preflight import tally
-from qlora_recipes.run.display import figures_table, progress_bar, running_mean
+from qlora_recipes.run.display import progress_bar, running_mean
 from qlora_recipes.run.files import read_lines, write_text
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import MemoryReceipt, Resume
+from qlora_recipes.run.receipt import Resume
 
 
 class ProgressDisplay(TrainerCallback):
@@ -104,33 +104,32 @@ def plot_loss(metrics: Path, picture: Path, title: str) -> None:
 
 
 def print_summary(folder: RunFolder, console: Console | None = None) -> None:
-    """Print the lines of a receipt that a person looks for first."""
+    """Say what a person looks for first in a receipt, in whole sentences."""
     run = folder.receipt()
-    data, base, adapter, training = run.data, run.base, run.adapter, run.training
-    quantized = base.quantized
-    dropped, asked = sum(data.rows_dropped.values()), run.settings.training
-    batch = f"{asked['per_device_train_batch_size']} x {asked['gradient_accumulation_steps']} rows"
-    rows = {
-        "base": f"{base.model}, {run.precision}, {quantized.found} of {quantized.expected} linears "
-        f"quantized, {base.bytes / 2**20:,.1f} MiB",
-        "data": f"{data.source}: {data.rows_used:,} of {data.rows_in:,} rows trained on, "
-        f"{data.rows_held_out:,} held out, {dropped:,} dropped",
-        "in the loss": f"{data.supervised_tokens:,} of {data.tokens:,} tokens",
-        "adapter": f"{adapter.parameters:,} weights in {adapter.modules} modules, {adapter.dtype}, "
-        f"sha256 {adapter.final_sha256[:12]}",
-        "loss": f"{training.first_loss:.3f} to {training.final_loss:.3f} in {training.steps} steps",
-        "speed": f"{training.tokens_per_second:,.0f} tokens/s, {training.seconds:.1f} s",
-        "a step": f"{batch}, {base.storage} weights" if quantized.found else batch,
-        "memory": _memory(run.memory),
-        "repaired": ", ".join(run.repairs) or "nothing",
-        "checks": tally(run.checks),
-        "resumed": ", ".join(f"after step {resume.from_step}" for resume in run.resumes),
-        "written to": str(folder.path),
-    }
-    (console or Console()).print(figures_table(rows))
+    data, base, adapter, training, memory = run.data, run.base, run.adapter, run.training, run.memory
+    quantized, asked, dropped = base.quantized, run.settings.training, sum(run.data.rows_dropped.values())
+    stored = f"{quantized.found} of {quantized.expected} linear layers are stored as {run.precision}"
+    rows = f"{asked['per_device_train_batch_size']} x {asked['gradient_accumulation_steps']} rows"
+    planned = f", where {_gib(memory.planned_bytes)} were planned" if memory.planned_bytes else ""
+    resumed = ", ".join(str(resume.from_step) for resume in run.resumes)
+    sentences = [
+        f"Trained an adapter of {adapter.parameters:,} weights in {adapter.modules} modules ({adapter.dtype}, sha256 "
+        f"{adapter.final_sha256[:12]}) on {base.model}, which takes {base.bytes / 2**20:,.1f} MiB"
+        + (f": {stored}." if quantized.expected else f" in {run.precision}."),
+        f"It saw {data.rows_used:,} of the {data.rows_in:,} rows of {data.source}; {data.rows_held_out:,} were held "
+        f"out and {dropped:,} dropped. {data.supervised_tokens:,} of {data.tokens:,} tokens are in the loss.",
+        f"The loss went from {training.first_loss:.3f} to {training.final_loss:.3f} in {training.steps} steps of "
+        f"{rows}, at {training.tokens_per_second:,.0f} tokens/s in {training.seconds:.1f} s.",
+        f"Memory peaked at {_gib(memory.peak_bytes)}; training used {_gib(memory.training_bytes)} of it{planned}.",
+        f"Upstream defects repaired: {', '.join(run.repairs) or 'none'}.",
+        f"The run was resumed after step {resumed}." if resumed else "",
+        f"Checks: {tally(run.checks)}.",
+        f"Everything is in {folder.path}. To score it: qlora-recipes evaluate {folder.path}",
+    ]
+    console = console or Console()
+    for sentence in filter(None, sentences):
+        console.print(Text(sentence))
 
 
-def _memory(memory: MemoryReceipt) -> str:
-    planned = f", {memory.planned_bytes / 2**30:.2f} planned" if memory.planned_bytes else ""
-    own = memory.training_bytes / 2**30
-    return f"{memory.peak_bytes / 2**30:.2f} GiB peak, {own:.2f} of it used by training{planned}"
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

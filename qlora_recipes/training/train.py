@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.run.checkpoints import Checkpoint
+from qlora_recipes.run.display import say
 from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, Started, TrainingReceipt
@@ -39,12 +41,13 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     skip_checks: Sequence[str] = (),
+    all_checks: bool = False,
     console: Console | None = None,
 ) -> RunFolder:
     """Train one run and return its folder, which has a receipt only if every check passed or was skipped.
 
-    `skip_checks` names checks to leave out; the receipt says which. Where memory runs out and `auto_find_batch_size` is
-    set, the run is tried again with half the batch.
+    `skip_checks` names checks to leave out; the receipt says which. With `all_checks` each is shown on a line of its
+    own. Where memory runs out and `auto_find_batch_size` is set, the run is tried again with half the batch.
 
     Raises:
         RecipesError: for anything that would make the run fail, or be something other than it claims. A check that
@@ -52,7 +55,7 @@ def train(
     """
     console = console or Console()
     settings = finalize_settings(settings, resume=resume, console=console)
-    launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, console)
+    launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, all_checks, console)
     while True:
         try:
             with StopSignals() as signals, machine_faults(launch.settings):
@@ -99,6 +102,7 @@ class _Launch:
     overwrite: bool
     resume: bool
     skip_checks: Sequence[str]
+    all_checks: bool
     console: Console
     reason: str = ""
     """Why this is not the first attempt."""
@@ -112,7 +116,9 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     else:
         folder.check_free(overwrite=launch.overwrite)
         checkpoint, passed_over = None, {}
-    run, checks = prepare_run(launch.settings, skip_checks=launch.skip_checks, console=launch.console)
+    run, checks = prepare_run(
+        launch.settings, skip_checks=launch.skip_checks, all_checks=launch.all_checks, console=launch.console
+    )
 
     initial = adapter_sha256(run.model)
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
@@ -132,7 +138,11 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
 
 
 def prepare_run(
-    settings: Settings, *, skip_checks: Sequence[str] = (), console: Console | None = None
+    settings: Settings,
+    *,
+    skip_checks: Sequence[str] = (),
+    all_checks: bool = False,
+    console: Console | None = None,
 ) -> tuple[Run, list[Check]]:
     """Do everything that comes before the first step, print what was checked of it, and write nothing.
 
@@ -140,22 +150,34 @@ def prepare_run(
         RecipesError: for anything that would make the run fail, or be something other than it claims.
     """
     preflight.check_names(skip_checks, preflight.names(settings.recipe))
+    console = console or Console()
+    main = Console(quiet=True) if not PartialState().is_main_process else console
+    rows = Path(settings.dataset)
+    say(f"reading and encoding {rows.name if rows.exists() else rows}", main)
     run = prepare_rows(settings)
+    say("checking the rows", main)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
-    _refuse_failed(checks, "Before loading the base", console, last=False)  # which takes minutes
+    _refuse_failed(checks, "Before loading the base", main, all_checks, last=False)  # which takes minutes
 
+    say(f"loading {settings.model} in {settings.precision.name}", main)
     run = load_model(run)
+    say("checking what the first step needs", main)
     run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
     checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
-    _refuse_failed(checks, "Before training", console)
+    _refuse_failed(checks, "Before training", main, all_checks)
     return run, checks
 
 
-def _refuse_failed(checks: Sequence[Check], title: str, console: Console | None, *, last: bool = True) -> None:
+def _refuse_failed(
+    checks: Sequence[Check], title: str, console: Console, all_checks: bool, *, last: bool = True
+) -> None:
     """Raise when one of the checks failed; print them then, and when they are the last of their table."""
     failed = any(check.verdict == "fail" for check in checks)
-    if (last or failed) and PartialState().is_main_process:
-        preflight.print_checks(checks, title, console or Console())
+    if last or failed:
+        if all_checks:
+            preflight.print_checks(checks, title, console)
+        else:
+            preflight.print_groups(checks, title, console, preflight.GROUPS)
     preflight.refuse_failed(checks)
 
 
@@ -212,12 +234,14 @@ def _run_steps(
 
 def _check_and_save(run: Run, launch: _Launch) -> list[Check]:
     """Check what was trained, save it, and check what was saved; raise where one fails, before there is a receipt."""
+    main = Console(quiet=True) if not PartialState().is_main_process else launch.console
+    say("checking and saving what was trained", main)
     checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
-    _refuse_failed(checks, "After training", launch.console, last=False)
+    _refuse_failed(checks, "After training", main, launch.all_checks, last=False)
     run.trainer.save_model(str(run.folder.adapter))  # gathers a sharded adapter; writes tokenizer and template too
     PartialState().wait_for_everyone()
     checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
-    _refuse_failed(checks, "After training", launch.console)
+    _refuse_failed(checks, "After training", main, launch.all_checks)
     return checks
 
 
