@@ -56,6 +56,18 @@ def rows_dropped(run: Run) -> Check:
     return warn_unless(dropped <= 0.01 * receipt.rows_in, figure, advice)
 
 
+def columns_unread(run: Run) -> Check:
+    """Columns, and keys of message objects, that the formatter reads in no row: nothing of them is trained on."""
+    unread = run.data.receipt.columns_unread
+    return warn_unless(
+        not unread,
+        f"left out of training: {', '.join(f'{name} ({count:,})' for name, count in unread.items())}"
+        if unread
+        else "every column is read",
+        "Read them in your own format_row if the model should learn from them, or remove them from the data.",
+    )
+
+
 def row_lengths(run: Run) -> Check:
     """Show the number of tokens per row, from shortest to longest."""
     lengths = sorted(run.data.figures["length"].tolist())
