@@ -186,7 +186,10 @@ PARQUET: dict[str, tuple[bytes, Expected]] = {
     "messages": (parquet([said(("user", "Why?"), ("assistant", "So."))]), ONE),
     "a column of nulls": (parquet([{**QA, "other": None}]), ONE),
     "one column twice": (parquet_of(["question", "answer", "answer"], ["Why?"], ["So."], ["No."]), ("answer",)),
-    "Answer beside answer": (parquet_of(["question", "Answer", "answer"], ["W"], ["S"], ["N"]), ("row 0", "'Answer'")),
+    "Answer beside answer": (
+        parquet_of(["question", "Answer", "answer"], ["W"], ["S"], ["N"]),
+        ("'Answer' and 'answer'",),
+    ),
     "no rows": (parquet_of(["question", "answer"], [], []), ("a.parquet has no rows",)),
     "numbers": (parquet([{"question": "Why?", "answer": 3}]), ("1 not text", "answer is 3")),
     "bytes": (parquet([{"question": b"Why?", "answer": b"So."}]), ("1 not text", "b'Why?'")),
@@ -236,7 +239,7 @@ def test_the_table_has_a_hundred_cases() -> None:
     [
         (os.mkfifo, "a FIFO"),
         (os.mkdir, "a folder"),
-        (lambda path: os.symlink("/dev/zero", path), "a device"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows"])

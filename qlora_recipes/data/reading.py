@@ -20,7 +20,8 @@ from qlora_recipes.formatters import folded
 
 _PARQUET_ROWS = 500  # converted to Python objects at once; upstream converts 65,536
 _PARQUET_BYTES = 2**20  # read at once from a column; upstream reads a whole row group, 209 MiB for a file of 163
-_KINDS = {"d": "a folder", "p": "a FIFO", "c": "a device", "b": "a device", "s": "a socket"}
+KINDS = {"d": "a folder", "p": "a FIFO", "c": "a device", "b": "a device", "s": "a socket"}
+"""What is no file, by the first letter that `stat.filemode` gives it."""
 _Placed = Iterable[tuple[str, Any]]
 
 
@@ -54,8 +55,8 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
             return _hub_rows(source, split, revision)
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no file at {source}.{nearest(path.name, siblings)}") from error
-    if reader is None or kind in _KINDS:
-        found = f"{_KINDS[kind]}; expected a file" if kind in _KINDS else "not a data file; expected one"
+    if reader is None or kind in KINDS:
+        found = f"{KINDS[kind]}; expected a file" if kind in KINDS else "not a data file; expected one"
         raise DataError(f"{source} is {found} that ends in {', '.join(_READERS)}")
     return Rows(_checked(path, reader))
 
