@@ -93,7 +93,8 @@ class ConversationEncoder:
         """Return ids and labels; the loss covers what the template generates for the assistant.
 
         Raises:
-            RowError: when a message contains a role marker, or one of the stand-in characters.
+            RowError: when a message contains a role marker, an added word that the template writes, or one of the
+                stand-in characters.
             TemplateError: when the template cannot be rendered.
         """
         return self.tokenize([self.render(messages)])[0]

@@ -21,6 +21,7 @@ from qlora_recipes.stages import Run
 
 _SHARED_WORDS = 8  # consecutive words that two texts almost never share by chance
 _HELD_OUT = 2_000  # held-out conversations to look for, since hashes of all their words are in memory
+_COLUMNS = 12  # named; all of them are in the receipt
 _BARS = "▁▂▃▄▅▆▇█"
 Item = TypeVar("Item")
 
@@ -58,12 +59,11 @@ def rows_dropped(run: Run) -> Check:
 
 def columns_unread(run: Run) -> Check:
     """Columns, and keys of message objects, that the formatter reads in no row: nothing of them is trained on."""
-    unread = run.data.receipt.columns_unread
+    unread = [f"{name} ({count:,})" for name, count in run.data.receipt.columns_unread.items()]
+    shown = ", ".join(unread[:_COLUMNS]) + (f" and {len(unread) - _COLUMNS} more" if len(unread) > _COLUMNS else "")
     return warn_unless(
         not unread,
-        f"left out of training: {', '.join(f'{name} ({count:,})' for name, count in unread.items())}"
-        if unread
-        else "every column is read",
+        f"left out of training: {shown}" if unread else "every column is read",
         "Read them in your own format_row if the model should learn from them, or remove them from the data.",
     )
 
