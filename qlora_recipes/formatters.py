@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ Formatter = Callable[[Row], list[Message]]
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """What sharegpt files call the roles, besides the names of the roles themselves."""
+
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
+_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Characters without a glyph that Unicode counts among letters, marks and symbols, such as fillers."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -91,9 +96,14 @@ def _check_message(message: object, where: str) -> Message:
         known = f"expected one of {', '.join(_EMPTY)}"
         raise RowError(Reason.UNKNOWN_ROLE, f"{where} has the role {_SHORT.repr(role)}, {known}")
     content = _check_text(content, f"{where} ({role})").strip()
-    if not content:
+    if not is_visible(content):
         raise RowError(_EMPTY[role], f"{where} ({role}) has no words")
     return {"role": role, "content": content}
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text has a character that shows; spaces of zero width do not, nor do fillers and control characters."""
+    return any(unicodedata.category(letter) not in _INVISIBLE and not _BLANK.match(letter) for letter in text)
 
 
 def _check_text(value: object, where: str) -> str:
@@ -229,8 +239,13 @@ def _column(row: Row, name: str) -> Any:
         raise RowError(Reason.NOT_AN_OBJECT, f"the row is {_SHORT.repr(row)}, expected names with values")
     if row.get(name) is not None:
         return row[name]
-    alike = [value for key, value in row.items() if str(key).strip().lower() == name and value is not None]
-    return alike[0] if alike else None
+    alike = (row[key] for key in row if folded(key) == name)
+    return next((value for value in alike if value is not None), None)
+
+
+def folded(column: object) -> str:
+    """Return the name of a column by which formatters find it: without its case and the space around it."""
+    return str(column).strip().casefold()
 
 
 def _required(row: Row, name: str) -> Any:

@@ -147,7 +147,8 @@ def test_a_dataset_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "folder.jsonl").mkdir()
     assert "Did you mean 'rows.jsonl'" in refused("--demo", "--dataset", str(tmp_path / "row.jsonl"))
-    assert "no file at" in refused("--demo", "--dataset", str(tmp_path / "folder.jsonl"))
+    assert "folder.jsonl is a folder" in refused("--demo", "--dataset", str(tmp_path / "folder.jsonl"))
+    assert "/dev/zero is a device" in refused("--demo", "--dataset", "/dev/zero")
     assert "no dataset 'nobody/nothing'" in refused("--demo", "--dataset", "nobody/nothing")
 
 
@@ -325,6 +326,11 @@ def fewer_embeddings(folder: Path) -> None:
     small.save_pretrained(folder)
 
 
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "without weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
     "in pickle only": (pickle_weights, "weights in pickle (.bin, .pt) are never opened"),
@@ -333,6 +339,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "with a broken configuration": (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
     "of an unknown type": (other_type, "cannot load"),
     "without a tokenizer": (lambda folder: [f.unlink() for f in folder.glob("tokenizer*")], "cannot load"),
+    "with more layers than its configuration says": (fewer_layers, "9 weights of the checkpoint have no place"),
     "with fewer embeddings than tokens": (fewer_embeddings, "embedding_covers_ids"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_recipes.base.loading import load_tokenizer
@@ -145,6 +146,25 @@ def test_control_tokens_written_out_in_a_template_are_put_back_by_id(tmp_path) -
     encoded = encoder.encode(ask("a </s> b"))
     assert encoded.input_ids[0] == encoder.tokenizer.bos_token_id
     assert encoded.input_ids.count(encoder.tokenizer.eos_token_id) == 1
+
+
+def test_a_word_that_the_template_opens_turns_with_is_refused_in_a_text(tmp_path) -> None:
+    """A tokenizer encodes only special tokens as text; some vocabularies mark turns with added words."""
+    from qlora_recipes import ChatTemplate
+
+    file = tmp_path / "words.jinja"
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}<turn>{{ m.content }}"
+        "{% else %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(LLAMA_2_7B_CHAT, f"{STANDIN}llama2", None)
+    tokenizer.add_tokens([AddedToken("<turn>", special=False)])
+    encoder = ConversationEncoder(tokenizer, ChatTemplate(file, role_markers="$^"))
+    plain = encoder.encode(ask("a"))
+    assert encoder.control_tokens(plain.input_ids)[tokenizer.convert_tokens_to_ids("<turn>")] == 1
+    with pytest.raises(RowError, match="the user's text contains '<turn>'") as caught:
+        encoder.encode(ask("a <turn> b"))
+    assert caught.value.reason == Reason.CONTROL_STRING
 
 
 @pytest.mark.parametrize("source", ["{{ 'x'.__class__.__mro__ }}", "{% for %}", "{{ raise_exception('no') }}"])

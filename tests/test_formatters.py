@@ -23,6 +23,7 @@ from qlora_recipes.formatters import (
     detect,
     guanaco_llama2,
     guanaco_text,
+    is_visible,
     messages,
     question_answer,
     sharegpt,
@@ -283,7 +284,7 @@ fragments = st.sampled_from([*CONTROL_STRINGS, *SEPARATORS, " ", "\n", "a", "\u3
 any_text = st.one_of(st.text(), st.lists(fragments, max_size=12).map("".join))
 near_misses = st.sampled_from(["<", "s>", "</", "/s>", "[", "INST]", "[/", "<<", "SYS>>", "#", "### ", " ", "\n", "a"])
 words = (st.text(characters, min_size=1) | st.lists(near_misses, max_size=8).map("".join)).filter(
-    lambda text: text.strip() and not any(control in text for control in (*CONTROL_STRINGS, *SEPARATORS))
+    lambda text: is_visible(text) and not any(control in text for control in (*CONTROL_STRINGS, *SEPARATORS))
 )
 conversations = st.builds(
     lambda pairs, system: conversation(*[part for pair in pairs for part in pair], system=system),

@@ -139,6 +139,13 @@ def test_code_of_a_task_folder_is_named_when_it_runs(tmp_path: Path, capsys: pyt
     assert f"running the Python code that {tmp_path / 'task.yaml'} names" in capsys.readouterr().err
 
 
+def test_a_task_that_is_a_device_is_not_read() -> None:
+    from qlora_recipes.evaluation.task_loading import load_tasks
+
+    with pytest.raises(UsageError, match="/dev/zero is a FIFO, a socket or a device; expected a folder"):
+        load_tasks(["/dev/zero"])
+
+
 FLAGS = [f"--{name}" for name in (*fields_of("SFTConfig"), *fields_of("LoraConfig"), "precision", "demo", "config")]
 WORDS = (
     st.sampled_from(FLAGS) | st.text(max_size=12) | st.sampled_from(["nf4", "true", "1e9999", "-1", "[", "{a: ", "0"])

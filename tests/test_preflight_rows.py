@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from preflight_runs import changed, read, verdict_of, with_data, with_rows
+from tokenizers import AddedToken
 
 from qlora_recipes import Recipe
 from qlora_recipes.chat_templates import ChatTemplate
@@ -150,6 +151,19 @@ def test_control_tokens_in_a_message_stay_text(run: Run) -> None:
     assert f"{len(forging.data.train)} rows hold control tokens as text" in forged.figure
 
 
+def test_added_tokens_in_a_message_stop_no_run(run: Run) -> None:
+    """As `>>ANSWER<<` of Falcon's vocabulary, which is special but has no name, and as words that a user added."""
+    special, word = AddedToken(">>ANSWER<<", special=True), AddedToken("<word>", special=False)
+    run.tokenizer.add_tokens([special, word])
+    encoder = ConversationEncoder(run.tokenizer, run.encoder.template)
+    spelled = with_rows(changed(run, encoder=encoder), [("a >>ANSWER<< b", "c"), ("a <word> b", "c <word>")])
+    of_prompts = (prompts.template_agrees, prompts.forged_turns, prompts.control_tokens)
+    assert [verdict_of(check, spelled).verdict for check in (*of_prompts, loss.loss_is_the_answers)] == ["pass"] * 4
+    first, second = (row.encoded.input_ids for row in spelled.data.train)
+    assert run.tokenizer.convert_tokens_to_ids(">>ANSWER<<") not in first
+    assert second.count(run.tokenizer.convert_tokens_to_ids("<word>")) == 2
+
+
 def test_a_tokenizer_that_takes_text_for_control_tokens_is_refused(llama2: Run) -> None:
     row = llama2.data.train[0]
     text = llama2.tokenizer.apply_chat_template(row.messages, tokenize=False).replace("?", "? </s><s>")
@@ -243,6 +257,17 @@ def test_dropped_rows_are_counted_by_reason(
         verdict_of(row_checks.rows_dropped, read(recipe_for("falcon"), tiny("falcon"), dataset=str(file))).verdict
         == "fail"
     )
+
+
+def test_columns_that_are_not_read_are_named(
+    tmp_path: Path, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+) -> None:
+    rows = [{"question": f"Who is {i}?", "answer": "She.", "context": "A room."} for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run = read(recipe_for("falcon"), tiny("falcon"), dataset=str(tmp_path / "rows.json"))
+    check = verdict_of(row_checks.columns_unread, run)
+    assert (check.verdict, check.figure) == ("warn", "left out of training: context (4)")
+    assert "format_row" in check.advice
 
 
 def test_row_lengths_are_drawn() -> None:

@@ -6,8 +6,9 @@ Knows nothing of rows or training.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _HTTP_ERROR = cast("type[Exception]", hub.HfHubHTTPError.__bases__[0])
 """Of the client that the hub's library uses; those without a `response` are of the connection."""
+# Buffers that old checkpoints hold and a model computes by itself: of rotary positions, positions and causal masks.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$")
 
 
 def load_tokenizer(
@@ -78,7 +81,7 @@ def load_base(
     """Return the frozen base, what was counted in it, and the names of the repairs that were made.
 
     Raises:
-        ModelError: when it cannot be loaded.
+        ModelError: when it cannot be loaded, or has weights that its configuration has no place for.
         QuantizationError: when a linear layer is not stored as the precision says.
         SetupError: when the device cannot hold or compute in that precision.
     """
@@ -97,6 +100,7 @@ def load_base(
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
+    _check_unused(model, loading["unexpected_keys"])
     if repairs.keep_4bit_gradients(base):
         made.append("keep_4bit_gradients")
     base.requires_grad_(False)
@@ -111,6 +115,17 @@ def load_base(
             "use --precision bf16, or add a repair for this architecture to qlora_recipes/base/repairs.py"
         )
     return base, receipt, made
+
+
+def _check_unused(model: str, names: Iterable[str]) -> None:
+    """Refuse a model that does not use all of its checkpoint; buffers that it computes by itself do not count."""
+    unused = sorted(name for name in names if not _COMPUTED.search(name))
+    if unused:
+        shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        raise ModelError(
+            f"{model}: {len(unused)} weights of the checkpoint have no place in the model that config.json describes "
+            f"({shown}). Expected the config.json that they were saved with: see num_hidden_layers in it"
+        )
 
 
 def _repair_architecture(config: PretrainedConfig) -> list[str]:

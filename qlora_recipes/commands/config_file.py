@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
+from qlora_recipes.data.reading import KINDS
 from qlora_recipes.errors import UsageError, nearest
 from qlora_recipes.fields import Field
 from qlora_recipes.recipe import DERIVED
 
 LARGEST = 2**20
 """Bytes of a config file. All flags there are take a hundredth of that."""
-_KINDS = {"d": "a folder", "p": "a FIFO", "c": "a device", "b": "a device", "s": "a socket"}
 # What YAML 1.2 has. YAML 1.1, which PyYAML reads, makes a bool of `no`, 750 of 12:30 and a date of 2024-02-28.
 _SCALARS = {
     "null": "|~|null|Null|NULL",
@@ -85,8 +85,8 @@ def _read(file: str) -> str:
         raise UsageError(f"--config {file} is a URL, expected a file; download it first")
     try:
         kind = stat.filemode(Path(file).stat().st_mode)[0]
-        if kind in _KINDS:
-            raise UsageError(f"--config {file} is {_KINDS[kind]}, expected a YAML file")
+        if kind in KINDS:
+            raise UsageError(f"--config {file} is {KINDS[kind]}, expected a YAML file")
         with Path(file).open("rb") as stream:
             content = stream.read(LARGEST + 1)
         if len(content) > LARGEST:

@@ -3,6 +3,9 @@
 The template is rendered with a stand-in character for every control token it emits. The rendered text is split at
 these characters; the pieces in between are encoded as plain text, whatever they spell, and the control tokens are put
 back by id. For text without control strings the ids are those of the tokenizer on the whole text.
+
+Control tokens are the special tokens of the vocabulary and what the template writes. Any other added token is a word,
+and becomes its token wherever a text spells it, as in pretraining.
 Knows nothing of files or models.
 """
 
@@ -66,8 +69,14 @@ class ConversationEncoder:
         self.template = template
         source = template.source
         named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        literal = [token for token in tokenizer.all_special_tokens if token in source]
+        added = tokenizer.added_tokens_decoder.values()
+        self.special_tokens = [token.content for token in added if token.special]
+        """Tokens that text never becomes; what it spells stays text."""
+        literal = [token for token in self.special_tokens if token in source]
         tokens = list(dict.fromkeys([*named.values(), *literal]))
+        # A tokenizer can encode as text only what is special, so that a text with one of these is refused.
+        words = (token.content for token in added if not token.special and token.content.strip())
+        self._unescaped = [word for word in words if word in source or word in tokens]
         if len(tokens) > len(_NONCHARACTERS):
             raise TemplateError(f"{len(tokens)} control tokens, expected at most {len(_NONCHARACTERS)}")
         marks = dict(zip(tokens, _NONCHARACTERS, strict=False))
@@ -76,14 +85,16 @@ class ConversationEncoder:
         self._source = source
         self._variables: dict[str, Any] = {name: marks[token] for name, token in named.items()}
         self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
-        self._added = frozenset(tokenizer.get_added_vocab().values())
+        controls = [*tokens, *self.special_tokens, *self._unescaped]
+        self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         self._cut = re.compile("([" + "".join(marks.values()) + "])")
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Return ids and labels; the loss covers what the template generates for the assistant.
 
         Raises:
-            RowError: when a message contains a role marker or one of the stand-in characters.
+            RowError: when a message contains a role marker, an added word that the template writes, or one of the
+                stand-in characters.
             TemplateError: when the template cannot be rendered.
         """
         return self.tokenize([self.render(messages)])[0]
@@ -94,7 +105,7 @@ class ConversationEncoder:
 
     def control_tokens(self, ids: Iterable[int]) -> Counter[int]:
         """Return how often each control token occurs among the ids."""
-        return Counter(token for token in ids if token in self._added)
+        return Counter(token for token in ids if token in self._controls)
 
     def structure(self, roles: Sequence[str]) -> Counter[int]:
         """Return the control tokens of a conversation with these roles, which do not depend on its text."""
@@ -103,7 +114,7 @@ class ConversationEncoder:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """Return the text of a conversation: the first half of `encode`, with the same errors."""
         for message in messages:
-            if marker := self.template.forged_marker(message["content"]):
+            if marker := self._forged_marker(message["content"]):
                 raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text contains {marker!r}")
             if found := re.search("[\ufdd0-\ufdef]", message["content"]):
                 character = f"the noncharacter {found.group()!a}"
@@ -122,6 +133,11 @@ class ConversationEncoder:
             raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], spans[0])
+
+    def _forged_marker(self, text: str) -> str | None:
+        """Return what a text must not contain, since it would become a part of the template, or None."""
+        spelled = next((token for token in self._unescaped if token in text), None)
+        return spelled or self.template.forged_marker(text)
 
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""

@@ -50,7 +50,7 @@ class RowMeter:
         ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         self._bos, self._end, self._pad, self._unknown = (_NO_TOKEN if token is None else token for token in ids)
         self._bos = _NO_TOKEN if self._bos == self._end else self._bos
-        self._special_tokens = tokenizer.all_special_tokens
+        self._special_tokens = encoder.special_tokens
         self._controls = encoder.control_tokens
         self._structure = cache(encoder.structure)
 

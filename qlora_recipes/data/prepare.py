@@ -11,12 +11,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 
 from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
+from qlora_recipes.data.columns import ColumnUse, WatchedRow
 from qlora_recipes.data.encoding import ConversationEncoder, Rendered
 from qlora_recipes.data.figures import FIGURES, RowMeter
 from qlora_recipes.data.reading import read_rows
@@ -44,6 +45,16 @@ class PreparedData:
     template: TemplateReceipt
 
 
+@dataclass
+class _Tally:
+    """What is counted while rows are read."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    figures: list[numpy.ndarray] = field(default_factory=lambda: [numpy.empty(0, FIGURES)])
+    columns: ColumnUse = field(default_factory=ColumnUse)
+    revision: str | None = None
+
+
 def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
     """Read, format, encode and split the rows of a run, only a few of which are in memory at a time.
 
@@ -54,15 +65,14 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
         DataError: when the source cannot be read, or no row of it can be used.
         SetupError: when the disk has no room for the encoded rows.
     """
-    dropped: Counter[str] = Counter()
-    measured = [numpy.empty(0, FIGURES)]
-    rows = write_rows(_encoded(settings, encoder, dropped, measured))
+    tally = _Tally()
+    rows = write_rows(_encoded(settings, encoder, tally))
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
-        raise DataError(_nothing_usable(settings, dropped))
-    every = numpy.concatenate(measured)
-    measured.clear()  # 63 bytes a row, which are in `every` now
+        raise DataError(_nothing_usable(settings, tally.dropped))
+    every = numpy.concatenate(tally.figures)
+    tally.figures.clear()  # 63 bytes a row, which are in `every` now
     distinct = numpy.unique(every["question"])
     count = min(math.ceil(settings.data.held_out * len(distinct)), len(distinct) - 1)
     held_out = every["question"] < distinct[count]  # the smallest hashes, whatever the order and the seed
@@ -72,22 +82,26 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
         held_out=rows.where(held_out),
         figures=figures,
         held_out_figures=every[held_out],
-        receipt=_data_receipt(settings, train, figures, len(rows), dropped),
+        receipt=_data_receipt(settings, train, figures, len(rows), tally),
         template=_template_receipt(encoder, figures),
     )
 
 
-def _rendered(settings: Settings, encoder: ConversationEncoder, dropped: Counter[str]) -> Iterator[_Row]:
+def _rendered(settings: Settings, encoder: ConversationEncoder, tally: _Tally) -> Iterator[_Row]:
     """Yield the rows that can be used, and count the others."""
     formatter = settings.recipe.formatter()
-    for place, row in read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision):
+    rows = read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision)
+    tally.revision = rows.revision
+    for place, row in rows:
         where = f"{settings.dataset}, {place}"
         try:
             formatter = formatter or _detect(row, where)  # the first valid row decides for the file
-            messages = _format(formatter, row, where)
+            watched = WatchedRow(row) if isinstance(row, dict) else row
+            messages = _format(formatter, watched, where)
+            tally.columns.add(watched)
             yield place, messages, encoder.render(messages)
         except RowError as error:
-            dropped[error.reason] += 1
+            tally.dropped[error.reason] += 1
 
 
 def _detect(row: Any, where: str) -> Formatter:
@@ -114,12 +128,10 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
         ) from error
 
 
-def _encoded(
-    settings: Settings, encoder: ConversationEncoder, dropped: Counter[str], measured: list[numpy.ndarray]
-) -> Iterator[list[Conversation]]:
-    """Yield usable rows in batches, and append the figures of each batch to `measured`."""
+def _encoded(settings: Settings, encoder: ConversationEncoder, tally: _Tally) -> Iterator[list[Conversation]]:
+    """Yield usable rows in batches, and append the figures of each batch to the tally."""
     meter, max_length = RowMeter(encoder), settings.training["max_length"]
-    for batch in _batches(_rendered(settings, encoder, dropped)):
+    for batch in _batches(_rendered(settings, encoder, tally)):
         usable = []
         for (place, messages, _), whole in zip(batch, encoder.tokenize([text for *_, text in batch]), strict=True):
             cut = whole.cut(max_length)
@@ -127,8 +139,8 @@ def _encoded(
             if cut.supervised:
                 usable.append(Conversation(place, messages, cut, lost, truncated))
             else:
-                dropped[TOO_LONG] += 1
-        measured.append(meter.measure(usable))
+                tally.dropped[TOO_LONG] += 1
+        tally.figures.append(meter.measure(usable))
         yield usable
 
 
@@ -163,25 +175,25 @@ def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
     )
 
 
-def _data_receipt(
-    settings: Settings, train: Rows, figures: numpy.ndarray, usable: int, dropped: Counter[str]
-) -> DataReceipt:
+def _data_receipt(settings: Settings, train: Rows, figures: numpy.ndarray, usable: int, tally: _Tally) -> DataReceipt:
     digest = hashlib.sha256()
     for messages in train.messages_as_json():
         digest.update(messages.encode())
     return DataReceipt(
         source=settings.dataset_name,
         fingerprint=digest.hexdigest(),
-        rows_in=usable + dropped.total(),
+        rows_in=usable + tally.dropped.total(),
         rows_used=len(train),
         rows_held_out=usable - len(train),
-        rows_dropped=dict(dropped),
+        rows_dropped=dict(tally.dropped),
         tokens=int(figures["length"].sum()),
         supervised_tokens=int(figures["supervised"].sum()),
         rows_truncated=int(figures["truncated"].sum()),
         answers_truncated=int((figures["supervised_lost"] > 0).sum()),
         supervised_tokens_lost=int(figures["supervised_lost"].sum()),
         max_length=settings.training["max_length"],
+        columns_unread=tally.columns.unread(),
+        revision=tally.revision,
     )
 
 

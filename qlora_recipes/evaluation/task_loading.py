@@ -104,9 +104,10 @@ def _from_files(path: Path) -> list[EvalTask]:
     """Build the tasks of a YAML file or of a folder of them; one without `task` is there for others to include."""
     if not path.exists():
         raise UsageError(f"no task folder at {path}; expected a folder of YAML tasks, one YAML file, or a task's name")
-    files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+    files = sorted(file for file in (path.rglob("*.yaml") if path.is_dir() else [path]) if file.is_file())
     if not files:
-        raise UsageError(f"{path} has no .yaml file; expected a folder of lm-eval tasks")
+        found = "has no .yaml file" if path.is_dir() else "is a FIFO, a socket or a device"
+        raise UsageError(f"{path} {found}; expected a folder of lm-eval tasks")
     for file in files:  # lm-eval runs the functions on loading the task
         if SHIPPED not in file.parents and "!function" in file.read_text(encoding="utf-8", errors="replace"):
             print(f"running the Python code that {file} names with !function", file=sys.stderr)

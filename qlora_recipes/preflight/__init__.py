@@ -33,6 +33,7 @@ BEFORE_LOADING: Sequence[CheckFunction] = (
     machine.hub,
     machine.memory_free,
     rows.rows_dropped,
+    rows.columns_unread,
     rows.row_lengths,
     rows.duplicates,
     rows.short_answers,

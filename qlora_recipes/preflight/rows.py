@@ -21,6 +21,7 @@ from qlora_recipes.stages import Run
 
 _SHARED_WORDS = 8  # consecutive words that two texts almost never share by chance
 _HELD_OUT = 2_000  # held-out conversations to look for, since hashes of all their words are in memory
+_COLUMNS = 12  # named; all of them are in the receipt
 _BARS = "▁▂▃▄▅▆▇█"
 Item = TypeVar("Item")
 
@@ -54,6 +55,17 @@ def rows_dropped(run: Run) -> Check:
     if faults > receipt.rows_in / 2:  # your own format_row may leave out as many as it likes
         return fail_unless(False, figure, advice)
     return warn_unless(dropped <= 0.01 * receipt.rows_in, figure, advice)
+
+
+def columns_unread(run: Run) -> Check:
+    """Columns, and keys of message objects, that the formatter reads in no row: nothing of them is trained on."""
+    unread = [f"{name} ({count:,})" for name, count in run.data.receipt.columns_unread.items()]
+    shown = ", ".join(unread[:_COLUMNS]) + (f" and {len(unread) - _COLUMNS} more" if len(unread) > _COLUMNS else "")
+    return warn_unless(
+        not unread,
+        f"left out of training: {shown}" if unread else "every column is read",
+        "Read them in your own format_row if the model should learn from them, or remove them from the data.",
+    )
 
 
 def row_lengths(run: Run) -> Check:

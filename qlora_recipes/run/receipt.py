@@ -32,6 +32,10 @@ class DataReceipt:
     """Supervised tokens cut away."""
     max_length: int
     """Longest row allowed, in tokens."""
+    columns_unread: dict[str, int] = field(default_factory=dict)
+    """Columns that the formatter reads in no row, to the number of times that they are filled."""
+    revision: str | None = None
+    """Commit of a hub dataset that was read; None for a file, and where it is not known."""
 
 
 @dataclass
