@@ -344,12 +344,14 @@ def test_validity_tells_what_was_counted(report: Report) -> None:
     assert {fact.verdict for fact in report.validity} == {"pass"}
 
 
-def test_arms_that_cannot_differ_are_a_caveat(tmp_path: Path) -> None:
+def test_the_sentence_names_arms_that_cannot_differ(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, p, scores=np.zeros(N)) for p in ("nf4", "bf16")]
     write_results(runs[1] / "evaluation" / "base", receipt("bf16", 0), np.zeros(N), adapter=False)
-    said = " ".join(compare_folders(runs, 1.0).caveats)
-    assert "standin_choice cannot tell the arms apart: every answer of every arm is wrong" in said
-    assert "Tuning itself made no difference" in said
+    (found,) = compare_folders(runs, 1.0).contrasts
+    assert found.sentence.startswith("nf4 and bf16 agree, but the agreement means nothing: ")
+    assert "standin_choice cannot tell the arms apart: every answer of every arm is wrong" in found.sentence
+    assert "tuning itself made no difference" in found.sentence
+    assert found.overall.verdict == found.tasks[0].comparison.verdict == "inconclusive"
 
 
 def test_generations_are_shown_beside_the_verdict(tmp_path: Path) -> None:

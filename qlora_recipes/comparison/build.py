@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,8 +11,7 @@ from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for,
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
 from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report
-from qlora_recipes.comparison.paired import Comparison
-from qlora_recipes.comparison.sentences import interval, points
+from qlora_recipes.comparison.informative import doubts
 from qlora_recipes.comparison.validity import validity
 from qlora_recipes.precision import PRECISIONS
 
@@ -47,14 +47,17 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
     }
     baseline, *others = scores.values()
     seeds = list(arms[baseline.name])
-    criteria = criteria_for(baseline, margin)
+    criteria = criteria_for(list(scores.values()), margin)
+    effects = list(_effects(scores, bases, cross_base, criteria))
+    tuning = effects[0].comparison if baseline.name in bases else None
+    if criteria.limit is None:  # a trial is no result, whatever agrees in it
+        doubted = doubts(list(scores.values()), tuning, criteria)
+        criteria = replace(criteria, doubts=doubted, base_scored=tuning is not None)
     noise = None
     if len(seeds) > 1:  # the baseline's second seed against its first: the difference that no precision makes
         one, two = (AlignedScores(f"{baseline.name} seed {seeds[i]}", [baseline.results[i]]) for i in (0, 1))
         noise = contrast(two, one, seeds[:1], criteria, controls.divergences.get(NOISE))
     errors = controls.quantization_errors
-    effects = list(_effects(scores, bases, cross_base, criteria))
-    tuning = effects[0].comparison if baseline.name in bases else None
     return Report(
         recipe=first.recipe,
         demo=first.demo,
@@ -75,7 +78,7 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         effects=effects,
         losses=[_loss_curve(run) for run in runs],
         validity=validity(runs),
-        caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),
+        caveats=list(_caveats(earlier_margins)),
     )
 
 
@@ -119,25 +122,11 @@ def _effects(
         yield effect(f"{name}: training", meaning, arms[name], crossed)
 
 
-def _caveats(
-    arms: Sequence[AlignedScores], tuning: Comparison | None, criteria: Criteria, earlier_margins: Sequence[float]
-) -> Iterator[str]:
-    """Yield reasons to believe a verdict less than its interval says: the agreement of arms that cannot disagree."""
+def _caveats(earlier_margins: Sequence[float]) -> Iterator[str]:
+    """Yield reasons to believe a verdict less than its interval says."""
     if earlier_margins:
         earlier = ", then ".join(f"±{margin:g}" for margin in earlier_margins)
         yield f"The margin was changed after it had been stated: it was {earlier} points before."
-    for task in criteria.verdict:
-        scores = {float(score) for arm in arms for score in arm.scores(task).flat}
-        if len(scores) == 1:
-            extreme = "wrong" if scores == {0.0} else "right" if scores == {1.0} else "scored the same"
-            yield f"{task} cannot tell the arms apart: every answer of every arm is {extreme}."
-    if tuning is not None:
-        low, high = tuning.interval_95
-        if low <= 0 <= high:
-            yield (
-                f"Tuning itself made no difference that these tasks can see: {points(tuning.difference)} "
-                f"(95 % interval {interval((low, high))}). Adapters that learned nothing agree in any precision."
-            )
 
 
 def _loss_curve(run: Run) -> LossCurve:

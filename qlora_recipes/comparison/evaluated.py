@@ -211,7 +211,7 @@ def _aligned(results: Results, reference: Results) -> Results:
         try:
             documents[task] = align(reference.documents[task], results.documents[task])
         except ComparisonError as error:
-            raise ComparisonError(f"{reference.name} (a) and {results.name} (b): {error}") from error
+            raise ComparisonError(f"{task} in {reference.name} (a) and {results.name} (b): {error}") from error
     return Results(results.name, results.tasks, documents)
 
 
