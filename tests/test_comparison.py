@@ -318,6 +318,14 @@ def test_bits_per_byte_have_an_interval(report: Report) -> None:
     assert found.comparison is not None and found.comparison.interval[0] > 0
 
 
+@pytest.mark.parametrize(("lost", "won", "said"), [(0, 60, True), (4, 4, True), (60, 0, False)])
+def test_bits_that_point_another_way_are_commented_on(tmp_path: Path, lost: int, won: int, said: bool) -> None:
+    report = compare_folders(pair(tmp_path, lost, won), 1.0)  # the texts are 2 % less likely in nf4
+    caveats = [caveat for caveat in report.caveats if "standin_text point another way than the scores" in caveat]
+    assert len(caveats) == said
+    assert all("nf4 needs 0.0200 bits a byte more than bf16 (95 % interval" in caveat for caveat in caveats)
+
+
 def test_controls_split_inference_from_training(report: Report) -> None:
     names = [control.name for control in report.controls]
     assert names[:2] == ["bf16 base before tuning", "nf4 base before tuning"]

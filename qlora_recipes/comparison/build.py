@@ -10,8 +10,9 @@ import numpy as np
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
-from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.findings import Arm, BitsContrast, Contrast, Control, Effect, LossCurve, Report
 from qlora_recipes.comparison.informative import doubts
+from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
 from qlora_recipes.precision import PRECISIONS
 
@@ -58,6 +59,10 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         one, two = (AlignedScores(f"{baseline.name} seed {seeds[i]}", [baseline.results[i]]) for i in (0, 1))
         noise = contrast(two, one, seeds[:1], criteria, controls.divergences.get(NOISE))
     errors = controls.quantization_errors
+    contrasts = [
+        contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
+        for one in others
+    ]
     return Report(
         recipe=first.recipe,
         demo=first.demo,
@@ -69,16 +74,13 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         earlier_margins=list(earlier_margins),
         limit=criteria.limit,
         arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
-        contrasts=[
-            contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
-            for one in others
-        ],
+        contrasts=contrasts,
         noise=noise,
         controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
         effects=effects,
         losses=[_loss_curve(run) for run in runs],
         validity=validity(runs),
-        caveats=list(_caveats(earlier_margins)),
+        caveats=list(_caveats(contrasts, earlier_margins)),
     )
 
 
@@ -122,11 +124,28 @@ def _effects(
         yield effect(f"{name}: training", meaning, arms[name], crossed)
 
 
-def _caveats(earlier_margins: Sequence[float]) -> Iterator[str]:
+def _caveats(contrasts: Sequence[Contrast], earlier_margins: Sequence[float]) -> Iterator[str]:
     """Yield reasons to believe a verdict less than its interval says."""
     if earlier_margins:
         earlier = ", then ".join(f"±{margin:g}" for margin in earlier_margins)
         yield f"The margin was changed after it had been stated: it was {earlier} points before."
+    for found in contrasts:
+        for bits in found.bits:
+            yield from _other_way(found, bits)
+
+
+def _other_way(found: Contrast, bits: BitsContrast) -> Iterator[str]:
+    """Say where text is clearly likelier or less likely under an arm whose answers do not change the same way."""
+    low, high = bits.comparison.interval_95 if bits.comparison else (0.0, 0.0)
+    clear = low > 0 or high < 0
+    if clear and found.overall.difference * (bits.a - bits.b) >= 0:  # fewer bits are better, and a higher score
+        more = "more" if bits.a > bits.b else "fewer"
+        yield (
+            f"Bits per byte of {bits.task} point another way than the scores: {found.name} needs "
+            f"{abs(bits.a - bits.b):.4f} bits a byte {more} than {found.baseline} (95 % interval "
+            f"{interval((low, high), 4)}), and its score differs by {points(found.overall.difference)}. They measure "
+            "how likely a text is, not whether an answer is right; the verdict is about answers."
+        )
 
 
 def _loss_curve(run: Run) -> LossCurve:

@@ -32,7 +32,7 @@ def adapter_file_sha256(file: Path) -> str:
         RunFolderError: when it cannot be read or is no safetensors file.
     """
     try:
-        stored = deserialize(file.read_bytes())
+        stored = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]  # safetensors annotates nothing
     except (OSError, SafetensorError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}. Train again, or restore it from a copy") from error
     return weights_sha256(
