@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, sha256, write_task
 from qlora_recipes.run.receipt import (
@@ -23,6 +24,7 @@ from qlora_recipes.run.receipt import (
     TemplateReceipt,
     TrainingReceipt,
 )
+from qlora_recipes.run.weights import weights_sha256
 
 RESULT = TaskResult(
     task="standin_choice",
@@ -50,9 +52,21 @@ RESULT = TaskResult(
 )
 
 
+def adapter_weights(precision: str, seed: int) -> np.ndarray:
+    """The one tensor of a run's adapter."""
+    return np.array([[float(seed), *precision.encode()]], dtype=np.float32)
+
+
+def adapter_file(weights: np.ndarray) -> bytes:
+    """An adapter's file."""
+    return save({"q_proj.lora_A.weight": weights})
+
+
 def receipt(precision: str, seed: int, **changes: Any) -> Receipt:
     """A receipt; keyword arguments replace dotted keys, with `__` for the dot."""
     quantized = 0 if precision in ("bf16", "fp16") else 28
+    layer = "Linear" if not quantized else "Linear8bitLt" if precision == "int8" else "Linear4bit"
+    weights = adapter_weights(precision, seed)
     found = Receipt(
         recipe="llama2_guanaco-demo",
         precision=precision,
@@ -92,7 +106,7 @@ def receipt(precision: str, seed: int, **changes: Any) -> Receipt:
             model="standin-llama2",
             revision=None,
             dtype="bfloat16",
-            linears={"Linear4bit" if quantized else "Linear": 28},
+            linears={layer: 28},
             quantized=QuantizedReceipt(expected=quantized, found=quantized),
             parameters=1246336,
             bytes=1259072 if quantized else 2492928,
@@ -105,7 +119,9 @@ def receipt(precision: str, seed: int, **changes: Any) -> Receipt:
             parameters=81920,
             dtype="float32",
             initial_sha256=f"initial-{seed}",
-            final_sha256=f"final-{precision}-{seed}",
+            final_sha256=weights_sha256(
+                [("q_proj.lora_A.default.weight", weights.shape, "float32", weights.tobytes())]
+            ),
             all_finite=True,
             unchanged=[],
             bytes=334768,
@@ -180,13 +196,15 @@ def write_results(
         "base_sha256": run.base.sha256,
         "adapter_sha256": run.adapter.final_sha256 if adapter else None,
     }
-    measured = replace(RESULT, **{**weights, **result})
+    metric = result.get("metric", RESULT.metric)
+    mean = {"metrics": {metric: float(np.mean(scores)) if len(scores) else 0.0}}
+    measured = replace(RESULT, **{**weights, **mean, **result})
     write_task(folder, measured, [change(document(i, score, measured.task)) for i, score in enumerate(scores)])
     if text:
         worse = 0.02 if run.precision != "bf16" else 0.0
         docs = [document(i, 1 + worse, "standin_text", bits=(100 + i) * (1 + worse), bytes=100 + i) for i in range(30)]
         kind = {"task": "standin_text", "kind": "bits_per_byte", "metric": "bits_per_byte", "higher_is_better": False}
-        kind |= {"metrics": {"bits_per_byte": 1.0}}
+        kind |= {"metrics": {"bits_per_byte": 1 + worse}}
         write_task(folder, replace(measured, **kind), docs)
 
 
@@ -194,7 +212,7 @@ def make_run(root: Path, precision: str, seed: int = 0, scores: Sequence[float] 
     """Write a trained and evaluated run and return its folder; `receipt` holds changes to the receipt."""
     folder = root / f"{precision}-seed{seed}"
     (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(adapter_file(adapter_weights(precision, seed)))
     run = receipt(precision, seed, **options.pop("receipt", {}))
     (folder / "run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
     losses = [{"step": step, "loss": 6 / (1 + step / 5)} for step in range(1, 21)]

@@ -15,6 +15,7 @@ from qlora_recipes import Recipe
 from qlora_recipes.commands import chat, merge
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.weights import adapter_file_sha256
 from qlora_recipes.settings import resolve
 from qlora_recipes.training.train import train
 
@@ -31,6 +32,10 @@ def folder(
         output_dir=tmp_path_factory.mktemp("run") / "run",
     )
     return train(settings)
+
+
+def test_the_adapters_file_has_the_hash_of_the_weights_in_memory(folder: RunFolder) -> None:
+    assert adapter_file_sha256(folder.adapter / "adapter_model.safetensors") == folder.receipt().adapter.final_sha256
 
 
 def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: RunFolder, tmp_path: Path) -> None:

@@ -318,6 +318,14 @@ def test_bits_per_byte_have_an_interval(report: Report) -> None:
     assert found.comparison is not None and found.comparison.interval[0] > 0
 
 
+@pytest.mark.parametrize(("lost", "won", "said"), [(0, 60, True), (4, 4, True), (60, 0, False)])
+def test_bits_that_point_another_way_are_commented_on(tmp_path: Path, lost: int, won: int, said: bool) -> None:
+    report = compare_folders(pair(tmp_path, lost, won), 1.0)  # the texts are 2 % less likely in nf4
+    caveats = [caveat for caveat in report.caveats if "standin_text point another way than the scores" in caveat]
+    assert len(caveats) == said
+    assert all("nf4 needs 0.0200 bits a byte more than bf16 (95 % interval" in caveat for caveat in caveats)
+
+
 def test_controls_split_inference_from_training(report: Report) -> None:
     names = [control.name for control in report.controls]
     assert names[:2] == ["bf16 base before tuning", "nf4 base before tuning"]
@@ -344,12 +352,14 @@ def test_validity_tells_what_was_counted(report: Report) -> None:
     assert {fact.verdict for fact in report.validity} == {"pass"}
 
 
-def test_arms_that_cannot_differ_are_a_caveat(tmp_path: Path) -> None:
+def test_the_sentence_names_arms_that_cannot_differ(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, p, scores=np.zeros(N)) for p in ("nf4", "bf16")]
     write_results(runs[1] / "evaluation" / "base", receipt("bf16", 0), np.zeros(N), adapter=False)
-    said = " ".join(compare_folders(runs, 1.0).caveats)
-    assert "standin_choice cannot tell the arms apart: every answer of every arm is wrong" in said
-    assert "Tuning itself made no difference" in said
+    (found,) = compare_folders(runs, 1.0).contrasts
+    assert found.sentence.startswith("nf4 and bf16 agree, but the agreement means nothing: ")
+    assert "standin_choice cannot tell the arms apart: every answer of every arm is wrong" in found.sentence
+    assert "tuning itself made no difference" in found.sentence
+    assert found.overall.verdict == found.tasks[0].comparison.verdict == "inconclusive"
 
 
 def test_generations_are_shown_beside_the_verdict(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import answers, make_run
+from fake_runs import answers, make_run, receipt
 
 from qlora_recipes import cli
 from qlora_recipes.commands.entry import run_command
@@ -46,7 +46,7 @@ COMMANDS: dict[str, Callable[[Path], None]] = {
 RUN, SCORES = "bf16-seed0/run.json", "bf16-seed0/evaluation/standin_choice.json"
 DOCS, METRICS = "bf16-seed0/evaluation/standin_choice.docs.jsonl", "bf16-seed0/metrics.jsonl"
 HELD_OUT, STARTED_FILE = "bf16-seed0/held_out.json", "started/started.json"
-DIVERGENCE = "nf4-seed0/evaluation/divergence/from-final-bf16-0.json"
+DIVERGENCE = f"nf4-seed0/evaluation/divergence/from-{receipt('bf16', 0).adapter.final_sha256[:16]}.json"
 ERRORS = "nf4-seed0/evaluation/divergence/quantization_error.json"
 REPORT, BENCHMARK = "report/report.json", "benchmark.json"
 

@@ -17,6 +17,8 @@ from qlora_recipes.comparison.paired import (
     needed_documents,
     overall,
 )
+from qlora_recipes.comparison.power import detectable_difference, plan_sentence
+from qlora_recipes.errors import ComparisonError
 
 ALLOWED = 0.065  # of 1,500 repetitions of a true 5 %, 2.7 standard errors
 NO_MARGIN = 1e-6  # nothing is equivalent to within it, so that it hides no false "different"
@@ -237,3 +239,38 @@ def test_the_power_that_seeds_leave(seeds: int, power: float) -> None:
     found = rates(compare(*draw(), margin=NO_MARGIN).verdict for _ in range(500))["different"]
     print(f"{seeds} seeds: power {found:.0%}")
     assert abs(found - power) < 0.08
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.5), (3, 0.5), (5, 0.5), (5, 0.0)])
+def test_the_difference_that_a_plan_promises_is_found(seeds: int, spread: float) -> None:
+    n, changed, rng = 2000, 0.05, np.random.default_rng(17)
+    mean = detectable_difference([n], seeds, changed=changed, seed_spread=spread) / 100
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        noise = spread / 100 * rng.standard_normal(seeds) if seeds > 1 else np.zeros(1)
+        lean = np.clip(mean + noise, -changed, changed)[:, None]
+        drawn = rng.uniform(size=(seeds, n))
+        return drawn < (changed + lean) / 2, drawn > 1 - (changed - lean) / 2
+
+    found = rates(compare(*draw(), margin=NO_MARGIN).verdict for _ in range(300))["different"]
+    print(f"{seeds} seeds that spread by {spread}: {100 * mean:.2f} points found with a power of {found:.0%}")
+    assert 0.72 <= found <= 0.88
+
+
+def test_more_documents_and_seeds_find_smaller_differences() -> None:
+    by_documents = [detectable_difference([n], 1) for n in (100, 880, 3000)]
+    by_seeds = [detectable_difference([880], seeds) for seeds in (2, 3, 5, 10)]
+    assert by_documents == sorted(by_documents, reverse=True)
+    assert by_seeds == sorted(by_seeds, reverse=True)
+    assert detectable_difference([440, 440], 1) == pytest.approx(detectable_difference([880], 1), rel=1e-6)
+
+
+def test_the_plan_says_what_it_assumes() -> None:
+    said = plan_sentence([880], 1)
+    assert said.startswith(
+        "with 880 documents of 1 task and 1 seed a true difference of 3.3 points is found (80 % power"
+    )
+    assert said.endswith("which training noise alone can make")
+    assert "12 % of the answers change and seeds spread by 0.5 points" in plan_sentence([880, 1000], 3)
+    with pytest.raises(ComparisonError, match="expected at least 2 documents a task"):
+        detectable_difference([], 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from transformers import set_seed
 from qlora_recipes.base.loading import raw_bytes
 from qlora_recipes.errors import ModelError, RecipeError, nearest
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
+from qlora_recipes.run.weights import weights_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,11 +67,10 @@ def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def adapter_sha256(model: PeftModel) -> str:
     """Return the SHA-256 over names, shapes and bytes of the adapter's weights, which differs when one bit does."""
-    digest = hashlib.sha256()
-    for name, tensor in adapter_tensors(model):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+    return weights_sha256(
+        (name, tensor.shape, str(tensor.dtype).removeprefix("torch."), raw_bytes(tensor))
+        for name, tensor in adapter_tensors(model)
+    )
 
 
 def adapted_modules(model: PeftModel) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
-from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report
-from qlora_recipes.comparison.paired import Comparison
+from qlora_recipes.comparison.findings import Arm, BitsContrast, Contrast, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.informative import doubts
 from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
 from qlora_recipes.precision import PRECISIONS
@@ -47,14 +48,21 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
     }
     baseline, *others = scores.values()
     seeds = list(arms[baseline.name])
-    criteria = criteria_for(baseline, margin)
+    criteria = criteria_for(list(scores.values()), margin)
+    effects = list(_effects(scores, bases, cross_base, criteria))
+    tuning = effects[0].comparison if baseline.name in bases else None
+    if criteria.limit is None:  # a trial is no result, whatever agrees in it
+        doubted = doubts(list(scores.values()), tuning, criteria)
+        criteria = replace(criteria, doubts=doubted, base_scored=tuning is not None)
     noise = None
     if len(seeds) > 1:  # the baseline's second seed against its first: the difference that no precision makes
         one, two = (AlignedScores(f"{baseline.name} seed {seeds[i]}", [baseline.results[i]]) for i in (0, 1))
         noise = contrast(two, one, seeds[:1], criteria, controls.divergences.get(NOISE))
     errors = controls.quantization_errors
-    effects = list(_effects(scores, bases, cross_base, criteria))
-    tuning = effects[0].comparison if baseline.name in bases else None
+    contrasts = [
+        contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
+        for one in others
+    ]
     return Report(
         recipe=first.recipe,
         demo=first.demo,
@@ -66,16 +74,13 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         earlier_margins=list(earlier_margins),
         limit=criteria.limit,
         arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
-        contrasts=[
-            contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
-            for one in others
-        ],
+        contrasts=contrasts,
         noise=noise,
         controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
         effects=effects,
         losses=[_loss_curve(run) for run in runs],
         validity=validity(runs),
-        caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),
+        caveats=list(_caveats(contrasts, earlier_margins)),
     )
 
 
@@ -119,25 +124,28 @@ def _effects(
         yield effect(f"{name}: training", meaning, arms[name], crossed)
 
 
-def _caveats(
-    arms: Sequence[AlignedScores], tuning: Comparison | None, criteria: Criteria, earlier_margins: Sequence[float]
-) -> Iterator[str]:
-    """Yield reasons to believe a verdict less than its interval says: the agreement of arms that cannot disagree."""
+def _caveats(contrasts: Sequence[Contrast], earlier_margins: Sequence[float]) -> Iterator[str]:
+    """Yield reasons to believe a verdict less than its interval says."""
     if earlier_margins:
         earlier = ", then ".join(f"±{margin:g}" for margin in earlier_margins)
         yield f"The margin was changed after it had been stated: it was {earlier} points before."
-    for task in criteria.verdict:
-        scores = {float(score) for arm in arms for score in arm.scores(task).flat}
-        if len(scores) == 1:
-            extreme = "wrong" if scores == {0.0} else "right" if scores == {1.0} else "scored the same"
-            yield f"{task} cannot tell the arms apart: every answer of every arm is {extreme}."
-    if tuning is not None:
-        low, high = tuning.interval_95
-        if low <= 0 <= high:
-            yield (
-                f"Tuning itself made no difference that these tasks can see: {points(tuning.difference)} "
-                f"(95 % interval {interval((low, high))}). Adapters that learned nothing agree in any precision."
-            )
+    for found in contrasts:
+        for bits in found.bits:
+            yield from _other_way(found, bits)
+
+
+def _other_way(found: Contrast, bits: BitsContrast) -> Iterator[str]:
+    """Say where text is clearly likelier or less likely under an arm whose answers do not change the same way."""
+    low, high = bits.comparison.interval_95 if bits.comparison else (0.0, 0.0)
+    clear = low > 0 or high < 0
+    if clear and found.overall.difference * (bits.a - bits.b) >= 0:  # fewer bits are better, and a higher score
+        more = "more" if bits.a > bits.b else "fewer"
+        yield (
+            f"Bits per byte of {bits.task} point another way than the scores: {found.name} needs "
+            f"{abs(bits.a - bits.b):.4f} bits a byte {more} than {found.baseline} (95 % interval "
+            f"{interval((low, high), 4)}), and its score differs by {points(found.overall.difference)}. They measure "
+            "how likely a text is, not whether an answer is right; the verdict is about answers."
+        )
 
 
 def _loss_curve(run: Run) -> LossCurve:

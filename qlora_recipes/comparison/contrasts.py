@@ -6,8 +6,8 @@ Knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, zip_longest
 
 import numpy as np
@@ -47,15 +47,23 @@ class Criteria:
     """Tasks that the overall verdict is over."""
     secondary: Sequence[str]
     """Other tasks whose differences are shown in points."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Task to why it is not compared in points at all."""
+    doubts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Task to the reasons why agreement in it means nothing."""
+    base_scored: bool = True
+    """Whether it is known what tuning did."""
 
 
-def criteria_for(reference: AlignedScores, margin: float) -> Criteria:
+def criteria_for(arms: Sequence[AlignedScores], margin: float) -> Criteria:
     """Choose the tasks of the verdict: right or wrong and other scores of 0 to 1; generations where that is all.
+
+    The baseline is the first arm.
 
     Raises:
         ComparisonError: when no task has such scores, or one has too few documents.
     """
-    tasks = reference.tasks
+    reference, tasks = arms[0], arms[0].tasks
     limit = min((result.limit for result in tasks.values() if result.limit is not None), default=None)
     fewest = FEWEST_DOCUMENTS if limit is None else 2
     for task, documents in reference.results[0].documents.items():
@@ -64,15 +72,25 @@ def criteria_for(reference: AlignedScores, margin: float) -> Criteria:
                 f"{task} has {len(documents)} documents, too few to say anything; expected at least {fewest}. Leave it "
                 "out with --tasks, or evaluate more of it"
             )
-    unit = [task for task in tasks if reference.scores(task).min() >= 0 and reference.scores(task).max() <= 1]
+    compared = [task for task in tasks if tasks[task].kind != "bits_per_byte"]
+    left_out = {task: why for task in compared if (why := _incomparable(task, arms))}
+    unit = [task for task in compared if task not in left_out]
     scored = [task for task in unit if tasks[task].kind in ("accuracy", "score")]
     generated = [task for task in unit if tasks[task].kind == "generation"]
     if not scored + generated:
+        why = "".join(f" ({task}: {reason})" for task, reason in left_out.items())
         raise ComparisonError(
-            f"the tasks {', '.join(tasks)} have no score between 0 and 1, and a verdict needs one. Evaluate with "
+            f"the tasks {', '.join(tasks)} have no score between 0 and 1, and a verdict needs one{why}. Evaluate with "
             "--tasks standin_choice, mmlu or another of that kind"
         )
-    return Criteria(margin, limit, scored or generated, generated if scored else [])
+    return Criteria(margin, limit, scored or generated, generated if scored else [], left_out)
+
+
+def _incomparable(task: str, arms: Sequence[AlignedScores]) -> str | None:
+    scores = np.concatenate([arm.scores(task).ravel() for arm in arms])
+    if scores.min() < 0 or scores.max() > 1:
+        return f"its scores reach from {scores.min():g} to {scores.max():g}, expected 0 to 1"
+    return None if arms[0].tasks[task].higher_is_better else "lower is better in it"
 
 
 def mean_scores(aligned: AlignedScores, criteria: Criteria) -> dict[str, float]:
@@ -92,15 +110,20 @@ def contrast(
     found, tasks = overall_difference(a, b, criteria), _task_contrasts(a, b, criteria)
     unlike = {each.task: each.comparison.difference for each in tasks if each.comparison.verdict == "different"}
     unlike = {task: difference for task, difference in unlike.items() if task in criteria.verdict}
-    if found.verdict == "equivalent" and unlike:  # +5 points in one task and -5 in another are no match
-        found = replace(found, verdict="inconclusive")
-    else:
+    if not (found.verdict == "equivalent" and unlike):  # +5 points in one task and -5 in another are no match
         unlike = {}
+    trusted = [task for task in criteria.verdict if task not in criteria.doubts]
+    rest = overall_difference(a, b, criteria, trusted) if trusted and criteria.doubts else None
+    denied = criteria.doubts and not (rest and rest.verdict == "equivalent")
+    if found.verdict == "equivalent" and (unlike or denied):
+        found = replace(found, verdict="inconclusive")
+    doubts = list(dict.fromkeys(reason for reasons in criteria.doubts.values() for reason in reasons))
+    said = sentence(a.name, b.name, found, criteria.verdict, seeds, unlike=unlike, doubts=doubts, rest=rest)
     counts = _count_flips(a, b, seeds)
     return Contrast(
         name=a.name,
         baseline=b.name,
-        sentence=sentence(a.name, b.name, found, criteria.verdict, seeds, unlike),
+        sentence=" ".join([said, *_remarks(a, b, found, criteria)]),
         overall=found,
         tasks=tasks,
         flips=counts,
@@ -109,7 +132,25 @@ def contrast(
         bits=[_bits(task, a, b) for task, result in b.tasks.items() if result.kind == "bits_per_byte"],
         divergence=divergence,
         quantization_error=list(quantization_error),
+        doubts=doubts,
     )
+
+
+def _remarks(a: AlignedScores, b: AlignedScores, found: Comparison, criteria: Criteria) -> Iterator[str]:
+    """Yield what a reader of the verdict must know of the scores it is made of."""
+    tasks = criteria.verdict
+    if found.verdict == "equivalent" and not criteria.base_scored:
+        command = "qlora-recipes evaluate RUN --no_adapter"
+        yield f"No base was scored, so it is not known whether tuning did anything: {command}."
+    if all(np.array_equal(a.scores(task), b.scores(task)) for task in tasks):
+        yield "Not one document is scored differently."
+    if cut := sum(results.tasks[task].truncated for arm in (a, b) for results in arm.results for task in tasks):
+        yield f"Cut or left out, because they did not fit into the model's context: {cut:,} requests."
+    subjects = {task: {document.subject for document in b.documents(task)[0]} for task in tasks}
+    if one := [task for task, named in subjects.items() if len(named) == 1 and named != {None}]:
+        yield f"The documents of {', '.join(one)} are of one subject and taken for independent."
+    for task, why in criteria.left_out.items():
+        yield f"Left out is {task}: {why}."
 
 
 def overall_difference(
@@ -126,12 +167,17 @@ def overall_difference(
 
 
 def _task_contrasts(a: AlignedScores, b: AlignedScores, criteria: Criteria) -> list[TaskContrast]:
-    """Compare task by task; a task is *different* only where its p-value, adjusted over the tasks, is below 0.05."""
+    """Compare task by task.
+
+    A task is *different* only where its p-value, adjusted over the tasks, is below 0.05, and *equivalent* only where
+    agreement in it means something.
+    """
     of_a, of_b = mean_scores(a, criteria), mean_scores(b, criteria)
     found = {task: overall_difference(a, b, criteria, [task]) for task in of_a}
     adjusted = holm({task: comparison.p_difference for task, comparison in found.items()})
     for task, p in adjusted.items():
-        if found[task].verdict == "different" and p >= 0.05:
+        doubted = found[task].verdict == "equivalent" and task in criteria.doubts
+        if doubted or (found[task].verdict == "different" and p >= 0.05):
             found[task] = replace(found[task], verdict="inconclusive")
     return [
         TaskContrast(task, b.tasks[task].metric, of_a[task], of_b[task], comparison, adjusted[task])

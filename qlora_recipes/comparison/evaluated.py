@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from qlora_recipes.comparison.proof import check_adapter, check_arms, check_scores, check_storage
 from qlora_recipes.comparison.receipts import receipt_differences
 from qlora_recipes.errors import ComparisonError, nearest
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, read_task
@@ -90,8 +91,11 @@ def read_results(folder: Path, tasks: Sequence[str], name: str) -> Results:
     Raises:
         UnfinishedTaskError: when one of them is not there.
         RunFolderError: when a file is damaged.
+        ComparisonError: when a figure is not that of the documents.
     """
     read = {task: read_task(folder, task) for task in tasks}
+    for result, documents in read.values():
+        check_scores(name, result, documents)
     return Results(name, {task: read[task][0] for task in tasks}, {task: read[task][1] for task in tasks})
 
 
@@ -99,11 +103,11 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
     """Return a run with its scores in the tasks named, or in all it has, proven to be those of its own weights.
 
     Raises:
-        RecipesError: when it is not trained, not evaluated, or was evaluated with other weights.
+        RecipesError: when it is not trained, not evaluated, was evaluated with other weights, or contradicts itself.
     """
     folder = RunFolder(path)
     receipt = folder.receipt()
-    if not (folder.adapter / "adapter_model.safetensors").is_file():
+    if not (adapter := folder.adapter / "adapter_model.safetensors").is_file():
         raise ComparisonError(
             f"{path} has a receipt and no adapter; expected a run as training left it. Train it again"
         )
@@ -117,6 +121,8 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
             f"{path} is not evaluated on {missing[0]!r}, only on {', '.join(there)}.{nearest(missing[0], there)} "
             f"Run: qlora-recipes evaluate RUN --tasks {missing[0]}"
         )
+    check_storage(path, receipt)
+    check_adapter(path, receipt, adapter)
     results = read_results(folder.evaluation, tasks or there, str(path))
     check_weights(results, receipt.adapter.final_sha256, receipt.base.sha256, "the run again")
     return Run(folder, receipt, results)
@@ -141,7 +147,7 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     """Return precision to seed to run, for runs that differ in precision and seed and in nothing else.
 
     Raises:
-        ComparisonError: naming what else differs, what is given twice, or which seed an arm lacks.
+        ComparisonError: naming what else differs, what is given twice or is a copy, or which seed an arm lacks.
     """
     arms: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -155,6 +161,7 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
         raise ComparisonError(f"got runs of {', '.join(arms) or 'nothing'} alone, expected two precisions or more")
     for run in runs[1:]:
         _check_same(runs[0], run, same_seed=False)
+    check_arms([(run.folder.path, run.receipt) for run in runs])
     (one, first), *others = arms.items()
     for precision, by_seed in others:
         if by_seed.keys() != first.keys():
@@ -204,7 +211,7 @@ def _aligned(results: Results, reference: Results) -> Results:
         try:
             documents[task] = align(reference.documents[task], results.documents[task])
         except ComparisonError as error:
-            raise ComparisonError(f"{reference.name} (a) and {results.name} (b): {error}") from error
+            raise ComparisonError(f"{task} in {reference.name} (a) and {results.name} (b): {error}") from error
     return Results(results.name, results.tasks, documents)
 
 

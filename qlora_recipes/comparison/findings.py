@@ -116,6 +116,8 @@ class Contrast:
     bits: list[BitsContrast]
     divergence: Divergence | None
     quantization_error: list[LayerError]
+    doubts: list[str]
+    """Why agreement of these arms means nothing, in some task or in all; such agreement is never `equivalent`."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,11 @@ class Comparison:
     """90 % over seeds; None for one seed."""
     limited: bool
 
+    @property
+    def interval_inside_margin(self) -> bool:
+        """Whether the scores alone are equivalent, whatever else was found."""
+        return -self.margin < self.interval[0] and self.interval[1] < self.margin
+
 
 class _Sample(NamedTuple):
     differences: Floats  # (seeds, documents)

@@ -14,42 +14,61 @@ def sentence(
     found: Comparison,
     tasks: Sequence[str],
     seeds: Sequence[int],
+    *,
     unlike: Mapping[str, float] | None = None,
+    doubts: Sequence[str] = (),
+    rest: Comparison | None = None,
 ) -> str:
     """Say what an arm did against its baseline. Differences are in points.
 
-    `unlike` holds the differences of tasks that differ by themselves where the mean over tasks is equivalent.
+    `unlike` holds the differences of tasks that differ by themselves where the mean over tasks is equivalent. `doubts`
+    are reasons why agreement would mean nothing, and `rest` is the comparison over the tasks that have none.
     """
     evidence = f"{found.n:,} documents of {_count(len(tasks), 'task')} and {_count(len(seeds), 'seed')}"
     margin = f"the margin of ±{found.margin:g} {'point' if found.margin == 1 else 'points'}"
+    reasons = "; ".join(doubts)
+    note = f" Agreement of these arms would mean nothing: {reasons}." if doubts else ""
     if found.limited:
         return (
             f"NOT A RESULT: the evaluation was limited to {evidence}. In this trial {name} scores "
             f"{points(found.difference)} against {baseline} (90 % interval {interval(found.interval)})."
         )
     if found.verdict == "equivalent":
+        if rest:
+            note = f" Without the tasks where agreement means nothing it is {_estimate(rest)}: {reasons}."
         return (
             f"{name} matches {baseline}: its score differs by {points(found.difference)} (90 % interval "
-            f"{interval(found.interval)}), which lies inside {margin}, over {evidence}.{_of_one(seeds)}"
+            f"{interval(found.interval)}), which lies inside {margin}, over {evidence}.{_of_one(seeds)}{note}"
         )
     if found.verdict == "different":
         better = "above" if found.difference > 0 else "below"
         return (
             f"{name} does not match {baseline}: it scores {points(abs(found.difference), sign=False)} {better} it "
             f"(95 % interval {interval(found.interval_95)}, 90 % {interval(found.interval)}), with {margin}, over "
-            f"{evidence}.{_of_one(seeds)}"
+            f"{evidence}.{_of_one(seeds)}{note}"
         )
     if unlike:
         single = ", ".join(f"{task} {points(difference)}" for task, difference in unlike.items())
         return (
             f"{name} does not match {baseline} in every task: {single}. Only the mean over tasks is alike, with "
             f"{points(found.difference)} (90 % interval {interval(found.interval)}) inside {margin}, over {evidence}."
+            f"{note}"
+        )
+    if doubts and found.interval_inside_margin:
+        others = f" In the other tasks the difference is {_estimate(rest)}, not inside the margin." if rest else ""
+        return (
+            f"{name} and {baseline} agree, but the agreement means nothing: {reasons}.{others} Their scores differ by "
+            f"{points(found.difference)} (90 % interval {interval(found.interval)}), inside {margin}, over {evidence}."
         )
     return (
         f"Inconclusive: {name} scores {points(found.difference)} against {baseline} (90 % interval "
         f"{interval(found.interval)}); that is not inside {margin}, nor does the 95 % interval "
-        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_needed(found)}"
+        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_needed(found)}{note}"
     )
+
+
+def _estimate(found: Comparison) -> str:
+    return f"{points(found.difference)} (90 % interval {interval(found.interval)})"
 
 
 def _needed(found: Comparison) -> str:

@@ -73,11 +73,11 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
     console = Console(stderr=True)
     page_folder = plan.output / "report"
     check_report_folder(page_folder)
-    if plan.tasks:
-        from qlora_recipes.evaluation.task_loading import load_tasks
+    from qlora_recipes.experiments.benchmark.power import power_of
 
-        load_tasks(plan.tasks)  # refuses an unknown or broken one before anything is trained
+    found = power_of(plan)  # which refuses an unknown or broken task before anything is trained
     earlier_margins = record_margin(plan)
+    console.print(found or "", highlight=False)
     train_missing(plan, console, launch=launch)
     from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
 
