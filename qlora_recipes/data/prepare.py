@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +55,12 @@ class _Tally:
     revision: str | None = None
 
 
-def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
+def prepare(
+    settings: Settings, encoder: ConversationEncoder, advance: Callable[[int], object] = lambda rows: None
+) -> PreparedData:
     """Read, format, encode and split the rows of a run, only a few of which are in memory at a time.
 
+    `advance` is told of every batch how many rows it had.
     The split depends only on the text of the first question: it is the same for every seed, and rows with the same
     first question stay on one side.
 
@@ -66,7 +69,7 @@ def prepare(settings: Settings, encoder: ConversationEncoder) -> PreparedData:
         SetupError: when the disk has no room for the encoded rows.
     """
     tally = _Tally()
-    rows = write_rows(_encoded(settings, encoder, tally))
+    rows = write_rows(_encoded(settings, encoder, tally, advance))
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
@@ -128,7 +131,9 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
         ) from error
 
 
-def _encoded(settings: Settings, encoder: ConversationEncoder, tally: _Tally) -> Iterator[list[Conversation]]:
+def _encoded(
+    settings: Settings, encoder: ConversationEncoder, tally: _Tally, advance: Callable[[int], object]
+) -> Iterator[list[Conversation]]:
     """Yield usable rows in batches, and append the figures of each batch to the tally."""
     meter, max_length = RowMeter(encoder), settings.training["max_length"]
     for batch in _batches(_rendered(settings, encoder, tally)):
@@ -141,6 +146,7 @@ def _encoded(settings: Settings, encoder: ConversationEncoder, tally: _Tally) ->
             else:
                 tally.dropped[TOO_LONG] += 1
         tally.figures.append(meter.measure(usable))
+        advance(len(batch))
         yield usable
 
 

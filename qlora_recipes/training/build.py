@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
@@ -28,14 +29,15 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
+from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 from qlora_recipes.stages import Loaded, Prepared, Run
 from qlora_recipes.training.trainer import RunTrainer
 
 
-def prepare_rows(settings: Settings) -> Run:
-    """Return a run with its rows read and encoded.
+def prepare_rows(settings: Settings, console: Console | None = None) -> Run:
+    """Return a run with its rows read and encoded; a console that is a terminal shows how many.
 
     Raises:
         RecipesError: when the tokenizer or the rows cannot be loaded, or no row can be used.
@@ -44,7 +46,10 @@ def prepare_rows(settings: Settings) -> Run:
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
     encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
-    return Run(Prepared(settings, tokenizer, encoder, prepare(settings, encoder)))
+    with progress_bar("rows", console or Console(quiet=True)) as bar:
+        row = bar.add_task("rows", total=None)
+        data = prepare(settings, encoder, lambda rows: bar.advance(row, rows))
+    return Run(Prepared(settings, tokenizer, encoder, data))
 
 
 def load_model(run: Run) -> Run:

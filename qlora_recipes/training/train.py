@@ -154,7 +154,7 @@ def prepare_run(
     main = Console(quiet=True) if not PartialState().is_main_process else console
     rows = Path(settings.dataset)
     say(f"reading and encoding {rows.name if rows.exists() else rows}", main)
-    run = prepare_rows(settings)
+    run = prepare_rows(settings, main)
     say("checking the rows", main)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
     _refuse_failed(checks, "Before loading the base", main, all_checks, last=False)  # which takes minutes
