@@ -97,7 +97,13 @@ def test_every_offline_task_is_scored_on_the_runs_own_weights(
         again, docs = read_task(folder.evaluation, result.task)
         assert again == result and 0 < len(docs) == result.n_docs <= 4
         assert result.metrics[result.metric] == pytest.approx(_pooled(result, docs))
-    assert {doc.subject for doc in read_task(folder.evaluation, "standin_choice")[1]} == {"town"}
+    _, chosen = read_task(folder.evaluation, "standin_choice")
+    assert {doc.subject for doc in chosen} == {"town"}
+    asked = load_tasks(["standin_choice"])["standin_choice"][0].parts[0].eval_docs
+    assert [doc.choices for doc in chosen] == [8] * 4
+    assert [asked[i]["choices"][doc.picked] for i, doc in enumerate(chosen)] == [doc.answer for doc in chosen]
+    _, answered = read_task(folder.evaluation, "standin_answer")
+    assert {(doc.choices, doc.picked) for doc in answered} == {(None, None)}
 
 
 def _pooled(result: TaskResult, docs: list[DocRecord]) -> float:

@@ -146,11 +146,11 @@ def _record(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -
     doc_id, doc = str(sample["doc_id"]), sample["doc"]
     alone = len(task.parts) == 1
     subject = doc.get("subject") if alone else part.task_name
-    answer, target, prompt = _shown(task, part, sample)
+    shown = _shown(task, part, sample)
     bits: float | None = None
     length: int | None = None
     if task.kind == "bits_per_byte":
-        bits, length = -sample["filtered_resps"][0] / math.log(2), len(target.encode())
+        bits, length = -sample["filtered_resps"][0] / math.log(2), len(shown["target"].encode())
         score = bits / length
     else:
         value: Any = sample.get(task.metric)
@@ -169,27 +169,31 @@ def _record(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -
         prompt_hash=sample["prompt_hash"],
         target_hash=sample["target_hash"],
         score=score,
-        answer=answer[:SHOWN],
-        target=target[:SHOWN],
-        prompt=prompt[-SHOWN:],
+        answer=shown.pop("answer")[:SHOWN],
+        target=shown.pop("target")[:SHOWN],
+        prompt=shown.pop("prompt")[-SHOWN:],
         bits=bits,
         bytes=length,
+        **shown,
     )
 
 
-def _shown(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return answer, target and prompt as a person reads them; the answer to a choice is what the metric picks."""
+def _shown(task: EvalTask, part: ConfigurableTask, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return answer, target and prompt as a person reads them; of a choice, the one that the metric picks."""
     doc, given, found = sample["doc"], str(sample["arguments"][0][0]), sample["filtered_resps"]
     if task.kind == "bits_per_byte":
-        return "", str(part.doc_to_target(doc)), ""
+        return {"answer": "", "target": str(part.doc_to_target(doc)), "prompt": ""}
     if part.OUTPUT_TYPE != "multiple_choice":
-        return str(found[0][0] if isinstance(found[0], (list, tuple)) else found[0]), str(sample["target"]), given
+        answer = str(found[0][0] if isinstance(found[0], (list, tuple)) else found[0])
+        return {"answer": answer, "target": str(sample["target"]), "prompt": given}
     choices = part.doc_to_choice(doc)
     right = part.doc_to_text(doc) if part.multiple_input else sample["target"]
     lengths = {"acc_norm": map(len, choices), "acc_bytes": (len(choice.encode()) for choice in choices)}
     divisors = lengths.get(task.metric, [1] * len(choices))
     scores = [response[0] / length for response, length in zip(found[: len(choices)], divisors, strict=True)]
-    return choices[scores.index(max(scores))], _choice_text(choices, right), given
+    picked = scores.index(max(scores))
+    target = _choice_text(choices, right)
+    return {"answer": choices[picked], "target": target, "prompt": given, "choices": len(choices), "picked": picked}
 
 
 def _choice_text(choices: Sequence[str], right: Any) -> str:

@@ -55,6 +55,10 @@ class DocRecord:
     """Negative log2-likelihood of the text, in tasks that score text."""
     bytes: int | None = None
     """Length of that text in UTF-8, in the same tasks."""
+    choices: int | None = None
+    """How many answers there were to choose from; None in tasks that are not multiple choice."""
+    picked: int | None = None
+    """Place, from 0, of the choice in `answer` among them: the same everywhere from a model that reads no question."""
 
 
 @dataclass(frozen=True)
