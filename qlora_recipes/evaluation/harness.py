@@ -6,21 +6,23 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.errors import DataError, RunFolderError, UsageError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.held_out import score_answers, score_held_out
+from qlora_recipes.evaluation.documents import identity, task_documents
+from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out
 from qlora_recipes.evaluation.loaded import (
     BaseKey,
     RestoredBase,
     RestoredRun,
     check_remote_code,
+    read_held_out,
     restore_base,
     restore_run,
 )
@@ -30,6 +32,11 @@ from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped, StopSignals
+
+_OTHER = {
+    "documents_sha256": "scored on other documents than the task has now",
+    "config_sha256": "scored with other prompts, choices, few-shot examples or metrics than the task has now",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class _Job:
     receipt: Receipt
     options: Options
     tasks: list[EvalTask]
+    identities: dict[str, dict[str, str]]
+    """Task to the hashes of its documents and of its configuration."""
     results: dict[str, TaskResult]
 
     @property
@@ -101,6 +110,8 @@ class _Job:
             "num_fewshot": task.num_fewshot,
             "version": task.version,
             "adapter_sha256": self.receipt.adapter.final_sha256 if self.options.adapter else None,
+            "metric": task.metric,
+            **self.identities[task.name],
         }
 
 
@@ -128,13 +139,13 @@ def evaluate_many(
         check_remote_code(receipt, allowed=options.trust_remote_code)
     names = [tasks or default_tasks(receipt) for receipt in receipts]
     loaded = load_tasks(list(dict.fromkeys(name for asked in names for name in asked)))
+    of_lm_eval = {task for tasks in loaded.values() for task in tasks if task.parts}
+    shared = {task: identity(task, task_documents(task, options.limit)) for task in of_lm_eval}
     jobs = [
-        _Job(folder, receipt, options, [task for name in asked for task in loaded[name]], {})
+        _job(folder, receipt, options, [task for name in asked for task in loaded[name]], shared)
         for folder, receipt, asked in zip(folders, receipts, names, strict=True)
     ]
     for job in jobs:
-        if twice := [name for name, times in Counter(task.name for task in job.tasks).items() if times > 1]:
-            raise UsageError(f"the task {twice[0]} is asked for twice; its results would be one file")
         if not overwrite:
             _take_finished(job)
     try:
@@ -150,6 +161,27 @@ def evaluate_many(
         _print_what_is_left(stopped, jobs, overwrite)
         raise
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
+
+
+def _job(
+    folder: RunFolder,
+    receipt: Receipt,
+    options: Options,
+    tasks: list[EvalTask],
+    shared: Mapping[EvalTask, dict[str, str]],
+) -> _Job:
+    """Make a job of a run; `shared` has the identity of every task that is not of the run's own rows."""
+    if twice := [name for name, times in Counter(task.name for task in tasks).items() if times > 1]:
+        raise UsageError(f"the task {twice[0]} is asked for twice; its results would be one file")
+    rows = read_held_out(folder)
+    if not rows and (own := [task.name for task in tasks if not task.parts]):
+        raise DataError(
+            f"{folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
+            f"{own[0]} out of --tasks"
+        )
+    kept = [hash_conversation(messages) for messages in rows[: options.limit]]
+    identities = {task.name: shared.get(task) or identity(task, kept) for task in tasks}
+    return _Job(folder, receipt, options, tasks, identities, {})
 
 
 def _print_what_is_left(stopped: Stopped, jobs: Sequence[_Job], overwrite: bool) -> None:
@@ -181,10 +213,8 @@ def _take_finished(job: _Job) -> None:
         if result := found.get(task.name):
             for name, expected in job.conditions(task).items():
                 if (got := getattr(result, name)) != expected:
-                    raise RunFolderError(
-                        f"{job.output} holds {task.name} with {name} {got}, now {expected} is asked for. "
-                        "Give --overwrite to replace it"
-                    )
+                    said = _OTHER.get(name, f"with {name} {got}, now {expected} is asked for")
+                    raise RunFolderError(f"{job.output} holds {task.name} {said}. Give --overwrite to replace it")
             job.results[task.name] = result
 
 
@@ -202,8 +232,7 @@ def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console
                 **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
                 **{name: value for name, value in vars(scores).items() if name != "docs"},
                 task=task.name,
-                kind=task.kind,
-                metric=task.metric,
+                kind=_kind(task, scores),
                 n_docs=len(scores.docs),
                 template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
                 loglikelihood_dtype="float32",
@@ -215,6 +244,11 @@ def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console
             )
             with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
                 job.results[task.name] = write_task(job.output, result, scores.docs)
+
+
+def _kind(task: EvalTask, scores: Scores) -> str:
+    right_or_wrong = all(doc.score in (0, 1) for doc in scores.docs)
+    return "score" if task.kind == "accuracy" and not right_or_wrong else task.kind
 
 
 def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Scores:

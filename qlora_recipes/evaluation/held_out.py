@@ -37,9 +37,9 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     same sum by the UTF-8 bytes of the words, and can be compared between tokenizers.
 
     Raises:
-        DataError: when no row was held out, or none fits into the model's context.
+        DataError: when no row fits into the model's context.
     """
-    rows = _rows(run, limit)
+    rows = run.held_out[:limit]
     encoded = [run.encoder.encode(messages) for messages in rows]
     fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
     if not fitting:
@@ -71,9 +71,9 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves.
 
     Raises:
-        DataError: when no row was held out, or no question fits into the model's context with its answer.
+        DataError: when no question fits into the model's context with its answer.
     """
-    rows = _rows(run, limit)
+    rows = run.held_out[:limit]
     prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
     room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
@@ -105,15 +105,6 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     )
 
 
-def _rows(run: RestoredRun, limit: int | None) -> list[list[Message]]:
-    if not run.held_out:
-        raise DataError(
-            f"{run.folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
-            "held_out out of --tasks"
-        )
-    return run.held_out[:limit]
-
-
 def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     """Yield batches of similar length, longest first, of no more than _POSITIONS positions or a single row."""
     ordered = sorted(indices, key=lambda i: -len(encoded[i].input_ids))
@@ -137,6 +128,11 @@ def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     return [float(total) for total in losses.double().sum(1)]
 
 
+def hash_conversation(messages: list[Message]) -> str:
+    """Return the hash that a held-out conversation has as a document."""
+    return sha256(json.dumps(messages, ensure_ascii=False))
+
+
 def _record(
     task: str, index: int, messages: list[Message], ids: list[int], target: str, score: float, **more: Any
 ) -> DocRecord:
@@ -145,7 +141,7 @@ def _record(
         task=task,
         subject=None,
         doc_id=str(index),
-        doc_hash=sha256(json.dumps(messages, ensure_ascii=False)),
+        doc_hash=hash_conversation(messages),
         prompt_hash=sha256(str(ids)),
         target_hash=sha256(target),
         score=score,

@@ -102,6 +102,10 @@ class TaskResult:
     seconds: float
     docs_sha256: str = ""
     """Hash of the file of documents, which ties the two files together."""
+    documents_sha256: str = ""
+    """Hash of the documents asked for, in their order; of the held-out rows, those that did not fit included."""
+    config_sha256: str = ""
+    """Hash of what makes prompts and scores of them; see `documents.hash_config`."""
     schema_version: Literal[1] = 1
 
 
