@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections import Counter
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from qlora_recipes.errors import DataError, RunFolderError, UsageError
+from qlora_recipes.evaluation.answers import write_before_and_after
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.documents import identity, task_documents
 from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out
@@ -53,6 +56,12 @@ class Options:
     """False scores the base before tuning."""
     precision: str | None = None
     """Score on a base stored in another precision, to tell the effect on training from that on inference."""
+    temperature: float | None = None
+    """Of the words that are drawn for an answer; 0 takes the likeliest, None does so too unless the task draws."""
+    top_p: float = 1.0
+    """The share of probability that the words drawn from make up."""
+    seed: int = 0
+    """Of what is drawn."""
     other_template: bool = False
     """Accept a chat template that was edited after training; its hash is recorded in the results."""
     trust_remote_code: bool = False
@@ -65,12 +74,26 @@ class Options:
                 raise UsageError(f"{name}: got {value!r}, expected a whole number of {unit}, such as 8")
         if self.precision is not None:
             precision_named(self.precision)
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature: got {self.temperature}, expected 0 or a number above")
+        if not 0 < self.top_p <= 1 or (self.top_p < 1 and not self.temperature):
+            alone = ", expected 1" if 0 < self.top_p <= 1 else ", expected a share above 0, up to 1"
+            raise UsageError(f"top_p: got {self.top_p} with temperature {self.temperature}{alone}")
 
     def control(self, receipt: Receipt) -> str:
         """Return the name of the control that this is, or an empty string for the run as it was trained."""
         elsewhere = self.precision not in (None, receipt.precision)
         parts = ("" if self.adapter else "base", f"on-{self.precision}" if elsewhere else "")
         return "-".join(part for part in parts if part)
+
+    def decoding(self, task: EvalTask) -> str:
+        """Return how answers are generated, as a TaskResult has it."""
+        if not task.generates:
+            return ""
+        if self.temperature:
+            return f"temperature {self.temperature}, top_p {self.top_p}, seed {self.seed}"
+        drawn = self.temperature is None and task.samples
+        return f"as the task draws, seed {self.seed}" if drawn else "greedy"
 
     def batch(self, receipt: Receipt) -> int:
         """Return a size known beforehand; lm-eval's "auto" may choose another, and so other rounding, for each arm."""
@@ -111,6 +134,7 @@ class _Job:
             "version": task.version,
             "adapter_sha256": self.receipt.adapter.final_sha256 if self.options.adapter else None,
             "metric": task.metric,
+            "decoding": self.options.decoding(task),
             **self.identities[task.name],
         }
 
@@ -160,6 +184,9 @@ def evaluate_many(
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise
+    for job in jobs:
+        with disk_faults(job.folder.evaluation, "The results are whole; only answers.md is missing"):
+            write_before_and_after(job.folder.evaluation)
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
 
 
@@ -225,7 +252,8 @@ def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console
         for task in job.missing:
             started = time.monotonic()
             bar = Bar(task.name, console)
-            with bar.progress:
+            with bar.progress, torch.random.fork_rng():
+                torch.manual_seed(options.seed)
                 scores = _measure(run, task, options, bar)
             conditions = job.conditions(task)
             result = TaskResult(
@@ -256,8 +284,17 @@ def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Sc
     if task.name == "held_out":
         return score_held_out(run, batch_size=batch_size, limit=options.limit, bar=bar)
     if task.name == "held_out_answers":
-        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar)
+        drawn: dict[str, float] = {"temperature": options.temperature or 0.0, "top_p": options.top_p}
+        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar, **drawn)
     from qlora_recipes.evaluation.lm_eval_model import score_with_lm_eval  # seconds to import
 
-    rendered = task.rendered(options.chat_template)
-    return score_with_lm_eval(run, task, batch_size=batch_size, limit=options.limit, chat_template=rendered, bar=bar)
+    return score_with_lm_eval(
+        run,
+        task,
+        batch_size=batch_size,
+        limit=options.limit,
+        chat_template=task.rendered(options.chat_template),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        bar=bar,
+    )

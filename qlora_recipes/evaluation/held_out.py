@@ -1,4 +1,4 @@
-"""Scores a run on the conversations that it kept from training: loss, bits per byte, and greedy answers.
+"""Scores a run on the conversations that it kept from training: loss, bits per byte, and answers.
 
 They are rendered by the encoder that training used, so the tokens scored are in the format trained on.
 Knows nothing of lm-eval.
@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import evaluate
 import torch
+from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from torch.nn.utils.rnn import pad_sequence
 
@@ -26,7 +27,7 @@ from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import Message
 
 MAX_ANSWER_TOKENS = 256
-"""Where a greedy answer is cut. More costs time on answers that never end."""
+"""Where an answer is cut. More costs time on answers that never end."""
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
@@ -67,8 +68,12 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     )
 
 
-def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
-    """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves.
+def score_answers(
+    run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar, temperature: float = 0.0, top_p: float = 1.0
+) -> Scores:
+    """Return ROUGE-L, BLEU and chrF of answers to the last question, and the share that ended by themselves.
+
+    A document's score is its ROUGE-L, from 0 to 1; BLEU and chrF are of all answers together, from 0 to 100.
 
     Raises:
         DataError: when no question fits into the model's context with its answer.
@@ -85,13 +90,22 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]
-        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
+        found = generate(
+            run.model,
+            [prompts[i] for i in batch],
+            end=end,
+            pad=pad,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            temperature=temperature,
+            top_p=top_p,
+        )
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
     references = [rows[i][-1]["content"] for i in fitting]
     rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
     chrf = ChrF(keep_in_memory=True).compute(predictions=texts, references=references)
+    bleu = Bleu(keep_in_memory=True).compute(predictions=texts, references=references)
     docs = [
         _record("held_out_answers", i, rows[i], prompts[i], rows[i][-1]["content"], score, answer=text[:SHOWN])
         for i, text, score in zip(fitting, texts, rouge["documents"], strict=True)
@@ -100,7 +114,7 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     return Scores(
         docs=docs,
         higher_is_better=True,
-        metrics={"rougeL": rouge["rougeL"], "chrf": chrf["chrf"], "ended": ended},
+        metrics={"rougeL": rouge["rougeL"], "bleu": bleu["bleu"], "chrf": chrf["chrf"], "ended": ended},
         truncated=len(rows) - len(fitting),
     )
 
@@ -179,6 +193,16 @@ class RougeL(_TextMetric):
         pairs = zip(references, predictions, strict=True)
         scores = [float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference, prediction in pairs]
         return {"rougeL": sum(scores) / len(scores), "documents": scores}
+
+
+class Bleu(_TextMetric):
+    """Agreement in runs of up to four words, from 0 to 100, as sacrebleu computes it (Papineni et al., 2002).
+
+    Of all answers together: a single short answer has no run of four words.
+    """
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        return {"bleu": BLEU().corpus_score(predictions, [references]).score}
 
 
 class ChrF(_TextMetric):

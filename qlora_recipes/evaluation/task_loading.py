@@ -67,6 +67,16 @@ class EvalTask:
         """The task's own version, as its author counts."""
         return str(self.parts[0].VERSION) if self.parts else "1"
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes its answers."""
+        return self.kind == "generation" or any(part.OUTPUT_TYPE == "generate_until" for part in self.parts)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the task itself asks for answers that are drawn, not the likeliest."""
+        return any((part.config.generation_kwargs or {}).get("do_sample") for part in self.parts)
+
     def rendered(self, asked: bool | None) -> bool:
         """Return whether prompts are rendered with the chat template when `asked` is what the user said."""
         fixed = not self.parts or self.kind == "bits_per_byte"  # as in training; or text, which has no prompt
