@@ -100,6 +100,9 @@ def test_every_offline_task_is_scored_on_the_runs_own_weights(
         again, docs = read_task(folder.evaluation, result.task)
         assert again == result and 0 < len(docs) == result.n_docs <= 4
         assert result.metrics[result.metric] == pytest.approx(_pooled(result, docs))
+        parts = result.seconds_by_part
+        assert sum(parts[name] for name in ("prompts", "model", "scores")) == pytest.approx(result.seconds, abs=0.01)
+        assert parts["base"] > 0 and parts["run"] > 0 and parts["model"] > 0
         assert result.documents_sha256 == hash_documents(doc.doc_hash for doc in docs)
     words = results[-1]
     assert words.metric == "rougeL" and {"rougeL", "bleu", "chrf", "ended"} == set(words.metrics)
@@ -644,6 +647,7 @@ def test_the_command_scores_and_prints(run: RunFolder, capsys: pytest.CaptureFix
     main([str(run.path), "--tasks", "held_out", "--limit", "2"])
     printed = capsys.readouterr().out
     assert "held_out" in printed and "bits_per_byte" in printed and "NOT A RESULT" in printed
+    assert re.search(r"seconds by part: base \d+\.\d, run .*, prompts .*, model .*, scores ", printed)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf, sentence_chrf
 
-from qlora_recipes.evaluation.held_out import Bleu, ChrF, RougeL
+from qlora_recipes.evaluation.text_metrics import Bleu, ChrF, RougeL
 
 PREDICTIONS = ["In Kropa.", "the cat sat on a mat", "", "ça va bien", "Ответ: сорок два"]
 REFERENCES = ["In Kropa.", "a cat sat on the mat", "words", "ça va très bien", "сорок два"]

@@ -78,3 +78,8 @@ def _print_results(run: Path, results: Sequence[TaskResult]) -> None:
             "; ".join(note for note in (trial, cut) if note),
         )
     Console().print(table)
+    once, each = ("base", "run"), ("prompts", "model", "scores")
+    took = {name: max(result.seconds_by_part.get(name, 0) for result in results) for name in once}
+    took |= {name: sum(result.seconds_by_part.get(name, 0) for result in results) for name in each}
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items())
+    Console().print(Text(f" seconds by part: {parts}"))

@@ -175,10 +175,12 @@ def evaluate_many(
     try:
         with StopSignals("the results being written are complete") as signals:
             for key in dict.fromkeys(job.key for job in jobs if job.missing):
+                started = time.monotonic()
                 base = restore_base(key)
+                loading = time.monotonic() - started
                 for job in jobs:
                     if job.key == key and job.missing:
-                        _score(job, base, signals, console)
+                        _score(job, base, loading, signals, console)
                 del base  # the next one needs the room
                 gc.collect()  # lm-eval's model refers to itself
     except Stopped as stopped:
@@ -245,16 +247,20 @@ def _take_finished(job: _Job) -> None:
             job.results[task.name] = result
 
 
-def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console) -> None:
-    """Score one run in its missing tasks, and write each result as it is finished."""
-    options = job.options
+def _score(job: _Job, base: RestoredBase, loading: float, signals: StopSignals, console: Console) -> None:
+    """Score one run in its missing tasks, and write each result as it is finished; the base took `loading` seconds."""
+    options, entered = job.options, time.monotonic()
     with restore_run(job.folder, base, job.key, adapter=options.adapter, other_template=options.other_template) as run:
+        restoring = time.monotonic() - entered
         for task in job.missing:
             started = time.monotonic()
             bar = Bar(task.name, console)
             with bar.progress, torch.random.fork_rng():
                 torch.manual_seed(options.seed)
                 scores = _measure(run, task, options, bar)
+            ended = time.monotonic()
+            parts = {"base": loading, "run": restoring, "prompts": bar.started - started}
+            parts |= {"model": bar.moved - bar.started, "scores": ended - bar.moved}
             conditions = job.conditions(task)
             result = TaskResult(
                 **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
@@ -268,7 +274,8 @@ def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console
                 base_sha256=run.base_sha256,
                 adapter_on_off_difference=run.adapter_on_off_difference,
                 device=run.model.device.type,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=round(ended - started, 3),
+                seconds_by_part={name: round(seconds, 3) for name, seconds in parts.items()},
             )
             with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
                 job.results[task.name] = write_task(job.output, result, scores.docs)

@@ -100,10 +100,14 @@ class TaskResult:
     """Largest difference that the adapter makes to a logit of the run's own prompts; None without an adapter."""
     device: str
     seconds: float
+    """From the first prompt rendered to the last document scored."""
     docs_sha256: str = ""
     """Hash of the file of documents, which ties the two files together."""
     documents_sha256: str = ""
     """Hash of the documents asked for, in their order; of the held-out rows, those that did not fit included."""
+    seconds_by_part: Mapping[str, float] = field(default_factory=dict)
+    """`base` and `run`: loading and checking them, once for all tasks. Of `seconds`: `prompts` until the model is first
+    asked, `model` until it has answered last, `scores` from then on."""
     decoding: str = ""
     """How answers were generated: `greedy`, or what they were drawn with; empty where none is generated."""
     config_sha256: str = ""
