@@ -186,7 +186,7 @@ def evaluate_many(
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise
-    for job in jobs:
+    for job in (job for job in jobs if "held_out_answers" in job.results):
         with disk_faults(job.folder.evaluation, "The results are whole; only answers.md is missing"):
             write_before_and_after(job.folder.evaluation)
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
@@ -255,7 +255,7 @@ def _score(job: _Job, base: RestoredBase, loading: float, signals: StopSignals, 
         for task in job.missing:
             started = time.monotonic()
             bar = Bar(task.name, console)
-            with bar.progress, torch.random.fork_rng():
+            with bar.progress, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(options.seed)
                 scores = _measure(run, task, options, bar)
             ended = time.monotonic()
