@@ -185,7 +185,7 @@ def _check_lines(data_files: Any) -> None:
     """Name the line of a JSONL file that is broken, which datasets does not; do nothing where all can be read."""
     parts = data_files.values() if isinstance(data_files, Mapping) else data_files
     if isinstance(data_files, str):
-        if data_files.endswith(".jsonl"):
+        if data_files.endswith(".jsonl") and Path(data_files).is_file():  # no pattern, no address
             deque(read_rows(data_files), maxlen=0)
         return
     for part in parts or ():
