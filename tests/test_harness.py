@@ -29,7 +29,7 @@ from qlora_recipes.base.adapters import WEIGHTS, generate
 from qlora_recipes.commands import chat, merge
 from qlora_recipes.commands.evaluate import main
 from qlora_recipes.data.encoding import IGNORED
-from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
+from qlora_recipes.errors import CheckError, DataError, ModelError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation import answers, harness, kl, loaded
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.documents import hash_documents
@@ -831,3 +831,12 @@ def _write_cache(cache: Path, path: str, name: str, splits: dict[str, datasets.D
         version=datasets.Version(version),
     )
     info.write_to_directory(str(folder))
+
+
+def test_a_tokenizer_that_fails_without_a_word_is_one_error(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(loaded.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"no tokenizer at .*: OSError"):
+        loaded._tokenizer(run, run.receipt(), other_template=False)
