@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from fake_runs import receipt
@@ -27,9 +29,10 @@ from qlora_recipes.base.adapters import WEIGHTS, generate
 from qlora_recipes.commands import chat, merge
 from qlora_recipes.commands.evaluate import main
 from qlora_recipes.data.encoding import IGNORED
-from qlora_recipes.errors import CheckError, DataError, RecipesError, RunFolderError, UsageError
-from qlora_recipes.evaluation import harness, kl, loaded
+from qlora_recipes.errors import CheckError, DataError, ModelError, RecipesError, RunFolderError, UsageError
+from qlora_recipes.evaluation import answers, harness, kl, loaded
 from qlora_recipes.evaluation.bar import Bar
+from qlora_recipes.evaluation.documents import hash_documents
 from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate_many
 from qlora_recipes.evaluation.held_out import score_held_out
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
@@ -97,6 +100,12 @@ def test_every_offline_task_is_scored_on_the_runs_own_weights(
         again, docs = read_task(folder.evaluation, result.task)
         assert again == result and 0 < len(docs) == result.n_docs <= 4
         assert result.metrics[result.metric] == pytest.approx(_pooled(result, docs))
+        parts = result.seconds_by_part
+        assert sum(parts[name] for name in ("prompts", "model", "scores")) == pytest.approx(result.seconds, abs=0.01)
+        assert parts["base"] > 0 and parts["run"] > 0 and parts["model"] > 0
+        assert result.documents_sha256 == hash_documents(doc.doc_hash for doc in docs)
+    words = results[-1]
+    assert words.metric == "rougeL" and {"rougeL", "bleu", "chrf", "ended"} == set(words.metrics)
     _, chosen = read_task(folder.evaluation, "standin_choice")
     assert {doc.subject for doc in chosen} == {"town"}
     asked = load_tasks(["standin_choice"])["standin_choice"][0].parts[0].eval_docs
@@ -638,6 +647,7 @@ def test_the_command_scores_and_prints(run: RunFolder, capsys: pytest.CaptureFix
     main([str(run.path), "--tasks", "held_out", "--limit", "2"])
     printed = capsys.readouterr().out
     assert "held_out" in printed and "bits_per_byte" in printed and "NOT A RESULT" in printed
+    assert re.search(r"seconds by part: base \d+\.\d, run .*, prompts .*, model .*, scores ", printed)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -694,3 +704,139 @@ def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=r"document 7 of a/b\.c has the score nan"):
         write_task(tmp_path, _result(), [_doc(), _doc(doc_id="7", score=float("nan"))])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("task", ["held_out_answers", "standin_answer"])
+def test_drawn_answers_are_repeated_by_their_seed(task: str, run: RunFolder) -> None:
+    def answered(**drawn: Any) -> tuple[str, list[str]]:
+        (result,) = evaluate(run, [task], options=replace(SHORT, **drawn), overwrite=True)
+        return result.decoding, [doc.answer for doc in read_task(run.evaluation, task)[1]]
+
+    greedy = answered()
+    assert greedy == answered(temperature=0.0)
+    assert greedy[0] == "greedy" and answered(temperature=1.5, top_p=1e-6)[1] == greedy[1]
+    drawn = answered(temperature=1.5, top_p=0.9, seed=1)
+    assert drawn[0] == "temperature 1.5, top_p 0.9, seed 1"
+    assert drawn == answered(temperature=1.5, top_p=0.9, seed=1)
+    assert len({str(it[1]) for it in (greedy, drawn, answered(temperature=1.5, top_p=0.9, seed=2))}) == 3
+    with pytest.raises(
+        RunFolderError, match=r"with decoding temperature 1\.5, top_p 0\.9, seed 2, now greedy is asked"
+    ):
+        evaluate(run, [task], options=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        ({"temperature": -1.0}, "temperature: got -1.0, expected 0 or a number above"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: got 0.0 with temperature 1.0, expected a share above 0"),
+        ({"top_p": 0.9}, "top_p: got 0.9 with temperature None, expected 1"),
+    ],
+)
+def test_decoding_that_cannot_be_is_refused(drawn: dict[str, float], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Options(**drawn)
+
+
+def test_answers_before_and_after_tuning_stand_side_by_side(run: RunFolder) -> None:
+    page = run.evaluation / "answers.md"
+    evaluate(run, ["held_out_answers"], options=SHORT)
+    assert not page.exists()
+    evaluate(run, ["held_out_answers"], options=replace(SHORT, adapter=False))
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    _, before = read_task(run.evaluation / "base", "held_out_answers")
+    _, after = read_task(run.evaluation, "held_out_answers")
+    assert len(rows) == len(after) == 2 and [doc.answer for doc in before] != [doc.answer for doc in after]
+    for row, one, two in zip(rows, before, after, strict=True):
+        assert [text.strip() for text in row.strip("|").split("|")] == [
+            answers._cell(text) for text in (one.prompt, one.answer, two.answer, one.target)
+        ]
+    evaluate(run, ["held_out_answers"], options=replace(SHORT, temperature=1.0), overwrite=True)
+    assert not page.exists()  # the base's answers are the likeliest, the run's are drawn
+
+
+def test_an_answer_cannot_leave_its_cell() -> None:
+    assert answers._cell("a|b\n<b>*c*") == "a&#124;b<br>&lt;b&gt;&#42;c&#42;"
+
+
+def test_a_lower_score_that_is_better_and_cut_prompts_are_recorded(run: RunFolder, tmp_path: Path) -> None:
+    long = [{"q": "word " * 2000, "a": "yes"}, {"q": "Was it?", "a": "no"}]
+    metric = [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}]
+    folder = _task_folder(tmp_path, rows=long, metric_list=metric)
+    (result,) = evaluate(run, [str(folder)], options=Options(batch_size=2))
+    assert not result.higher_is_better and result.truncated == 2  # a request for each choice
+
+
+def test_a_score_of_the_tasks_own_that_is_no_number_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    folder = _task_folder(tmp_path)
+    (folder / "code.py").write_text("def scores(doc, results):\n    return {'acc': float('nan')}\n")
+    yaml = (folder / "mine.yaml").read_text()
+    (folder / "mine.yaml").write_text(yaml.replace('{"task"', '{"process_results": !function code.scores, "task"'))
+    with pytest.raises(CheckError, match=r"document 0 of mine has the score nan.* or the task's own metric gives it"):
+        evaluate(run, [str(folder)], options=SHORT)
+    assert not run.evaluation.exists()
+
+
+def test_the_task_of_the_documentation_is_scored(run: RunFolder, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    files = re.findall(r"`(capitals/\S+)`.*?:\n\n```\w+\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in files] == ["capitals/capitals.yaml", "capitals/capitals.jsonl"]
+    (tmp_path / "capitals").mkdir()
+    for name, text in files:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (result,) = evaluate(run, [str(tmp_path / "capitals")])
+    assert (result.metric, result.n_docs, result.prompts_unlike_training) == ("acc", 3, 0)
+    _, docs = read_task(run.evaluation, "capitals")
+    assert [(doc.target, doc.choices, doc.subject) for doc in docs] == [
+        (" Nairobi", 2, "Africa"),
+        (" Lima", 2, "America"),
+        (" N'Djamena", 2, "Africa"),
+    ]
+
+
+def test_a_task_of_lm_evals_is_scored_from_a_local_cache(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        {"question": f"{i}?", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "answerKey": "ABC"[i]}
+        for i in range(3)
+    ]
+    splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "validation", "test")}
+    _write_cache(tmp_path / "cache", "allenai/ai2_arc", "ARC-Easy", splits)
+    (result,) = evaluate(run, ["arc_easy"], options=Options(batch_size=2))
+    assert (result.metric, result.n_docs, result.chat_template) == ("acc", 3, False)
+    _, docs = read_task(run.evaluation, "arc_easy")
+    assert [doc.prompt for doc in docs] == [f"Question: {i}?\nAnswer:" for i in range(3)]
+    assert [doc.target for doc in docs] == ["a", "b", "c"]
+
+
+def _write_cache(cache: Path, path: str, name: str, splits: dict[str, datasets.Dataset]) -> None:
+    """Write what a download from the hub leaves: Arrow files under path, name, version and the hash of a commit."""
+    version, commit, stem = "0.0.0", "0" * 40, path.split("/")[-1]
+    folder = cache / path.replace("/", "___") / name / version / commit
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        with datasets.arrow_writer.ArrowWriter(path=str(folder / f"{stem}-{split}.arrow")) as writer:
+            writer.write_table(rows.data.table)
+            writer.finalize()
+    sizes = {split: datasets.SplitInfo(split, 0, len(rows), dataset_name=stem) for split, rows in splits.items()}
+    info = datasets.DatasetInfo(
+        features=splits["test"].features,
+        splits=datasets.splits.SplitDict(sizes),
+        builder_name="parquet",
+        dataset_name=stem,
+        config_name=name,
+        version=datasets.Version(version),
+    )
+    info.write_to_directory(str(folder))
+
+
+def test_a_tokenizer_that_fails_without_a_word_is_one_error(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(loaded.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"no tokenizer at .*: OSError"):
+        loaded._tokenizer(run, run.receipt(), other_template=False)

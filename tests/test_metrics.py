@@ -1,12 +1,12 @@
-"""ROUGE-L and chrF: the figures of rouge_score and sacrebleu, without a hub."""
+"""ROUGE-L, BLEU and chrF: the figures of rouge_score and sacrebleu, without a hub."""
 
 from __future__ import annotations
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import corpus_chrf, sentence_chrf
+from sacrebleu import corpus_bleu, corpus_chrf, sentence_chrf
 
-from qlora_recipes.evaluation.held_out import ChrF, RougeL
+from qlora_recipes.evaluation.text_metrics import Bleu, ChrF, RougeL
 
 PREDICTIONS = ["In Kropa.", "the cat sat on a mat", "", "ça va bien", "Ответ: сорок два"]
 REFERENCES = ["In Kropa.", "a cat sat on the mat", "words", "ça va très bien", "сорок два"]
@@ -26,6 +26,13 @@ def test_chrf_is_sacrebleus() -> None:
     assert found["chrf"] == corpus_chrf(PREDICTIONS, [REFERENCES]).score
     pairs = zip(PREDICTIONS, REFERENCES, strict=True)
     assert found["documents"] == [sentence_chrf(p, [r]).score for p, r in pairs]
+
+
+def test_bleu_is_sacrebleus() -> None:
+    predictions, references = ["the cat sat on the mat today", *PREDICTIONS], ["the cat sat on the mat", *REFERENCES]
+    found = Bleu(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert found["bleu"] == corpus_bleu(predictions, [references]).score
+    assert 0 < found["bleu"] < 100
 
 
 def test_chrf_reads_scripts_that_rouge_does_not() -> None:

@@ -29,6 +29,9 @@ _FLAGS = (
     Field("chat_template", "bool", _TEMPLATE, "true|false", None),
     Field("precision", f"Literal{_NAMES}", "control: the adapter on a base stored otherwise", "|".join(_NAMES), None),
     Field("no_adapter", "bool", "control: the base before tuning", default=False),
+    Field("temperature", "float", "draw answers; 0 takes the likeliest words (default: as the task says)", "T", None),
+    Field("top_p", "float", "draw from the likeliest words that make up this share", "P", 1.0),
+    count("seed", "of what is drawn", 0, least=0),
     OTHER_TEMPLATE,
     TRUST_REMOTE_CODE,
     Field("overwrite", "bool", "replace existing results", default=False),
@@ -46,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
         from qlora_recipes.evaluation.harness import Options, evaluate_many  # torch, which --help can do without
         from qlora_recipes.run.folder import RunFolder
 
-        same = ("limit", "batch_size", "chat_template", "precision", "other_template", "trust_remote_code")
+        same = ["limit", "batch_size", "chat_template", "precision", "temperature", "top_p", "seed"]
+        same += ["other_template", "trust_remote_code"]
         options = Options(adapter=not flags["no_adapter"], **{name: flags[name] for name in same})
         folders = [RunFolder(Path(run)) for run in flags["run"]]
         results = evaluate_many(folders, flags["tasks"], options=options, overwrite=flags["overwrite"])
@@ -74,3 +78,8 @@ def _print_results(run: Path, results: Sequence[TaskResult]) -> None:
             "; ".join(note for note in (trial, cut) if note),
         )
     Console().print(table)
+    once, each = ("base", "run"), ("prompts", "model", "scores")
+    took = {name: max(result.seconds_by_part.get(name, 0) for result in results) for name in once}
+    took |= {name: sum(result.seconds_by_part.get(name, 0) for result in results) for name in each}
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in took.items())
+    Console().print(Text(f" seconds by part: {parts}"))

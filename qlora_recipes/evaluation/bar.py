@@ -1,4 +1,4 @@
-"""What a person sees while runs are scored: one bar, in place of lm-eval's four and its log.
+"""What a person sees while runs are scored: one bar, in place of lm-eval's four and its log. It keeps the time, too.
 
 Knows nothing of scores.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,14 +26,18 @@ class Bar:
     def __init__(self, name: str, console: Console) -> None:
         self.progress = progress_bar(name, console)
         """What draws it, while entered."""
+        self.started = self.moved = time.monotonic()
+        """When the model was first asked and when it last answered."""
         self._row = self.progress.add_task(name, total=None)
 
     def start(self, total: int) -> None:
         """Set how many requests there are, once that is known."""
+        self.started = time.monotonic()
         self.progress.reset(self._row, total=total)
 
     def advance(self, requests: int) -> None:
         """Count so many more requests as done."""
+        self.moved = time.monotonic()
         self.progress.advance(self._row, requests)
 
 

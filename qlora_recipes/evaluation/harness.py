@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.errors import DataError, RunFolderError, UsageError
+from qlora_recipes.evaluation.answers import write_before_and_after
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.held_out import score_answers, score_held_out
+from qlora_recipes.evaluation.documents import identity, task_documents
+from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out
 from qlora_recipes.evaluation.loaded import (
     BaseKey,
     RestoredBase,
     RestoredRun,
     check_remote_code,
+    read_held_out,
     restore_base,
     restore_run,
 )
@@ -30,6 +35,11 @@ from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.signals import Stopped, StopSignals
+
+_OTHER = {
+    "documents_sha256": "scored on other documents than the task has now",
+    "config_sha256": "scored with other prompts, choices, few-shot examples or metrics than the task has now",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,12 @@ class Options:
     """False scores the base before tuning."""
     precision: str | None = None
     """Score on a base stored in another precision, to tell the effect on training from that on inference."""
+    temperature: float | None = None
+    """Of the words that are drawn for an answer; 0 takes the likeliest, None does so too unless the task draws."""
+    top_p: float = 1.0
+    """The share of probability that the words drawn from make up."""
+    seed: int = 0
+    """Of what is drawn."""
     other_template: bool = False
     """Accept a chat template that was edited after training; its hash is recorded in the results."""
     trust_remote_code: bool = False
@@ -58,12 +74,26 @@ class Options:
                 raise UsageError(f"{name}: got {value!r}, expected a whole number of {unit}, such as 8")
         if self.precision is not None:
             precision_named(self.precision)
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature: got {self.temperature}, expected 0 or a number above")
+        if not 0 < self.top_p <= 1 or (self.top_p < 1 and not self.temperature):
+            alone = ", expected 1" if 0 < self.top_p <= 1 else ", expected a share above 0, up to 1"
+            raise UsageError(f"top_p: got {self.top_p} with temperature {self.temperature}{alone}")
 
     def control(self, receipt: Receipt) -> str:
         """Return the name of the control that this is, or an empty string for the run as it was trained."""
         elsewhere = self.precision not in (None, receipt.precision)
         parts = ("" if self.adapter else "base", f"on-{self.precision}" if elsewhere else "")
         return "-".join(part for part in parts if part)
+
+    def decoding(self, task: EvalTask) -> str:
+        """Return how answers are generated, as a TaskResult has it."""
+        if not task.generates:
+            return ""
+        if self.temperature:
+            return f"temperature {self.temperature}, top_p {self.top_p}, seed {self.seed}"
+        drawn = self.temperature is None and task.samples
+        return f"as the task draws, seed {self.seed}" if drawn else "greedy"
 
     def batch(self, receipt: Receipt) -> int:
         """Return a size known beforehand; lm-eval's "auto" may choose another, and so other rounding, for each arm."""
@@ -78,6 +108,8 @@ class _Job:
     receipt: Receipt
     options: Options
     tasks: list[EvalTask]
+    identities: dict[str, dict[str, str]]
+    """Task to the hashes of its documents and of its configuration."""
     results: dict[str, TaskResult]
 
     @property
@@ -101,6 +133,9 @@ class _Job:
             "num_fewshot": task.num_fewshot,
             "version": task.version,
             "adapter_sha256": self.receipt.adapter.final_sha256 if self.options.adapter else None,
+            "metric": task.metric,
+            "decoding": self.options.decoding(task),
+            **self.identities[task.name],
         }
 
 
@@ -128,28 +163,54 @@ def evaluate_many(
         check_remote_code(receipt, allowed=options.trust_remote_code)
     names = [tasks or default_tasks(receipt) for receipt in receipts]
     loaded = load_tasks(list(dict.fromkeys(name for asked in names for name in asked)))
+    of_lm_eval = {task for tasks in loaded.values() for task in tasks if task.parts}
+    shared = {task: identity(task, task_documents(task, options.limit)) for task in of_lm_eval}
     jobs = [
-        _Job(folder, receipt, options, [task for name in asked for task in loaded[name]], {})
+        _job(folder, receipt, options, [task for name in asked for task in loaded[name]], shared)
         for folder, receipt, asked in zip(folders, receipts, names, strict=True)
     ]
     for job in jobs:
-        if twice := [name for name, times in Counter(task.name for task in job.tasks).items() if times > 1]:
-            raise UsageError(f"the task {twice[0]} is asked for twice; its results would be one file")
         if not overwrite:
             _take_finished(job)
     try:
         with StopSignals("the results being written are complete") as signals:
             for key in dict.fromkeys(job.key for job in jobs if job.missing):
+                started = time.monotonic()
                 base = restore_base(key)
+                loading = time.monotonic() - started
                 for job in jobs:
                     if job.key == key and job.missing:
-                        _score(job, base, signals, console)
+                        _score(job, base, loading, signals, console)
                 del base  # the next one needs the room
                 gc.collect()  # lm-eval's model refers to itself
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise
+    for job in (job for job in jobs if "held_out_answers" in job.results):
+        with disk_faults(job.folder.evaluation, "The results are whole; only answers.md is missing"):
+            write_before_and_after(job.folder.evaluation)
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
+
+
+def _job(
+    folder: RunFolder,
+    receipt: Receipt,
+    options: Options,
+    tasks: list[EvalTask],
+    shared: Mapping[EvalTask, dict[str, str]],
+) -> _Job:
+    """Make a job of a run; `shared` has the identity of every task that is not of the run's own rows."""
+    if twice := [name for name, times in Counter(task.name for task in tasks).items() if times > 1]:
+        raise UsageError(f"the task {twice[0]} is asked for twice; its results would be one file")
+    rows = read_held_out(folder)
+    if not rows and (own := [task.name for task in tasks if not task.parts]):
+        raise DataError(
+            f"{folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
+            f"{own[0]} out of --tasks"
+        )
+    kept = [hash_conversation(messages) for messages in rows[: options.limit]]
+    identities = {task.name: shared.get(task) or identity(task, kept) for task in tasks}
+    return _Job(folder, receipt, options, tasks, identities, {})
 
 
 def _print_what_is_left(stopped: Stopped, jobs: Sequence[_Job], overwrite: bool) -> None:
@@ -181,29 +242,31 @@ def _take_finished(job: _Job) -> None:
         if result := found.get(task.name):
             for name, expected in job.conditions(task).items():
                 if (got := getattr(result, name)) != expected:
-                    raise RunFolderError(
-                        f"{job.output} holds {task.name} with {name} {got}, now {expected} is asked for. "
-                        "Give --overwrite to replace it"
-                    )
+                    said = _OTHER.get(name, f"with {name} {got}, now {expected} is asked for")
+                    raise RunFolderError(f"{job.output} holds {task.name} {said}. Give --overwrite to replace it")
             job.results[task.name] = result
 
 
-def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console) -> None:
-    """Score one run in its missing tasks, and write each result as it is finished."""
-    options = job.options
+def _score(job: _Job, base: RestoredBase, loading: float, signals: StopSignals, console: Console) -> None:
+    """Score one run in its missing tasks, and write each result as it is finished; the base took `loading` seconds."""
+    options, entered = job.options, time.monotonic()
     with restore_run(job.folder, base, job.key, adapter=options.adapter, other_template=options.other_template) as run:
+        restoring = time.monotonic() - entered
         for task in job.missing:
             started = time.monotonic()
             bar = Bar(task.name, console)
-            with bar.progress:
+            with bar.progress, torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.seed)
                 scores = _measure(run, task, options, bar)
+            ended = time.monotonic()
+            parts = {"base": loading, "run": restoring, "prompts": bar.started - started}
+            parts |= {"model": bar.moved - bar.started, "scores": ended - bar.moved}
             conditions = job.conditions(task)
             result = TaskResult(
                 **conditions | {"adapter_sha256": run.adapter_sha256},  # as measured in the loaded model
                 **{name: value for name, value in vars(scores).items() if name != "docs"},
                 task=task.name,
-                kind=task.kind,
-                metric=task.metric,
+                kind=_kind(task, scores),
                 n_docs=len(scores.docs),
                 template_sha256=run.encoder.template.sha256 if conditions["chat_template"] else None,
                 loglikelihood_dtype="float32",
@@ -211,10 +274,16 @@ def _score(job: _Job, base: RestoredBase, signals: StopSignals, console: Console
                 base_sha256=run.base_sha256,
                 adapter_on_off_difference=run.adapter_on_off_difference,
                 device=run.model.device.type,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=round(ended - started, 3),
+                seconds_by_part={name: round(seconds, 3) for name, seconds in parts.items()},
             )
             with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
                 job.results[task.name] = write_task(job.output, result, scores.docs)
+
+
+def _kind(task: EvalTask, scores: Scores) -> str:
+    right_or_wrong = all(doc.score in (0, 1) for doc in scores.docs)
+    return "score" if task.kind == "accuracy" and not right_or_wrong else task.kind
 
 
 def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Scores:
@@ -222,8 +291,17 @@ def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Sc
     if task.name == "held_out":
         return score_held_out(run, batch_size=batch_size, limit=options.limit, bar=bar)
     if task.name == "held_out_answers":
-        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar)
+        drawn: dict[str, float] = {"temperature": options.temperature or 0.0, "top_p": options.top_p}
+        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar, **drawn)
     from qlora_recipes.evaluation.lm_eval_model import score_with_lm_eval  # seconds to import
 
-    rendered = task.rendered(options.chat_template)
-    return score_with_lm_eval(run, task, batch_size=batch_size, limit=options.limit, chat_template=rendered, bar=bar)
+    return score_with_lm_eval(
+        run,
+        task,
+        batch_size=batch_size,
+        limit=options.limit,
+        chat_template=task.rendered(options.chat_template),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        bar=bar,
+    )

@@ -1,4 +1,4 @@
-"""Scores a run on the conversations that it kept from training: loss, bits per byte, and greedy answers.
+"""Scores a run on the conversations that it kept from training: loss, bits per byte, and answers.
 
 They are rendered by the encoder that training used, so the tokens scored are in the format trained on.
 Knows nothing of lm-eval.
@@ -11,10 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import torch
-from sacrebleu.metrics.chrf import CHRF
 from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.base.adapters import generate
@@ -26,7 +23,7 @@ from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import Message
 
 MAX_ANSWER_TOKENS = 256
-"""Where a greedy answer is cut. More costs time on answers that never end."""
+"""Where an answer is cut. More costs time on answers that never end."""
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
@@ -37,9 +34,9 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     same sum by the UTF-8 bytes of the words, and can be compared between tokenizers.
 
     Raises:
-        DataError: when no row was held out, or none fits into the model's context.
+        DataError: when no row fits into the model's context.
     """
-    rows = _rows(run, limit)
+    rows = run.held_out[:limit]
     encoded = [run.encoder.encode(messages) for messages in rows]
     fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
     if not fitting:
@@ -67,13 +64,19 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     )
 
 
-def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
-    """Return ROUGE-L and chrF of greedy answers to the last question, and the share that ended by themselves.
+def score_answers(
+    run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar, temperature: float = 0.0, top_p: float = 1.0
+) -> Scores:
+    """Return ROUGE-L, BLEU and chrF of answers to the last question, and the share that ended by themselves.
+
+    A document's score is its ROUGE-L, from 0 to 1; BLEU and chrF are of all answers together, from 0 to 100.
 
     Raises:
-        DataError: when no row was held out, or no question fits into the model's context with its answer.
+        DataError: when no question fits into the model's context with its answer.
     """
-    rows = _rows(run, limit)
+    from qlora_recipes.evaluation.text_metrics import Bleu, ChrF, RougeL  # evaluate, which takes seconds to import
+
+    rows = run.held_out[:limit]
     prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
     room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
@@ -85,13 +88,22 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]
-        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, max_new_tokens=MAX_ANSWER_TOKENS)
+        found = generate(
+            run.model,
+            [prompts[i] for i in batch],
+            end=end,
+            pad=pad,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            temperature=temperature,
+            top_p=top_p,
+        )
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
     references = [rows[i][-1]["content"] for i in fitting]
     rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
     chrf = ChrF(keep_in_memory=True).compute(predictions=texts, references=references)
+    bleu = Bleu(keep_in_memory=True).compute(predictions=texts, references=references)
     docs = [
         _record("held_out_answers", i, rows[i], prompts[i], rows[i][-1]["content"], score, answer=text[:SHOWN])
         for i, text, score in zip(fitting, texts, rouge["documents"], strict=True)
@@ -100,18 +112,9 @@ def score_answers(run: RestoredRun, *, batch_size: int, limit: int | None, bar: 
     return Scores(
         docs=docs,
         higher_is_better=True,
-        metrics={"rougeL": rouge["rougeL"], "chrf": chrf["chrf"], "ended": ended},
+        metrics={"rougeL": rouge["rougeL"], "bleu": bleu["bleu"], "chrf": chrf["chrf"], "ended": ended},
         truncated=len(rows) - len(fitting),
     )
-
-
-def _rows(run: RestoredRun, limit: int | None) -> list[list[Message]]:
-    if not run.held_out:
-        raise DataError(
-            f"{run.folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
-            "held_out out of --tasks"
-        )
-    return run.held_out[:limit]
 
 
 def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
@@ -137,6 +140,11 @@ def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     return [float(total) for total in losses.double().sum(1)]
 
 
+def hash_conversation(messages: list[Message]) -> str:
+    """Return the hash that a held-out conversation has as a document."""
+    return sha256(json.dumps(messages, ensure_ascii=False))
+
+
 def _record(
     task: str, index: int, messages: list[Message], ids: list[int], target: str, score: float, **more: Any
 ) -> DocRecord:
@@ -145,7 +153,7 @@ def _record(
         task=task,
         subject=None,
         doc_id=str(index),
-        doc_hash=sha256(json.dumps(messages, ensure_ascii=False)),
+        doc_hash=hash_conversation(messages),
         prompt_hash=sha256(str(ids)),
         target_hash=sha256(target),
         score=score,
@@ -153,48 +161,3 @@ def _record(
         prompt=question[-SHOWN:],
         **{"answer": "", **more},
     )
-
-
-class _TextMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """A metric of texts, defined here because `evaluate.load` fetches its code from the hub.
-
-    Overrides `_info` and `_compute`, as every metric of evaluate (0.4.6) does.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=type(self).__doc__,
-            citation="",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-
-class RougeL(_TextMetric):
-    """F-measure of the longest common subsequence of words, from 0 to 1, as rouge_score computes it (Lin, 2004).
-
-    Words are runs of the letters a to z and digits, in lower case. Texts in other scripts have none and score 0.
-    """
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        from rouge_score.rouge_scorer import RougeScorer  # nltk, which it imports, takes half a second
-
-        scorer = RougeScorer(["rougeL"])
-        pairs = zip(references, predictions, strict=True)
-        scores = [float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference, prediction in pairs]
-        return {"rougeL": sum(scores) / len(scores), "documents": scores}
-
-
-class ChrF(_TextMetric):
-    """Agreement in runs of up to six characters, from 0 to 100, as sacrebleu computes it (Popović, 2015).
-
-    Works in every script.
-    """
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        chrf = CHRF()
-        pairs = zip(predictions, references, strict=True)
-        return {
-            "chrf": chrf.corpus_score(predictions, [references]).score,
-            "documents": [chrf.sentence_score(prediction, [reference]).score for prediction, reference in pairs],
-        }

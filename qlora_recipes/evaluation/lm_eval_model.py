@@ -10,6 +10,7 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from qlora_recipes.base.adapters import decoding
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
 from qlora_recipes.evaluation.loaded import RestoredRun
@@ -31,11 +32,12 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     add_bos_token: bool | None  # HFLM's own
 
-    def __init__(self, run: RestoredRun, batch_size: int, bar: Bar) -> None:
+    def __init__(self, run: RestoredRun, batch_size: int, bar: Bar, decoded: Mapping[str, Any] | None = None) -> None:
         # Computed in 16 bits, 5 % of the choices tie exactly.
         super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
         self._encoder = run.encoder
         self._bar = bar
+        self._decoded = decoded or {}
         self.truncated = 0
         """Requests that lost their beginning."""
         self.prompts_unlike_training = 0
@@ -97,16 +99,24 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Advance the bar."""
-        ids: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        """Advance the bar, and decode as asked in place of what the task says."""
+        ids: torch.Tensor = super()._model_generate(context, *args, **{**kwargs, **self._decoded})
         self._bar.advance(len(context))
         return ids
 
 
 def score_with_lm_eval(
-    run: RestoredRun, task: EvalTask, *, batch_size: int, limit: int | None, chat_template: bool, bar: Bar
+    run: RestoredRun,
+    task: EvalTask,
+    *,
+    batch_size: int,
+    limit: int | None,
+    chat_template: bool,
+    temperature: float | None,
+    top_p: float,
+    bar: Bar,
 ) -> Scores:
-    """Return lm-eval's scores of a run in one task.
+    """Return lm-eval's scores of a run in one task; a temperature of None leaves decoding to the task.
 
     Calls `evaluate` rather than `simple_evaluate`, which does no more for a loaded model but runs `pip list` each time.
 
@@ -116,7 +126,7 @@ def score_with_lm_eval(
     for part in task.parts:
         part.set_fewshot_seed(1234)  # lm-eval's own
     with silence_lm_eval():
-        model = RunLanguageModel(run, batch_size, bar)
+        model = RunLanguageModel(run, batch_size, bar, {} if temperature is None else decoding(temperature, top_p))
         outcome = evaluate(
             model,
             {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},

@@ -119,7 +119,7 @@ def restore_run(
         ModelError: when there is no tokenizer or adapter, or one for another base.
         RunFolderError: when a file is damaged, naming the key or the row.
     """
-    receipt, held_out = folder.receipt(), _held_out(folder)
+    receipt, held_out = folder.receipt(), read_held_out(folder)
     tokenizer = _tokenizer(folder, receipt, other_template)
     template = ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
     encoder = ConversationEncoder(tokenizer, template)
@@ -156,7 +156,7 @@ def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer at {folder.adapter}: {first} Expected the one that training saved") from error
     if not other_template:
         edited = folder.adapter / "chat_template.jinja"
@@ -165,8 +165,12 @@ def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> Pre
     return tokenizer
 
 
-def _held_out(folder: RunFolder) -> list[list[Message]]:
-    """Return the conversations that the run kept from training; none where it kept none."""
+def read_held_out(folder: RunFolder) -> list[list[Message]]:
+    """Return the conversations that the run kept from training; none where it kept none.
+
+    Raises:
+        RunFolderError: when the file is damaged, naming the row.
+    """
     fix = "Train again, or restore the file from a copy"
     try:
         rows = read_record(folder.held_out, list[_HeldOutRow], fix=fix)

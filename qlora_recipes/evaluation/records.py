@@ -100,8 +100,18 @@ class TaskResult:
     """Largest difference that the adapter makes to a logit of the run's own prompts; None without an adapter."""
     device: str
     seconds: float
+    """From the first prompt rendered to the last document scored."""
     docs_sha256: str = ""
     """Hash of the file of documents, which ties the two files together."""
+    documents_sha256: str = ""
+    """Hash of the documents asked for, in their order; of the held-out rows, those that did not fit included."""
+    seconds_by_part: Mapping[str, float] = field(default_factory=dict)
+    """`base` and `run`: loading and checking them, once for all tasks. Of `seconds`: `prompts` until the model is first
+    asked, `model` until it has answered last, `scores` from then on."""
+    decoding: str = ""
+    """How answers were generated: `greedy`, or what they were drawn with; empty where none is generated."""
+    config_sha256: str = ""
+    """Hash of what makes prompts and scores of them; see `documents.hash_config`."""
     schema_version: Literal[1] = 1
 
 
@@ -132,8 +142,8 @@ def write_task(folder: Path, result: TaskResult, docs: Sequence[DocRecord]) -> T
     for doc in docs:
         if not math.isfinite(doc.score):
             raise CheckError(
-                f"document {doc.doc_id} of {result.task} has the score {doc.score}, expected a finite number; look for "
-                "NaN in the adapter (metrics.jsonl shows grad_norm) and train again"
+                f"document {doc.doc_id} of {result.task} has the score {doc.score}, expected a finite number. Either "
+                "the adapter holds NaN (metrics.jsonl shows grad_norm; train again) or the task's own metric gives it"
             )
     text = "".join(json.dumps(asdict(doc), ensure_ascii=False) + "\n" for doc in docs)
     metrics, stderr = (

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError, UsageError, nearest
 from qlora_recipes.evaluation.bar import silence_lm_eval
 
@@ -64,6 +66,16 @@ class EvalTask:
     def version(self) -> str:
         """The task's own version, as its author counts."""
         return str(self.parts[0].VERSION) if self.parts else "1"
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes its answers."""
+        return self.kind == "generation" or any(part.OUTPUT_TYPE == "generate_until" for part in self.parts)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the task itself asks for answers that are drawn, not the likeliest."""
+        return any((part.config.generation_kwargs or {}).get("do_sample") for part in self.parts)
 
     def rendered(self, asked: bool | None) -> bool:
         """Return whether prompts are rendered with the chat template when `asked` is what the user said."""
@@ -130,11 +142,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = load_yaml(file)
     except Exception as error:  # of YAML, of a missing include, or of whatever a `!function` imports
-        raise DataError(f"{file} cannot be read as a task: {_reason(error)}") from error
+        raise DataError(f"{file} cannot be read as a task: {reason(error)}") from error
     return config
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return what an error of another library says, on one line and not endless."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
@@ -149,7 +162,10 @@ def _build(file: Path, config: Mapping[str, Any]) -> ConfigurableTask:
     try:
         return ConfigurableTask(config=own)
     except Exception as error:  # lm-eval fails with whatever its first document fails with
-        raise DataError(f"{file}: lm-eval cannot make a task of it: {_reason(error)}") from error
+        _check_lines((own.get("dataset_kwargs") or {}).get("data_files"))
+        if isinstance(error, IndexError) and "size 0" in str(error):  # of the first document
+            raise DataError(f"{file} has no documents; expected one or more in its test split") from error
+        raise DataError(f"{file}: lm-eval cannot make a task of it: {reason(error)}") from error
 
 
 def _resolved(file: Path, value: Any) -> Any:
@@ -164,6 +180,17 @@ def _resolved(file: Path, value: Any) -> Any:
     if not found.exists() and not any(found.parent.glob(found.name)):
         raise DataError(f"{file} names the data {value}, which is not at {found}. Paths start from the YAML's folder")
     return str(found)
+
+
+def _check_lines(data_files: Any) -> None:
+    """Name the line of a JSONL file that is broken, which datasets does not; do nothing where all can be read."""
+    parts = data_files.values() if isinstance(data_files, Mapping) else data_files
+    if isinstance(data_files, str):
+        if data_files.endswith(".jsonl") and Path(data_files).is_file():  # no pattern, no address
+            deque(read_rows(data_files), maxlen=0)
+        return
+    for part in parts or ():
+        _check_lines(part)
 
 
 def _standard_tasks(names: Sequence[str]) -> TaskManager | None:
@@ -213,7 +240,7 @@ def _from_lm_eval(name: str, manager: TaskManager) -> list[EvalTask]:
         parts = list(manager.load([name])["tasks"].values())
     except Exception as error:  # the hub's, the dataset's or a task's own
         raise DataError(
-            f"the task {name} cannot be loaded: {_reason(error)}. Its data come from the hub unless HF_HOME has them"
+            f"the task {name} cannot be loaded: {reason(error)}. Its data come from the hub unless HF_HOME has them"
         ) from error
     shots, metric = LEADERBOARD.get(name, (None, None))
     for part in parts:
