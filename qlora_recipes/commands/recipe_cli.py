@@ -6,7 +6,6 @@ Imports nothing heavy before the flags are right.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -17,7 +16,7 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser
 from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field, fields_of
-from qlora_recipes.masking import masked
+from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.recipe import DERIVED, Recipe
 from qlora_recipes.settings import Settings, recipe_name, resolve
@@ -38,7 +37,6 @@ _OWN_FLAGS = (
 )
 _SETTINGS = ("precision", "dtype", "storage", "demo", "model", "dataset", "output_dir")
 _CONFIGS = ("SFTConfig", "LoraConfig")
-_TOKEN_FLAG = re.compile("--[^=]*token[^=]*")
 
 
 def main(recipe: type[Recipe], argv: Sequence[str] | None = None) -> None:
@@ -128,9 +126,9 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     shown = []
     for before, word in pairwise(["", *map(masked, argv)]):
         flag, equals, _ = word.partition("=")
-        if equals and _TOKEN_FLAG.fullmatch(flag):
+        if equals and flag.startswith("--") and names_secret(flag):
             word = f"{flag}=***"
-        elif _TOKEN_FLAG.fullmatch(before) and not word.startswith("--"):
+        elif before.startswith("--") and "=" not in before and names_secret(before) and not word.startswith("--"):
             word = "***"
         shown.append(word)
     return shown

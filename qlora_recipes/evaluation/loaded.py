@@ -20,7 +20,7 @@ from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageEr
 from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.formatters import Message, RowError, check_messages
 from qlora_recipes.precision import precision_named
-from qlora_recipes.run.files import read_record
+from qlora_recipes.run.files import check_kind, read_record
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 
@@ -154,6 +154,8 @@ class _HeldOutRow:
 def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the run saved; `other_template` accepts a chat template edited after training."""
     try:
+        for file in folder.adapter.iterdir():
+            check_kind(file)
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]

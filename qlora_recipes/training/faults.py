@@ -47,12 +47,21 @@ def machine_faults(settings: Settings) -> Iterator[None]:
             raise
         raise SetupError(_cannot_write(settings, f"{error.strerror}: {error.filename or 'a file'}")) from error
     except Exception as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text):
+        text = _first_line(error)
+        if is_out_of_memory(error):
             raise MemoryExhaustedError(_no_memory(settings, text)) from error
         if _WRITE_FAILED.search(text):
             raise SetupError(_cannot_write(settings, text)) from error
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of a library says that the device or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_NO_MEMORY.search(_first_line(error)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cannot_write(settings: Settings, reason: str) -> str:
