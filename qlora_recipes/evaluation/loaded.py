@@ -157,8 +157,8 @@ def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> Pre
         for file in folder.adapter.iterdir():
             check_kind(file)
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file makes the tokenizers raise anything
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"no tokenizer at {folder.adapter}: {first} Expected the one that training saved") from error
     if not other_template:
         edited = folder.adapter / "chat_template.jinja"

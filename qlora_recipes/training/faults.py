@@ -6,6 +6,7 @@ Knows nothing of trainers.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def _first_line(error: Exception) -> str:
 
 def _cannot_write(settings: Settings, reason: str) -> str:
     folder = settings.output_dir.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free / 2**30
     return (
         f"{reason}; {free:,.2f} GiB are free at {existing}. The run stops here and keeps the checkpoints that were "
