@@ -141,7 +141,7 @@ def empty(folder: Path) -> None:
     folder.mkdir()
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "adapter truncated": cut("adapter_model.safetensors", 0.5),
     "adapter emptied": cut("adapter_model.safetensors", 0),
     "adapter missing": lose("adapter_model.safetensors"),
@@ -157,6 +157,8 @@ DAMAGE = {
     "folder empty": empty,
     "manifest missing": lose("manifest.json"),
     "manifest cut": cut("manifest.json", 0.5),
+    "manifest a pipe": lambda folder: (lose("manifest.json")(folder), os.mkfifo(folder / "manifest.json")),
+    "manifest nested": lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
 }
 
 

@@ -32,7 +32,7 @@ _OWN_FLAGS = (
     Field("plan", "bool", "print what would be done and what was checked, and train nothing"),
     Field("skip_checks", "list[str]", "checks to skip; the receipt says which", "NAME", expected="a list of names"),
     Field("resume", "bool", "resume from the newest intact checkpoint in the run folder"),
-    Field("overwrite", "bool", "replace the run that is in the run folder"),
+    Field("overwrite", "bool", "replace the run that is in the run folder, when the new one is finished"),
     Field("config", "str", "flags from a file; those on the command line win", "FILE.yaml"),
 )
 _SETTINGS = ("precision", "dtype", "storage", "demo", "model", "dataset", "output_dir")

@@ -157,6 +157,8 @@ def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> Pre
         for file in folder.adapter.iterdir():
             check_kind(file)
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
+        if tokenizer.is_fast and not (folder.adapter / "tokenizer.json").is_file():  # upstream makes one without words
+            raise FileNotFoundError("tokenizer.json is missing.")
     except Exception as error:  # a damaged file makes the tokenizers raise anything
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"no tokenizer at {folder.adapter}: {first} Expected the one that training saved") from error

@@ -67,7 +67,11 @@ def _first_line(error: Exception) -> str:
 
 def _cannot_write(settings: Settings, reason: str) -> str:
     folder = settings.output_dir.absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    existing = next(
+        path
+        for path in (folder, *folder.parents)
+        if os.path.exists(path)  # noqa: PTH110  # Path.exists raises for a name that is too long
+    )
     free = shutil.disk_usage(existing).free / 2**30
     return (
         f"{reason}; {free:,.2f} GiB are free at {existing}. The run stops here and keeps the checkpoints that were "
