@@ -150,6 +150,16 @@ def test_a_folder_of_mine_with_a_folder_named_replacement_is_left_alone(tmp_path
     assert contents(tmp_path) == before
 
 
+def test_a_link_named_replacement_is_not_followed(tmp_path: Path) -> None:
+    mine, strangers = run(tmp_path / "mine"), run(tmp_path / "strangers")
+    strangers.replacement.path.symlink_to(mine.path)
+    before = contents(tmp_path)
+    strangers.replacement.put_in_place()
+    with pytest.raises(RunFolderError, match="holds a finished run"):
+        strangers.check_free(overwrite=True).claim()
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("kept", ["checkpoints/checkpoint-2/a", "checkpoints/damaged-checkpoint-2-1/a", None])
 def test_only_the_beginning_of_a_run_is_taken_back(tmp_path: Path, kept: str | None) -> None:
     folder = RunFolder(tmp_path / "run")

@@ -159,7 +159,7 @@ class RunFolder:
 
         A kill in it loses nothing: called again, it does what is left. Any other folder is returned as it is.
         """
-        if not (final := self.replaces):
+        if not (final := self.replaces) or self.path.is_symlink():  # a link can lead to somebody's own files
             return self
         replaced = self.path / "replaced"
         if self.finished:

@@ -43,6 +43,7 @@ def train(
 ) -> RunFolder:
     """Train one run and return its folder, which has a receipt only if every check passed or was skipped.
 
+    With `overwrite` a run that is in the folder stays until the new one is finished, and is then replaced by it.
     `skip_checks` names checks to leave out; the receipt says which. Where memory runs out and `auto_find_batch_size` is
     set, the run is tried again with half the batch.
 
