@@ -163,6 +163,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next(folder: Path) -> None
         path.mkdir()
         (path / "rows.arrow").write_bytes(b"rows")
     (other / "thesis.txt").write_text("mine")
+    for name in ("cache-0123.arrow", "tmp0123"):  # of datasets
+        (abandoned / name).write_bytes(b"rows")
     held = write_rows(BATCHES)
     for path in folder.iterdir():
         if path != young:

@@ -26,7 +26,7 @@ from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.errors import RecipesError, SetupError
 from qlora_recipes.formatters import Message
 
-_PREFIX, _NAME = "qlora-recipes-rows-", "rows.arrow"
+_PREFIX = "qlora-recipes-rows-"
 _READ = 500  # rows decoded at once
 _UNLOCKED_SECONDS = 60  # after it is made, a folder may not be locked yet
 _SCHEMA = pyarrow.schema(
@@ -103,7 +103,7 @@ class _RowFile:
         folder = tempfile.mkdtemp(prefix=_PREFIX)
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        self.path = str(Path(folder, _NAME))
+        self.path = str(Path(folder, "rows.arrow"))
         self.remove = weakref.finalize(self, _remove, folder, lock, os.getpid())
 
 
@@ -132,8 +132,9 @@ def _remove_abandoned() -> None:
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                (folder / _NAME).unlink(missing_ok=True)
-                folder.rmdir()  # not rmtree: what else is in it is not ours
+                for file in (*folder.glob("*.arrow"), *folder.glob("tmp*")):  # ours, and datasets' caches beside it
+                    file.unlink()
+                folder.rmdir()  # not rmtree: what else is in it is somebody's
             finally:
                 os.close(lock)
 
