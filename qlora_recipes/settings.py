@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_recipes.errors import UsageError, nearest
-from qlora_recipes.masking import masked
+from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
 from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
@@ -175,9 +175,9 @@ def _check_remote_code(training: Mapping[str, Any], source: str, revision: str |
         )
 
 
-def public(training: Mapping[str, Any]) -> dict[str, Any]:
+def public(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without secrets, as they may be written to files."""
-    return {name: masked(value) for name, value in training.items() if "token" not in name or "tokens" in name}
+    return {name: masked(value) for name, value in fields.items() if not names_secret(name)}
 
 
 def _bundled_rows(recipe: type[Recipe]) -> str:

@@ -197,7 +197,6 @@ def outcome(output: Path) -> dict[str, Any]:
     curve = [
         {name: value for name, value in row.items() if "runtime" not in name and "per_second" not in name}
         for row in rows
-        if "train_runtime" not in row
     ]
     return {
         "adapter": receipt.adapter.final_sha256,

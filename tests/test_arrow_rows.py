@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -153,3 +154,22 @@ def test_messages_are_stored_as_the_fingerprint_reads_them(folder: Path) -> None
     read = next(iter(rows))
     assert json.dumps(read.messages) == json.dumps(ALL[0].messages)
     assert list(rows[3:].messages_as_json()) == [json.dumps(row.messages, ensure_ascii=False) for row in ALL[3:]]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(folder: Path) -> None:
+    """Not what a running one holds, what was just made, or a folder that holds anything else."""
+    abandoned, other, young = (folder / f"qlora-recipes-rows-{name}" for name in ("abandoned", "other", "young"))
+    for path in (abandoned, other, young):
+        path.mkdir()
+        (path / "rows.arrow").write_bytes(b"rows")
+    (other / "thesis.txt").write_text("mine")
+    for name in ("cache-0123.arrow", "tmp0123"):  # of datasets
+        (abandoned / name).write_bytes(b"rows")
+    held = write_rows(BATCHES)
+    for path in folder.iterdir():
+        if path != young:
+            os.utime(path, (0, 0))
+    rows = write_rows(BATCHES)
+    assert list(held) == list(rows) == ALL
+    assert not abandoned.exists()
+    assert (other / "thesis.txt").exists() and (young / "rows.arrow").exists()

@@ -438,7 +438,7 @@ def test_an_output_folder_that_is_taken(refused: Refused, tmp_path: Path, kind: 
         folder.write_text("mine")
     else:
         folder.mkdir()
-        (folder / ("thesis.txt" if kind == "taken" else "metrics.jsonl")).write_text("mine")
+        (folder / ("thesis.txt" if kind == "taken" else "started.json")).write_text("mine")
     message = refused("--demo", "--output_dir", str(folder))
     assert "an unfinished run" in message if kind == "run" else "other files" in message
     assert "--output_dir" in message

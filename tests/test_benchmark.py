@@ -336,7 +336,7 @@ def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     assert chosen == {
         "bf16, seed 0": set(),
         "nf4, seed 0": {"--resume"},
-        "bf16, seed 1": {"--overwrite"},  # killed before it had said what it is: nothing to resume
+        "bf16, seed 1": set(),  # killed before it had said what it is: the folder is free
         "nf4, seed 1": set(),
     }
 

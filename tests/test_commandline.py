@@ -18,6 +18,7 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import argv_of
 from qlora_recipes.commands.recipe_cli import main, parse, settings_from, without_secrets
 from qlora_recipes.errors import UsageError
+from qlora_recipes.masking import masked
 from qlora_recipes.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -441,6 +442,55 @@ def test_secrets_do_not_reach_the_receipt() -> None:
     words = ["recipe", "--hub_token", "hf_abc", "--hub_token=hf_abc", "--max_steps", "5"]
     assert "hf_abc" not in " ".join(without_secrets(words))
     assert without_secrets(words)[-1] == "5"
+    counted = ["recipe", "--include_num_input_tokens_seen", "all", "--hub_token=x", "later"]
+    assert without_secrets(counted) == ["recipe", "--include_num_input_tokens_seen", "all", "--hub_token=***", "later"]
+
+
+KEYS = ["hf_" + "a1" * 12, "ghp_" + "a1" * 18, "github_pat_" + "a1_" * 12, "glpat-" + "a-1" * 8, "sk-proj-" + "a1" * 12]
+KEYS += ["xoxb-1234567890-abc", "AKIA" + "A1" * 8]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_is_known_by_its_form(key: str) -> None:
+    assert masked({"name": [f"about {key}", 3]}) == {"name": ["about ***", 3]}
+    assert without_secrets(["recipe", f"--run_name=run-{key}"]) == ["recipe", "--run_name=run-***"]
+
+
+@pytest.mark.parametrize("text", ["risk-analysis-of-the-second-quarter", "shf_task", "AKIAK", "sk-short"])
+def test_what_only_looks_like_a_key_stays(text: str) -> None:
+    assert masked(text) == text
+
+
+@pytest.mark.parametrize("name", ["GITHUB_PAT", "DB_PASS", "MY_PASSWORD", "SIGNING_KEY", "CI_TOKEN", "app_secret"])
+def test_a_variable_named_like_a_secret_is_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "planted-4711")
+    monkeypatch.setenv(f"SHORTER_{name}", "planted-")
+    monkeypatch.setenv("SOME_PATH", "/usr/local")
+    assert masked(["about planted-4711", "/usr/local"]) == ["about ***", "/usr/local"]
+
+
+MINE = """from qlora_recipes import DatasetSpec, Recipe
+from qlora_recipes.models import LLAMA_2_7B_CHAT
+class Mine(Recipe):
+    model = LLAMA_2_7B_CHAT
+    dataset = DatasetSpec("mine.jsonl")
+"""
+
+
+def test_a_broken_file_does_not_stop_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {"raises": "1 / 0", "exits": "import sys; sys.exit(7)", "none": "", "syntax": "def", "quits": "exit()"}
+    for name, text in {"mine": MINE, **broken}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "folder.py").mkdir()
+    cli.main(["list", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "mine.jsonl" in said
+    left_out = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert len(left_out) == 6 and all(any(f"{name}.py" in line for line in left_out) for name in (*broken, "folder"))
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["list", str(tmp_path)])
+    assert "is a recipe\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--learning_rat", "1"], ["--dataset", "missing.jsonl", "--demo"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -211,13 +212,14 @@ def test_damage_names_the_file(
     assert str(path) in refusal(command, root, capsys)
 
 
+@pytest.mark.parametrize(("make", "reason"), [(Path.mkdir, "Is a directory"), (os.mkfifo, "it is a pipe, a socket or")])
 @pytest.mark.parametrize(("file", "command"), [(file, command) for file in READERS for command in READERS[file]])
-def test_a_folder_in_the_place_of_a_file_is_named(
-    root: Path, capsys: pytest.CaptureFixture[str], file: str, command: str
+def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str], file: str, command: str, make: Callable[[Path], None], reason: str
 ) -> None:
     (root / file).unlink()
-    (root / file).mkdir()
-    assert f"{root / file} cannot be read: Is a directory. " in refusal(command, root, capsys)
+    make(root / file)
+    assert f"{root / file} cannot be read: {reason}" in refusal(command, root, capsys)
 
 
 @pytest.mark.parametrize(

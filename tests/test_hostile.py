@@ -24,6 +24,7 @@ from qlora_recipes.models import LLAMA_2_7B_CHAT
 from qlora_recipes.settings import recipe_name, resolve
 
 SECRET, OTHER = "hf_" + "PlantedInTheCommandLine" * 2, "planted-in-the-environment-4711"
+PAT, FORM = "planted-as-access-0815", "ghp_" + "PlantedInTheName" * 2
 CHECKS_OFF = ["answers_end", "gradient", "gradient_after_evaluation", "packing_leak", "starting_loss"]
 
 
@@ -37,7 +38,17 @@ def run(
         patch.chdir(folder)
         patch.setenv("WANDB_API_KEY", OTHER)
         patch.setenv("HF_TOKEN", SECRET)
-        words = ["--hub_token", SECRET, "--run_name", f"about-{OTHER}", "--save_strategy", "steps", "--save_steps", "1"]
+        patch.setenv("GITLAB_PAT", PAT)
+        words = [
+            "--hub_token",
+            SECRET,
+            "--run_name",
+            f"about-{OTHER}-{PAT}-{FORM}",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "1",
+        ]
         recipe = recipe_for(training=dict(recipe_for().training, max_steps=2))
         model = ["--model", str(tiny("llama2")), "--output_dir", "run"]
         main(recipe, [*model, *words, "--skip_checks", *CHECKS_OFF])
@@ -49,11 +60,11 @@ def test_secrets_reach_no_file(run: Path) -> None:
     assert {"run.json", "started.json", "metrics.jsonl", "README.md", "trainer_state.json"} <= {f.name for f in files}
     for file in files:
         content = file.read_bytes()
-        assert SECRET.encode() not in content, file
-        assert OTHER.encode() not in content, file
+        for secret in (SECRET, OTHER, PAT, FORM):
+            assert secret.encode() not in content, file
     command = json.loads((run / "run" / "run.json").read_text())["command"]
     assert command[command.index("--hub_token") + 1] == "***"
-    assert f"about-{OTHER}" not in command
+    assert "about-***-***-***" in command
 
 
 def test_no_pickle_but_states_that_are_read_as_tensors(run: Path) -> None:

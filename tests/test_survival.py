@@ -141,7 +141,7 @@ def empty(folder: Path) -> None:
     folder.mkdir()
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "adapter truncated": cut("adapter_model.safetensors", 0.5),
     "adapter emptied": cut("adapter_model.safetensors", 0),
     "adapter missing": lose("adapter_model.safetensors"),
@@ -157,6 +157,8 @@ DAMAGE = {
     "folder empty": empty,
     "manifest missing": lose("manifest.json"),
     "manifest cut": cut("manifest.json", 0.5),
+    "manifest a pipe": lambda folder: (lose("manifest.json")(folder), os.mkfifo(folder / "manifest.json")),
+    "manifest nested": lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
 }
 
 
@@ -405,6 +407,74 @@ def test_leftovers_of_a_killed_write_do_not_keep_a_run_from_being_replaced(runs:
     (folder.path / ".thesis.txt.123").write_text("mine")
     with pytest.raises(RunFolderError, match="other files"):
         folder.check_free(overwrite=True)
+
+
+def evaluated(runs: Runs, name: str) -> RunFolder:
+    """Return a copy of the finished run, with something that only an evaluation or a merge writes."""
+    folder = RunFolder(Path(shutil.copytree(runs.folder / "whole", runs.folder / name)))
+    for made in (folder.evaluation, folder.merged):
+        made.mkdir()
+    return folder
+
+
+def test_a_run_is_replaced_when_the_new_one_is_finished_and_not_before(
+    runs: Runs, whole: dict[str, Any], at_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = evaluated(runs, "replaced")
+    link = runs.folder / "link to replaced"
+    link.symlink_to(folder.path)
+    settings = replace(runs.settings("unused"), output_dir=link)
+    old = folder.path.stat().st_ino, folder.started.read_bytes()
+    with pytest.raises(RunFolderError, match="finished run"):
+        train.train(settings, skip_checks=SLOW)
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        train.train(settings, overwrite=True, skip_checks=SLOW)
+    assert "--resume in place of --overwrite" in capsys.readouterr().err
+    assert outcome(folder.path) == whole and folder.evaluation.exists()
+    assert names(folder.replacement) == {"checkpoint-2", "checkpoint-3"}
+    trained = train.train(settings, resume=True, skip_checks=SLOW)
+    assert trained.path == link and link.is_symlink()
+    assert trained.receipt().resumes[0].from_step == 3
+    assert outcome(folder.path) == whole
+    assert (folder.path.stat().st_ino, folder.started.read_bytes()) != old
+    assert not folder.evaluation.exists() and not folder.merged.exists() and not folder.replacement.path.exists()
+    assert link.exists()
+
+
+def test_the_folder_in_which_the_command_is_given_is_replaced(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = evaluated(runs, "here")
+    monkeypatch.chdir(folder.path)
+    settings = replace(runs.settings("unused", max_steps=2), output_dir=Path())
+    assert train.train(settings, overwrite=True, skip_checks=SLOW).receipt().training.steps == 2
+    assert RunFolder(Path.cwd()).receipt().training.steps == 2
+    assert not folder.evaluation.exists()
+
+
+@pytest.mark.parametrize("place", ["create_optimizer", "create_scheduler", "get_train_dataloader", "training_step"])
+def test_a_value_that_is_refused_late_leaves_the_folder_free(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("Invalid beta parameter")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="Invalid beta"):
+        patch.setattr(RunTrainer, place, refuse)
+        runs.train(f"refused {place}", adam_beta1=0.5)
+    assert not (runs.folder / f"refused {place}").exists()
+
+
+def test_a_replacement_that_is_refused_late_leaves_the_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = evaluated(runs, "kept")
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("Invalid beta parameter")
+
+    monkeypatch.setattr(RunTrainer, "create_optimizer", refuse)
+    with pytest.raises(ValueError, match="Invalid beta"):
+        train.train(runs.settings("kept"), overwrite=True, skip_checks=SLOW)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 
 # ---- Faults of the machine and of the numbers ----

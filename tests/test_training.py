@@ -236,7 +236,9 @@ def test_a_run_never_touches_another(runs: Train, recipe_for: Callable[..., type
         train(settings_of(recipe_for(), runs().path))
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="holds other files"):
-        RunFolder(tmp_path).claim(overwrite=True)
+        RunFolder(tmp_path).check_free(overwrite=True)
+    with pytest.raises(RunFolderError, match="holds other files"):
+        RunFolder(tmp_path).claim()
     assert (tmp_path / "thesis.txt").exists()
 
 

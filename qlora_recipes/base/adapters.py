@@ -91,8 +91,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         # Trainable, so that `adapter_tensors` sees the weights and their hash can be compared with the receipt.
         model = PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, is_trainable=True, use_safetensors=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file makes PEFT and safetensors raise anything
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
     fuse_lora_layers(model)
     return model

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     from qlora_recipes.comparison.report import check_report_folder, read_report, write_report
 
     folders = [Path(run) for run in given["run"]]
-    beside = os.path.commonpath([folder.resolve().parent for folder in folders])
+    beside = os.path.commonpath([Path(os.path.realpath(folder)).parent for folder in folders])  # a loop of links too
     output = Path(given["output"] or Path(beside, "report"))
     check_report_folder(output)
     if given["divergence"]:

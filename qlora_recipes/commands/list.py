@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_recipes.commands.flags import Parser
-from qlora_recipes.errors import UsageError
+from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.fields import Field
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.settings import recipe_name
@@ -26,7 +26,20 @@ def main(argv: Sequence[str]) -> None:
     if not files:
         raise UsageError(f"no recipe in {folder}/; expected a folder of Python files that each declare one")
     table = Table("recipe", "model", "template", "dataset", box=None, padding=(0, 2, 0, 0))
-    for recipe in map(load_recipe, files):
+    faults = []
+    for file in files:
+        try:
+            recipe = load_recipe(file)
+        except RecipesError as error:
+            faults.append(str(error))
+            continue
+        except SystemExit as ended:
+            faults.append(f"{file}: the recipe's file ends the program with {ended.code!r}. Fix it there")
+            continue
         row = (recipe_name(recipe), recipe.model.hub_id, recipe.model.chat_template.path.stem, recipe.dataset.source)
         table.add_row(*map(Text, row))
+    if table.row_count == 0:
+        raise UsageError("\n".join([f"no file in {folder}/ is a recipe", *faults]))
     Console().print(table)
+    for fault in faults:
+        print(f"left out: {fault}")

@@ -33,8 +33,9 @@ def main(argv: Sequence[str]) -> None:
     """Merge a run into a folder that `from_pretrained` loads, with `merge.json` beside the weights."""
     about = "Write the adapter into 16-bit weights."
     flags = Parser("qlora-recipes merge", about, {"flags": _FLAGS}, words=RUN).parse(argv)
-    output = Path(flags["output"] or Path(flags["run"]) / "merged")
-    report = merge(RunFolder(Path(flags["run"])), output, trust_remote_code=flags["trust_remote_code"])
+    folder = RunFolder(Path(flags["run"]))
+    output = Path(flags["output"] or folder.merged)
+    report = merge(folder, output, trust_remote_code=flags["trust_remote_code"])
     print(
         f"merged into {output}, {report['dtype']}. Mean |difference| of held-out log-likelihoods per token: "
         f"{report['merging']:.4f} by merging"

@@ -6,7 +6,6 @@ Imports nothing heavy before the flags are right.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -19,7 +18,7 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser
 from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field, fields_of
-from qlora_recipes.masking import masked
+from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.recipe import DERIVED, Recipe
 from qlora_recipes.run.display import say
@@ -37,12 +36,11 @@ _OWN_FLAGS = (
     Field("checks", "Literal['brief', 'all']", "show checks by group, or each on a line (default: brief)", "brief|all"),
     Field("skip_checks", "list[str]", "checks to skip; the receipt says which", "NAME", expected="a list of names"),
     Field("resume", "bool", "resume from the newest intact checkpoint in the run folder"),
-    Field("overwrite", "bool", "replace the run that is in the run folder"),
+    Field("overwrite", "bool", "replace the run that is in the run folder, when the new one is finished"),
     Field("config", "str", "flags from a file; those on the command line win", "FILE.yaml"),
 )
 _SETTINGS = ("precision", "dtype", "storage", "demo", "model", "dataset", "output_dir")
 _CONFIGS = ("SFTConfig", "LoraConfig")
-_TOKEN_FLAG = re.compile("--[^=]*token[^=]*")
 
 
 def main(recipe: type[Recipe], argv: Sequence[str] | None = None) -> None:
@@ -135,9 +133,9 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     shown = []
     for before, word in pairwise(["", *map(masked, argv)]):
         flag, equals, _ = word.partition("=")
-        if equals and _TOKEN_FLAG.fullmatch(flag):
+        if equals and flag.startswith("--") and names_secret(flag):
             word = f"{flag}=***"
-        elif _TOKEN_FLAG.fullmatch(before) and not word.startswith("--"):
+        elif before.startswith("--") and "=" not in before and names_secret(before) and not word.startswith("--"):
             word = "***"
         shown.append(word)
     return shown

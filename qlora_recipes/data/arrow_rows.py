@@ -5,12 +5,15 @@ The file is in a folder of its own among the temporary files; set `TMPDIR` to pu
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -23,7 +26,9 @@ from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.errors import RecipesError, SetupError
 from qlora_recipes.formatters import Message
 
+_PREFIX = "qlora-recipes-rows-"
 _READ = 500  # rows decoded at once
+_UNLOCKED_SECONDS = 60  # after it is made, a folder may not be locked yet
 _SCHEMA = pyarrow.schema(
     {
         "place": pyarrow.string(),
@@ -88,12 +93,18 @@ class Rows(Sequence[Conversation]):
 
 
 class _RowFile:
-    """The file, in a folder that is removed when nothing refers to it any more or the process ends."""
+    """The file, in a folder that is removed when nothing refers to it any more or the process ends.
+
+    A process that was killed leaves the folder, without its lock; the next one that makes a folder removes it.
+    """
 
     def __init__(self) -> None:
-        folder = tempfile.mkdtemp(prefix="qlora-recipes-")
+        _remove_abandoned()
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         self.path = str(Path(folder, "rows.arrow"))
-        self.remove = weakref.finalize(self, _remove, folder, os.getpid())
+        self.remove = weakref.finalize(self, _remove, folder, lock, os.getpid())
 
 
 def _conversation(
@@ -107,9 +118,25 @@ def _columns(row: Conversation) -> dict[str, object]:
     return {**vars(row), **vars(row.encoded), "messages": json.dumps(row.messages, ensure_ascii=False)}
 
 
-def _remove(folder: str, owner: int) -> None:
+def _remove(folder: str, lock: int, owner: int) -> None:
     if os.getpid() == owner:  # a forked worker has a copy of this object and ends before its parent
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # locked, somebody else's, or gone by now
+            if time.time() - folder.stat().st_mtime < _UNLOCKED_SECONDS:
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for file in (*folder.glob("*.arrow"), *folder.glob("tmp*")):  # ours, and datasets' caches beside it
+                    file.unlink()
+                folder.rmdir()  # not rmtree: what else is in it is somebody's
+            finally:
+                os.close(lock)
 
 
 def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:

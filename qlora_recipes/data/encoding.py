@@ -113,14 +113,9 @@ class ConversationEncoder:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """Return the text of a conversation: the first half of `encode`, with the same errors."""
-        for message in messages:
-            if marker := self._forged_marker(message["content"]):
-                raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text contains {marker!r}")
-            if found := re.search("[\ufdd0-\ufdef]", message["content"]):
-                character = f"the noncharacter {found.group()!a}"
-                raise RowError(Reason.UNENCODABLE, f"the {message['role']}'s text contains {character}")
         try:
-            with limits(_RENDER_SECONDS, _RENDER_BYTES):
+            with limits(_RENDER_SECONDS, _RENDER_BYTES):  # the template and its role markers may be a stranger's
+                self._refuse_forged(messages)
                 rendered = render_jinja_template(  # in Jinja's sandbox
                     [list(messages)],
                     chat_template=self._source,
@@ -128,11 +123,21 @@ class ConversationEncoder:
                     add_generation_prompt=add_generation_prompt,
                     **self._variables,
                 )
+        except RowError:
+            raise
         except Exception as error:  # a template is a program and can raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise TemplateError(f"{self.template.path.name} cannot render the conversation: {reason}") from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], spans[0])
+
+    def _refuse_forged(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if marker := self._forged_marker(message["content"]):
+                raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text contains {marker!r}")
+            if found := re.search("[\ufdd0-\ufdef]", message["content"]):
+                character = f"the noncharacter {found.group()!a}"
+                raise RowError(Reason.UNENCODABLE, f"the {message['role']}'s text contains {character}")
 
     def _forged_marker(self, text: str) -> str | None:
         """Return what a text must not contain, since it would become a part of the template, or None."""

@@ -20,7 +20,7 @@ from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageEr
 from qlora_recipes.evaluation.records import sha256
 from qlora_recipes.formatters import Message, RowError, check_messages
 from qlora_recipes.precision import precision_named
-from qlora_recipes.run.files import read_record
+from qlora_recipes.run.files import check_kind, read_record
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 
@@ -154,8 +154,12 @@ class _HeldOutRow:
 def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the run saved; `other_template` accepts a chat template edited after training."""
     try:
+        for file in folder.adapter.iterdir():
+            check_kind(file)
         tokenizer = AutoTokenizer.from_pretrained(str(folder.adapter), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        if tokenizer.is_fast and not (folder.adapter / "tokenizer.json").is_file():  # upstream makes one without words
+            raise FileNotFoundError("tokenizer.json is missing.")
+    except Exception as error:  # a damaged file makes the tokenizers raise anything
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer at {folder.adapter}: {first} Expected the one that training saved") from error
     if not other_template:

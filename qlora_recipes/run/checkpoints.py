@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.files import read_bytes, write_json
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"
@@ -40,12 +40,12 @@ class Checkpoint:
     def fault(self, *, hashes: bool = True) -> str | None:
         """Return what is wrong with it, or None; without `hashes` only names and sizes are checked."""
         try:
-            listed = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            listed = json.loads(read_bytes(self.path / MANIFEST, fix=""))["files"]
             found = {str(file.relative_to(self.path)): file for file in _files(self.path)}
             return next(_faults(listed, found, hashes), None)
         except FileNotFoundError:
             return f"it has no {MANIFEST}, which is written last"
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             return f"its {MANIFEST} cannot be read ({type(error).__name__})"
 
 

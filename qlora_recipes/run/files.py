@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 Record = TypeVar("Record")
+_LARGEST = 2**30
 
 
 def read_record(file: Path, kind: type[Record], *, fix: str) -> Record:
@@ -58,14 +60,23 @@ def read_bytes(file: Path, *, fix: str) -> bytes:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        RunFolderError: when it cannot be read, a folder among others.
+        RunFolderError: when it cannot be read, a folder or a pipe among others, or has more than 1 GiB.
     """
     try:
+        check_kind(file)
+        if (size := file.stat().st_size) > _LARGEST:
+            raise OSError(f"it has {size:,} bytes, more than 1 GiB")
         return file.read_bytes()
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in a name that another file gave
         raise RunFolderError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}. {fix}") from error
+
+
+def check_kind(file: Path) -> None:
+    """Raise OSError for what is no file and no folder: reading a pipe waits forever, and a device may have no end."""
+    if not (stat.S_ISREG(mode := file.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise OSError("it is a pipe, a socket or a device")
 
 
 def _decode(content: bytes, kind: type[Record], source: str, fix: str) -> Record:

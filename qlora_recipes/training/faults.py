@@ -6,6 +6,7 @@ Knows nothing of trainers.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -47,17 +48,30 @@ def machine_faults(settings: Settings) -> Iterator[None]:
             raise
         raise SetupError(_cannot_write(settings, f"{error.strerror}: {error.filename or 'a file'}")) from error
     except Exception as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(text):
+        text = _first_line(error)
+        if is_out_of_memory(error):
             raise MemoryExhaustedError(_no_memory(settings, text)) from error
         if _WRITE_FAILED.search(text):
             raise SetupError(_cannot_write(settings, text)) from error
         raise
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of a library says that the device or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_NO_MEMORY.search(_first_line(error)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _cannot_write(settings: Settings, reason: str) -> str:
     folder = settings.output_dir.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(
+        path
+        for path in (folder, *folder.parents)
+        if os.path.exists(path)  # noqa: PTH110  # Path.exists raises for a name that is too long
+    )
     free = shutil.disk_usage(existing).free / 2**30
     return (
         f"{reason}; {free:,.2f} GiB are free at {existing}. The run stops here and keeps the checkpoints that were "

@@ -42,7 +42,7 @@ def settings_identity(settings: Settings) -> dict[str, Any]:
         "dataset": settings.dataset_name,
         "precision": settings.precision.name,
         "dtype": settings.dtype,
-        "lora": dict(settings.lora),
+        "lora": public(settings.lora),
         "training": training,
     }
     return cast(dict[str, Any], json.loads(json.dumps(identity, default=str)))  # as the file gives it back

@@ -28,7 +28,7 @@ from qlora_recipes.settings import Settings, public
 from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
-from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
+from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
 from qlora_recipes.training.trainer import RunTrainer
@@ -46,6 +46,7 @@ def train(
 ) -> RunFolder:
     """Train one run and return its folder, which has a receipt only if every check passed or was skipped.
 
+    With `overwrite` a run that is in the folder stays until the new one is finished, and is then replaced by it.
     `skip_checks` names checks to leave out; the receipt says which. With `all_checks` each is shown on a line of its
     own. Where memory runs out and `auto_find_batch_size` is set, the run is tried again with half the batch.
 
@@ -54,7 +55,8 @@ def train(
             fails before training leaves nothing behind; one that fails afterwards leaves a folder without a receipt.
     """
     console = console or Console()
-    settings = finalize_settings(settings, resume=resume, console=console)
+    with machine_faults(settings):
+        settings = finalize_settings(settings, resume=resume, console=console)
     launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, all_checks, console)
     while True:
         try:
@@ -62,7 +64,7 @@ def train(
                 return _train(launch, signals)
         except MemoryExhaustedError:
             smaller = halve_batch(launch.settings)
-            if smaller is None or not RunFolder(settings.output_dir).started.exists():
+            if smaller is None or not signals.loop_runs:  # with no step begun, the base alone is too large
                 raise
         reason = f"out of memory with {batch_of(launch.settings)}, now {batch_of(smaller)}"
         launch = replace(launch, settings=smaller, overwrite=False, resume=True, reason=reason)
@@ -70,7 +72,7 @@ def train(
 
 def finalize_settings(settings: Settings, *, resume: bool = False, console: Console | None = None) -> Settings:
     """Return the settings with every automatic field set: as the run to resume has it, or fitted to this machine."""
-    folder = RunFolder(settings.output_dir)
+    folder = RunFolder(settings.output_dir).to_resume
     if resume and folder.started.exists():
         settings = restore_batch(settings, folder)
     here = machine()
@@ -110,12 +112,17 @@ class _Launch:
 
 def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     """Make one attempt at a run, from its settings to its receipt."""
-    folder = RunFolder(launch.settings.output_dir)
+    final = RunFolder(launch.settings.output_dir)
+    if PartialState().is_main_process:
+        final.replacement.put_in_place()  # a kill may have come before
+    PartialState().wait_for_everyone()
     if launch.resume:
+        folder = final.to_resume
         checkpoint, passed_over = find_checkpoint(folder, launch.asked)
     else:
-        folder.check_free(overwrite=launch.overwrite)
+        folder = final.check_free(overwrite=launch.overwrite)
         checkpoint, passed_over = None, {}
+    launch = replace(launch, settings=replace(launch.settings, output_dir=folder.path))
     run, checks = prepare_run(
         launch.settings, skip_checks=launch.skip_checks, all_checks=launch.all_checks, console=launch.console
     )
@@ -133,8 +140,9 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     checks += _check_and_save(run, launch)
     if PartialState().is_main_process:
         _write_results(launch, run, journal.read(), training, checks)
+        folder.put_in_place()
     PartialState().wait_for_everyone()
-    return folder
+    return final
 
 
 def prepare_run(
@@ -196,8 +204,10 @@ def _open_journal(
             resume = journal.note(checkpoint.step if checkpoint else 0, passed_over, launch.reason)
             print_resume(resume, launch.console)
     elif main:
-        folder.claim(overwrite=launch.overwrite)
+        folder.claim()
         journal.begin(identity)
+        if folder.replaces:
+            launch.console.print(Text(f"{folder.path}: replaces the run in {folder.replaces.path} when it is finished"))
         if launch.resume:
             launch.console.print(Text(f"no checkpoint to resume in {folder.path}; starting from step 1"))
     PartialState().wait_for_everyone()
@@ -219,7 +229,7 @@ def _run_steps(
     except Stopped as stopped:
         if main and stopped.step is not None:
             where = f"{folder.path} has the checkpoint of step {stopped.step}"
-            how = "resume with the same command and --resume"
+            how = "resume with the same command and --resume" + " in place of --overwrite" * launch.overwrite
             print(f"stopped by {stopped.signal.name}: {where}; {how}", file=sys.stderr)
         raise
     except pickle.UnpicklingError as error:
@@ -227,6 +237,11 @@ def _run_steps(
             f"{checkpoint.path if checkpoint else folder.path} holds more than tensors and numbers, and none of it was "
             "run: it is not a checkpoint of this package. Remove it to resume from the one before it"
         ) from error
+    except Exception as error:
+        again = is_out_of_memory(error) and halve_batch(launch.settings)
+        if main and not again:
+            folder.release()  # the command with another value finds it free
+        raise
     finally:
         display.progress.stop()
     return accounting.describe_training(trainer)
@@ -256,7 +271,7 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
         seed=settings.seed,
         demo=settings.demo,
         settings=SettingsReceipt(
-            lora=dict(settings.lora),
+            lora=public(settings.lora),
             training=public(settings.training),
             eval_tasks=list(settings.recipe.eval_tasks),
         ),

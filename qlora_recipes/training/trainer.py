@@ -6,7 +6,6 @@ Knows nothing of recipes.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.preflight.probes import preserving_state
 from qlora_recipes.run import checkpoints
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.training import non_finite
 
@@ -50,6 +49,22 @@ class TokenCount:
         self.positions += ids.numel()
         self.real += ids.numel() if mask is None else int(mask.sum())
         self.supervised += int((inputs["labels"] != IGNORED).sum())
+
+
+@dataclass
+class _Progress:
+    """What upstream does not carry over from one session to the next."""
+
+    count: TokenCount
+    seconds: float
+    """Spent on the steps so far."""
+    loss_since_log: float
+    """Sum over the steps since the last logged one."""
+    loss_logged: float
+    """Sum over the steps up to that one."""
+    last_logged_step: int
+    metrics_since_log: dict[str, list[float]]
+    tokens: int
 
 
 class _EvaluationStopped(Exception):
@@ -141,7 +156,7 @@ class RunTrainer(SFTTrainer):
         self._aside = folder / checkpoints.WRITING
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]  # TRL
-            write_json(self._aside / name / self._progress_file, self._progress())
+            write_json(self._aside / name / self._progress_file, asdict(self._progress()))
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
@@ -170,16 +185,16 @@ class RunTrainer(SFTTrainer):
     def _progress_file(self) -> str:
         return f"progress-{self.args.process_index}.json"
 
-    def _progress(self) -> dict[str, Any]:
-        """Return what upstream does not carry over from one session to the next."""
-        return {
-            "count": asdict(self.count),
-            "seconds": self.seconds,
-            "loss_since_log": self._tr_loss.item(),
-            "last_logged_step": self._globalstep_last_logged,
-            "metrics_since_log": dict(self._metrics["train"]),
-            "tokens": self._total_train_tokens,
-        }
+    def _progress(self) -> _Progress:
+        return _Progress(
+            count=self.count,
+            seconds=self.seconds,
+            loss_since_log=self._tr_loss.item(),
+            loss_logged=self._total_loss_scalar,
+            last_logged_step=self._globalstep_last_logged,
+            metrics_since_log=dict(self._metrics["train"]),
+            tokens=self._total_train_tokens,
+        )
 
     @property
     def seconds(self) -> float:
@@ -192,13 +207,16 @@ class RunTrainer(SFTTrainer):
         if not self._continued:
             return
         self.args.eval_on_start = False  # this is not the start
-        progress = json.loads((self._continued / self._progress_file).read_text(encoding="utf-8"))
-        self.count = TokenCount(**progress["count"])
-        self._began -= progress["seconds"]  # of earlier sessions, on the steps that were kept
-        self._tr_loss += progress["loss_since_log"]
-        self._globalstep_last_logged = progress["last_logged_step"]
-        self._metrics["train"].update(progress["metrics_since_log"])
-        self._total_train_tokens = progress["tokens"]
+        fix = "Remove the checkpoint to resume from the one before it"
+        progress = read_record(self._continued / self._progress_file, _Progress, fix=fix)
+        self.count = progress.count
+        self._began -= progress.seconds  # of earlier sessions, on the steps that were kept
+        self._tr_loss += progress.loss_since_log
+        self._total_loss_scalar = progress.loss_logged
+        self._initial_global_step = 0  # the mean loss and speed in the last line are those of all sessions
+        self._globalstep_last_logged = progress.last_logged_step
+        self._metrics["train"].update(progress.metrics_since_log)
+        self._total_train_tokens = progress.tokens
         if self.state.best_model_checkpoint:  # a path in the folder where it was written
             best = self._folder / Path(self.state.best_model_checkpoint).name
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -212,7 +230,7 @@ class RunTrainer(SFTTrainer):
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
 
-    def _finalize_training(self, *args: Any) -> TrainOutput:
+    def _finalize_training(self, trial: Any, samples: float, start_time: float) -> TrainOutput:
         self._make_up_evaluation()
         if self.check_signals():
             self._save_checkpoint(self.model, None)
@@ -220,7 +238,9 @@ class RunTrainer(SFTTrainer):
         self.signals.loop_runs = False
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes without checking
         try:
-            return cast("TrainOutput", super()._finalize_training(*args))  # type: ignore[no-untyped-call]  # transformers
+            began = time.time() - self.seconds
+            output = super()._finalize_training(trial, samples, began)  # type: ignore[no-untyped-call]  # transformers
+            return cast("TrainOutput", output)
         finally:
             self.args.save_total_limit = limit
 

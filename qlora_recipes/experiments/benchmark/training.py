@@ -46,8 +46,6 @@ def _train(plan: Plan, arm: Arm, console: Console, launch: Sequence[str] | None)
     if arm.folder.started.exists():
         console.print(f"{arm.name}: resuming its unfinished run", highlight=False)
         argv.append("--resume")
-    elif arm.folder.path.exists() and any(arm.folder.path.iterdir()):
-        argv.append("--overwrite")  # it ended before it had written down what it is, and so before its first step
     log = plan.output / "logs" / f"{arm.folder.path.name}.log"
     log.parent.mkdir(exist_ok=True)
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch is not None else []
