@@ -9,8 +9,9 @@ import numpy as np
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
-from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.findings import Arm, Control, Effect, Fact, LossCurve, Report
 from qlora_recipes.comparison.paired import Comparison
+from qlora_recipes.comparison.preregistration import Preregistration, departures
 from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
 from qlora_recipes.precision import PRECISIONS
@@ -27,8 +28,15 @@ def choose_baseline(precisions: Sequence[str]) -> str:
     return full[0] if len(full) == 1 else precisions[-1]
 
 
-def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margins: Sequence[float] = ()) -> Report:
-    """Compare every arm with the first one, the baseline; `margin` is in points.
+def build_report(
+    arms: Arms,
+    *,
+    margin: float,
+    controls: Controls,
+    earlier_margins: Sequence[float] = (),
+    plan: Preregistration | None = None,
+) -> Report:
+    """Compare every arm with the first one, the baseline; `margin` is in points, `plan` what was fixed beforehand.
 
     Raises:
         ComparisonError: when the runs cannot be aligned, or have too few scores for a verdict.
@@ -55,6 +63,9 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
     errors = controls.quantization_errors
     effects = list(_effects(scores, bases, cross_base, criteria))
     tuning = effects[0].comparison if baseline.name in bases else None
+    exploratory = departures(
+        plan, recipe=first.recipe, margin=margin, precisions=list(arms), seeds=seeds, tasks=list(runs[0].results.tasks)
+    )
     return Report(
         recipe=first.recipe,
         demo=first.demo,
@@ -64,6 +75,7 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         seeds=seeds,
         margin=margin,
         earlier_margins=list(earlier_margins),
+        exploratory=exploratory,
         limit=criteria.limit,
         arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
         contrasts=[
@@ -74,9 +86,14 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
         effects=effects,
         losses=[_loss_curve(run) for run in runs],
-        validity=validity(runs),
+        validity=[*validity(runs), *([_fixed(plan, exploratory)] if plan else [])],
         caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),
     )
+
+
+def _fixed(plan: Preregistration, exploratory: Sequence[str]) -> Fact:
+    kept = f"margin, tasks, seeds and precisions on {plan.time}, before the first score"
+    return Fact("fixed beforehand", "warn" if exploratory else "pass", "; ".join(exploratory) or kept)
 
 
 def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:

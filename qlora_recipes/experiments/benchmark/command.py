@@ -14,7 +14,8 @@ from rich.console import Console
 from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
-from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark, record_margin
+from qlora_recipes.evaluation.task_loading import OWN, load_tasks
+from qlora_recipes.experiments.benchmark.plan import Plan, describe, plan_benchmark, preregister
 from qlora_recipes.experiments.benchmark.training import train_missing
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
@@ -73,11 +74,9 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
     console = Console(stderr=True)
     page_folder = plan.output / "report"
     check_report_folder(page_folder)
-    if plan.tasks:
-        from qlora_recipes.evaluation.task_loading import load_tasks
-
-        load_tasks(plan.tasks)  # refuses an unknown or broken one before anything is trained
-    earlier_margins = record_margin(plan)
+    names = _names_in_results(plan.tasks)
+    fixed, said = preregister(plan, names)
+    console.print(f"{describe(plan, names)}\n{said}", highlight=False, markup=False, soft_wrap=True)
     train_missing(plan, console, launch=launch)
     from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
 
@@ -88,6 +87,13 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
         plan.margin,
         tasks=tasks,
         baseline=plan.baseline,
-        earlier_margins=earlier_margins,
+        earlier_margins=fixed.margins[:-1],
     )
     say(report, write_report(report, page_folder))
+
+
+def _names_in_results(tasks: Sequence[str]) -> list[str]:
+    """Return what results will call the tasks; an unknown or broken one is refused before anything is trained."""
+    others = [task for task in tasks if task not in OWN]
+    loaded = load_tasks(others) if others else {}
+    return [name for task in tasks for name in ([one.name for one in loaded[task]] if task in loaded else [task])]
