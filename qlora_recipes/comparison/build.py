@@ -87,7 +87,7 @@ def build_report(
         effects=effects,
         losses=[_loss_curve(run) for run in runs],
         validity=[*validity(runs), *([_fixed(plan, exploratory)] if plan else [])],
-        caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),
+        caveats=[*_caveats(list(scores.values()), tuning, criteria, earlier_margins), *_coupled_rows(runs)],
     )
 
 
@@ -155,6 +155,17 @@ def _caveats(
                 f"Tuning itself made no difference that these tasks can see: {points(tuning.difference)} "
                 f"(95 % interval {interval((low, high))}). Adapters that learned nothing agree in any precision."
             )
+
+
+def _coupled_rows(runs: Sequence[Run]) -> Iterator[str]:
+    """LLM.int8 multiplies in 16 bits the columns in which any token of a batch has an outlier."""
+    coupled = [run for run in runs if run.receipt.base.quantized.outlier_threshold]
+    if coupled:
+        rows = max(result.batch_size for result in coupled[0].results.tasks.values())
+        yield (
+            f"In {coupled[0].precision} a document's score depends a little on the others in its batch, through the "
+            f"outlier columns of LLM.int8; every arm was scored on the same batches, of up to {rows} rows."
+        )
 
 
 def _loss_curve(run: Run) -> LossCurve:
