@@ -21,6 +21,7 @@ from fake_runs import answers, flipped, make_run, receipt, write_results
 from qlora_recipes import load_recipe
 from qlora_recipes.commands import compare
 from qlora_recipes.commands.recipe_cli import parse, settings_from
+from qlora_recipes.comparison.preregistration import departures
 from qlora_recipes.comparison.report import read_report
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import Divergence, TaskResult, finished_tasks, read_divergence, write_divergence
@@ -305,14 +306,30 @@ def test_a_departure_from_what_was_fixed_is_told_everywhere(
     assert told == [
         "the margin is ±2 where ±1 was fixed on 2026-01-01 10:00 UTC before the first score",
         "the baseline is nf4 where bf16 was fixed on 2026-01-01 10:00 UTC before the first score",
-        "the seed 1 was fixed on 2026-01-01 10:00 UTC and is left out",
+        "seeds left out of those fixed on 2026-01-01 10:00 UTC: 1",
     ]
     assert f"Exploratory: {told[0]}; " in capsys.readouterr().out
     for page in ("index.html", "report.md"):
         assert told[0] in (tmp_path / "elsewhere" / page).read_text()
     command.run(plan_of(tmp_path, seeds=[0, 1, 2]))
-    assert exploratory(tmp_path / "report") == ["the seed 2 is not among those fixed on 2026-01-01 10:00 UTC"]
+    assert exploratory(tmp_path / "report") == ["seeds added to those fixed on 2026-01-01 10:00 UTC: 2"]
     assert json.loads((tmp_path / "benchmark.json").read_text())["seeds"] == [0, 1]
+
+
+def test_every_choice_after_the_fact_is_named(tmp_path: Path) -> None:
+    fixed, _ = plan.preregister(plan_of(tmp_path, ("bf16", "nf4", "int8")), ["mmlu", "held_out"])
+    kept = {"recipe": fixed.recipe, "margin": 1.0, "precisions": ["bf16", "nf4", "int8"], "seeds": [0, 1]}
+    kept["tasks"] = ["held_out", "mmlu"]
+    assert departures(fixed, **kept) == []
+    when = fixed.time
+    for change, told in (
+        ({"recipe": "other"}, f"the recipe is other where {fixed.recipe} was fixed on {when} before the first score"),
+        ({"precisions": ["bf16", "nf4"]}, f"precisions left out of those fixed on {when}: int8"),
+        ({"precisions": [*kept["precisions"], "fp4"]}, f"precisions added to those fixed on {when}: fp4"),
+        ({"tasks": ["held_out"]}, f"tasks left out of those fixed on {when}: mmlu"),
+        ({"tasks": ["held_out", "mmlu", "gsm8k"]}, f"tasks added to those fixed on {when}: gsm8k"),
+    ):
+        assert departures(fixed, **kept | change) == [told]
 
 
 def test_until_the_first_score_a_plan_may_change(

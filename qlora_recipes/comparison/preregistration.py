@@ -80,10 +80,12 @@ def departures(
         if used != planned:
             found.append(f"the {what} is {used} where {planned} was {fixed} before the first score")
     for what, all_planned, all_used in (
-        ("precision", plan.precisions, precisions),
-        ("seed", plan.seeds, seeds),
-        ("task", plan.tasks, tasks),
+        ("precisions", plan.precisions, precisions),
+        ("seeds", plan.seeds, seeds),
+        ("tasks", plan.tasks, tasks),
     ):
-        found += [f"the {what} {one} was {fixed} and is left out" for one in all_planned if one not in all_used]
-        found += [f"the {what} {one} is not among those {fixed}" for one in all_used if one not in all_planned]
+        if left_out := [str(one) for one in all_planned if one not in all_used]:
+            found.append(f"{what} left out of those {fixed}: {', '.join(left_out)}")
+        if added := [str(one) for one in all_used if one not in all_planned]:
+            found.append(f"{what} added to those {fixed}: {', '.join(added)}")
     return found
