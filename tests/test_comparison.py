@@ -442,6 +442,14 @@ def test_the_command_writes_a_report_beside_the_runs(tmp_path: Path, capsys: pyt
     assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["index.html", "report.json", "report.md"]
 
 
+def test_without_anything_fixed_beforehand_it_is_exploratory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*map(str, pair(tmp_path))])
+    assert "Exploratory: no margin, tasks, seeds and precisions were fixed before" in capsys.readouterr().out
+    assert "<strong>Exploratory</strong>" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_another_margin_is_told(tmp_path: Path) -> None:
     runs = [*map(str, pair(tmp_path, lost=30, won=20))]
     for margin in ("1", "1", "5"):
@@ -457,6 +465,7 @@ def test_another_margin_is_told(tmp_path: Path) -> None:
         (["--margin", "none"], "expected points above 0"),
         (["--margn", "1"], "unknown flag --margn. Did you mean 'margin'"),
         (["--baseline", "int8"], "no run has the precision int8"),
+        (["--baseline", "int8", "--divergence"], "no run has the precision int8"),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, words: list[str], said: str) -> None:

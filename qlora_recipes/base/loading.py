@@ -23,7 +23,7 @@ from qlora_recipes.base import repairs
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError, TemplateError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
-from qlora_recipes.kernels.dequantize import row_scales
+from qlora_recipes.kernels.dequantize import outlier_threshold, row_scales
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, quantization_config
 from qlora_recipes.run.receipt import BaseReceipt, QuantizedReceipt
@@ -199,7 +199,7 @@ def _describe_base(
         revision=getattr(base.config, "_commit_hash", None) or revision,
         dtype=dtype,
         linears=dict(Counter(type(module).__name__ for module in linears)),
-        quantized=QuantizedReceipt(expected=expected, found=found),
+        quantized=QuantizedReceipt(expected, found, max(filter(None, map(outlier_threshold, linears)), default=None)),
         parameters=sum(parameter.numel() for parameter in blueprint.parameters()),
         bytes=storage.total(),
         bytes_by_storage=dict(storage),

@@ -15,6 +15,7 @@ from qlora_recipes.errors import ComparisonError
 from qlora_recipes.fields import Field
 
 if TYPE_CHECKING:
+    from qlora_recipes.comparison.evaluated import Arms
     from qlora_recipes.comparison.findings import Report
 
 MARGIN = 1.0
@@ -23,6 +24,7 @@ MARGIN = 1.0
 _MARGIN_HELP = "largest difference, in points, still counted as equivalent (default: 1.0)"
 _IS_MARGIN: dict[str, Any] = dict(valid=lambda points: 0 < points < 100, expected="points above 0, such as 1.0")
 MARGIN_FLAG = Field("margin", "float", _MARGIN_HELP, "POINTS", MARGIN, **_IS_MARGIN)
+_FIX_PLAN = "Remove the file, and the comparison is exploratory"
 _ABOUT = """Say whether runs that differ in precision alone score alike, and write index.html, report.md and \
 report.json. With two precisions the 16-bit run is the baseline; with more, the first one listed is. Runs with several \
 seeds are paired by seed. Controls and divergences that are in the run folders are reported with them."""
@@ -48,13 +50,18 @@ def main(argv: Sequence[str]) -> None:
     beside = os.path.commonpath([Path(os.path.realpath(folder)).parent for folder in folders])  # a loop of links too
     output = Path(given["output"] or Path(beside, "report"))
     check_report_folder(output)
-    if given["divergence"]:
-        _measure_divergence(folders, given["baseline"])
     margin, earlier = given["margin"], read_report(output)
     margins = [*earlier.earlier_margins, earlier.margin] if earlier else []
     if margins[-1:] == [margin]:
         margins.pop()
-    report = compare_folders(folders, margin, tasks=given["tasks"], baseline=given["baseline"], earlier_margins=margins)
+    report = compare_folders(
+        folders,
+        margin,
+        tasks=given["tasks"],
+        baseline=given["baseline"],
+        earlier_margins=margins,
+        divergence=given["divergence"],
+    )
     say(report, write_report(report, output))
 
 
@@ -65,18 +72,27 @@ def compare_folders(
     tasks: Sequence[str] | None = None,
     baseline: str | None = None,
     earlier_margins: Sequence[float] = (),
+    divergence: bool = False,
 ) -> Report:
-    """Return the report of run folders; it tells the margins that earlier reports on them stated."""
+    """Return the report of run folders, with KL measured first if `divergence` says so.
+
+    It tells the margins that earlier reports on them stated, and how it departs from a `benchmark.json` beside them.
+    """
     from qlora_recipes.comparison.build import build_report, choose_baseline  # scipy: not while flags are read
     from qlora_recipes.comparison.controls import read_controls
     from qlora_recipes.comparison.evaluated import group, read_scores
+    from qlora_recipes.comparison.preregistration import read_preregistration
 
+    beside = {folder.resolve().parent for folder in folders}
+    plan = read_preregistration(beside.pop(), fix=_FIX_PLAN) if len(beside) == 1 else None
     arms = group([read_scores(folder, tasks) for folder in folders])
     if baseline is not None and baseline not in arms:
         raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
     baseline = baseline or choose_baseline(list(arms))
     arms = {baseline: arms[baseline], **arms}  # the baseline first
-    return build_report(arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins)
+    if divergence:
+        _measure_divergence(arms)
+    return build_report(arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins, plan=plan)
 
 
 def say(report: Report, page: Path) -> None:
@@ -85,18 +101,15 @@ def say(report: Report, page: Path) -> None:
 
     if report.limit is not None:
         print(f"NOT A RESULT: the evaluation was limited to {report.limit} documents per task")
+    if report.exploratory:
+        print(f"Exploratory: {'; '.join(report.exploratory)}.")
     for contrast in report.contrasts:
         print(contrast.sentence)
     print(f"report: {page} (and {MARKDOWN} beside it)")
 
 
-def _measure_divergence(folders: Sequence[Path], baseline: str | None) -> None:
-    from qlora_recipes.comparison.build import choose_baseline
-    from qlora_recipes.comparison.evaluated import group, read_scores
+def _measure_divergence(arms: Arms) -> None:
     from qlora_recipes.evaluation.kl import measure  # torch, which reading files can do without
 
-    arms = group([read_scores(folder) for folder in folders])
-    name = baseline or choose_baseline(list(arms))
-    reference, *seeds = [run.folder for run in arms[name].values()]
-    others = [next(iter(by_seed.values())).folder for precision, by_seed in arms.items() if precision != name]
-    measure(reference, [*others, *seeds[:1]], said=print)
+    (reference, *seeds), *others = [[run.folder for run in by_seed.values()] for by_seed in arms.values()]
+    measure(reference, [*(folders[0] for folders in others), *seeds[:1]], said=print)

@@ -10,8 +10,9 @@ import numpy as np
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
-from qlora_recipes.comparison.findings import Arm, BitsContrast, Contrast, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.findings import Arm, BitsContrast, Contrast, Control, Effect, Fact, LossCurve, Report
 from qlora_recipes.comparison.informative import doubts
+from qlora_recipes.comparison.preregistration import Preregistration, departures
 from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
 from qlora_recipes.precision import PRECISIONS
@@ -28,8 +29,15 @@ def choose_baseline(precisions: Sequence[str]) -> str:
     return full[0] if len(full) == 1 else precisions[-1]
 
 
-def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margins: Sequence[float] = ()) -> Report:
-    """Compare every arm with the first one, the baseline; `margin` is in points.
+def build_report(
+    arms: Arms,
+    *,
+    margin: float,
+    controls: Controls,
+    earlier_margins: Sequence[float] = (),
+    plan: Preregistration | None = None,
+) -> Report:
+    """Compare every arm with the first one, the baseline; `margin` is in points, `plan` what was fixed beforehand.
 
     Raises:
         ComparisonError: when the runs cannot be aligned, or have too few scores for a verdict.
@@ -63,6 +71,9 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
         for one in others
     ]
+    exploratory = departures(
+        plan, recipe=first.recipe, margin=margin, precisions=list(arms), seeds=seeds, tasks=list(runs[0].results.tasks)
+    )
     return Report(
         recipe=first.recipe,
         demo=first.demo,
@@ -72,6 +83,7 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         seeds=seeds,
         margin=margin,
         earlier_margins=list(earlier_margins),
+        exploratory=exploratory,
         limit=criteria.limit,
         arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
         contrasts=contrasts,
@@ -79,9 +91,14 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
         effects=effects,
         losses=[_loss_curve(run) for run in runs],
-        validity=validity(runs),
-        caveats=list(_caveats(contrasts, earlier_margins)),
+        validity=[*validity(runs), *([_fixed(plan, exploratory)] if plan else [])],
+        caveats=[*_caveats(contrasts, earlier_margins), *_coupled_rows(runs)],
     )
+
+
+def _fixed(plan: Preregistration, exploratory: Sequence[str]) -> Fact:
+    kept = f"margin, tasks, seeds and precisions on {plan.time}, before the first score"
+    return Fact("fixed beforehand", "warn" if exploratory else "pass", "; ".join(exploratory) or kept)
 
 
 def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:
@@ -145,6 +162,17 @@ def _other_way(found: Contrast, bits: BitsContrast) -> Iterator[str]:
             f"{abs(bits.a - bits.b):.4f} bits a byte {more} than {found.baseline} (95 % interval "
             f"{interval((low, high), 4)}), and its score differs by {points(found.overall.difference)}. They measure "
             "how likely a text is, not whether an answer is right; the verdict is about answers."
+        )
+
+
+def _coupled_rows(runs: Sequence[Run]) -> Iterator[str]:
+    """LLM.int8 multiplies in 16 bits the columns in which any token of a batch has an outlier."""
+    coupled = [run for run in runs if run.receipt.base.quantized.outlier_threshold]
+    if coupled:
+        rows = max(result.batch_size for result in coupled[0].results.tasks.values())
+        yield (
+            f"In {coupled[0].precision} a document's score depends a little on the others in its batch, through the "
+            f"outlier columns of LLM.int8; every arm was scored on the same batches, of up to {rows} rows."
         )
 
 

@@ -164,6 +164,8 @@ class Report:
     """Points."""
     earlier_margins: list[float]
     """Margins given before this one, the first one first; a verdict under a changed margin is weaker."""
+    exploratory: list[str]
+    """How this departs from what was fixed before the first score, in words; empty where it is confirmatory."""
     limit: int | None
     """Documents per task that the evaluation was limited to; a report with a limit is no result."""
     arms: list[Arm]

@@ -94,7 +94,7 @@ def error_plot(report: Report) -> Markup | None:
         errors = [100 * layer.relative_error for layer in contrast.quantization_error]
         axes.plot(range(1, len(errors) + 1), errors, ".", color=colors[contrast.name], label=plain(contrast.name))
     highest = max(layer.relative_error for contrast in contrasts for layer in contrast.quantization_error)
-    axes.set(xlabel="linear layer, from input to output", ylabel="relative error, %", ylim=(0, 118 * highest))
+    axes.set(xlabel="linear layer, from input to output", ylabel="relative error, %", ylim=(0, 118 * highest or 1))
     _add_legend(axes)
     return _markup(figure, "error", "Quantization error by layer")
 
