@@ -6,11 +6,13 @@ Loads no model unless asked to measure KL.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_recipes.commands.flags import RUNS, Parser
+from qlora_recipes.commands.recipe_cli import without_secrets
 from qlora_recipes.errors import ComparisonError
 from qlora_recipes.fields import Field
 
@@ -76,7 +78,10 @@ def compare_folders(
         raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
     baseline = baseline or choose_baseline(list(arms))
     arms = {baseline: arms[baseline], **arms}  # the baseline first
-    return build_report(arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins)
+    command = without_secrets([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return build_report(
+        arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins, command=command
+    )
 
 
 def say(report: Report, page: Path) -> None:

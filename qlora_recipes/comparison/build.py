@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qlora_recipes.comparison.arms import overall_score, stored_weights
+from qlora_recipes.comparison.claims import paper_claims
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
-from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.findings import Arm, Control, Effect, LossCurve, Report, before_tuning
 from qlora_recipes.comparison.paired import Comparison
 from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
@@ -27,8 +29,15 @@ def choose_baseline(precisions: Sequence[str]) -> str:
     return full[0] if len(full) == 1 else precisions[-1]
 
 
-def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margins: Sequence[float] = ()) -> Report:
-    """Compare every arm with the first one, the baseline; `margin` is in points.
+def build_report(
+    arms: Arms,
+    *,
+    margin: float,
+    controls: Controls,
+    earlier_margins: Sequence[float] = (),
+    command: Sequence[str] = (),
+) -> Report:
+    """Compare every arm with the first one, the baseline; `margin` is in points, `command` is what was called.
 
     Raises:
         ComparisonError: when the runs cannot be aligned, or have too few scores for a verdict.
@@ -40,7 +49,7 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         return align_runs(name, results, runs[0].results)
 
     scores = {name: aligned(name, [run.results for run in by_seed.values()]) for name, by_seed in arms.items()}
-    bases = {name: aligned(f"{name} base before tuning", [results]) for name, results in controls.bases.items()}
+    bases = {name: aligned(before_tuning(name), [results]) for name, results in controls.bases.items()}
     cross_base = {
         name: aligned(f"{first.precision} adapter on the {name} base", results)
         for name, results in controls.cross_base.items()
@@ -55,8 +64,13 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
     errors = controls.quantization_errors
     effects = list(_effects(scores, bases, cross_base, criteria))
     tuning = effects[0].comparison if baseline.name in bases else None
+    described = [_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()]
+    started = sorted(run.receipt.started for run in runs)
     return Report(
         recipe=first.recipe,
+        trained=(started[0], started[-1]),
+        command=list(command),
+        versions=first.versions,
         demo=first.demo,
         model=first.base.model,
         dtype=first.dtype,
@@ -65,14 +79,18 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         margin=margin,
         earlier_margins=list(earlier_margins),
         limit=criteria.limit,
-        arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
+        arms=described,
         contrasts=[
             contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
             for one in others
         ],
         noise=noise,
-        controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
+        controls=[
+            Control(one.name, mean_scores(one, criteria), overall_score(one, criteria))
+            for one in (*bases.values(), *cross_base.values())
+        ],
         effects=effects,
+        claims=list(paper_claims(described, scores, criteria, errors)) if len(scores) > 2 else [],
         losses=[_loss_curve(run) for run in runs],
         validity=validity(runs),
         caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),
@@ -92,6 +110,8 @@ def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:
         tokens_per_second=float(np.mean([part.tokens_per_second for part in training])),
         seconds=float(np.mean([part.seconds for part in training])),
         final_loss=float(np.mean([part.final_loss for part in training])),
+        overall=overall_score(scores, criteria),
+        weights=stored_weights(receipts[0].base, PRECISIONS[scores.name]),
     )
 
 
