@@ -32,7 +32,7 @@ _16_BITS = "16 bits"
 _OF_SCORES = (
     _OfScores("NF4 with double quantization scores as 16 bits do", "section 4, table 4", "nf4", _16_BITS, "alike"),
     _OfScores("8-bit integers score as 16 bits do", "section 4, table 3", "int8", _16_BITS, "alike"),
-    _OfScores("FP4 scores below 16 bits, by about a point", "section 4, table 4", "fp4", _16_BITS, "below"),
+    _OfScores("FP4 scores below 16 bits (there by about a point)", "section 4, table 4", "fp4", _16_BITS, "below"),
     _OfScores("NF4 scores above FP4", "section 4, table 4 and figure 3", "nf4", "fp4", "above"),
     _OfScores("Double quantization costs no score", "section 4, figure 3", "nf4", "nf4-single", "alike"),
 )

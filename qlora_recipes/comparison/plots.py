@@ -248,12 +248,12 @@ def _scatter(
         axes.plot([place], [value], linestyle="", marker=marker, color=colors[name], markersize=7, label=plain(name))
     axes.margins(x=0.12, y=0.12)
     if from_zero:
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.2 * max(places))
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
     figure.legend(
-        loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK, fontsize=9,
+        loc="outside lower center", ncols=2 if len(found) == 4 else 3, frameon=False, labelcolor=_INK, fontsize=9,
         handletextpad=0.2, columnspacing=1.2,
     )  # fmt: skip
     return figure

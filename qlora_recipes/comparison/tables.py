@@ -150,7 +150,7 @@ def _effects(report: Report) -> Table:
         for each in report.effects
         for found in [each.comparison]
     ]
-    return Table("Where a difference comes from, in points over all tasks of the verdict", columns, rows)
+    return Table("The steps from the baseline to each arm, in points over all tasks of the verdict", columns, rows)
 
 
 def _differences(report: Report) -> Table:
@@ -185,7 +185,7 @@ def _ladder(report: Report) -> Table:
         Column("base", "bytes"),
         Column("peak memory", "bytes"),
         Column("bits a weight", "bits"),
-        Column("of it tables", "bits"),
+        Column("of which tables", "bits"),
         Column("score", "points"),
         Column("difference", "difference"),
         Column("95 % interval", "interval"),
