@@ -26,8 +26,9 @@ _MARGIN_HELP = "largest difference, in points, still counted as equivalent (defa
 _IS_MARGIN: dict[str, Any] = dict(valid=lambda points: 0 < points < 100, expected="points above 0, such as 1.0")
 MARGIN_FLAG = Field("margin", "float", _MARGIN_HELP, "POINTS", MARGIN, **_IS_MARGIN)
 _ABOUT = """Say whether runs that differ in precision alone score alike, and write index.html, report.md and \
-report.json. With two precisions the 16-bit run is the baseline; with more, the first one listed is. Runs with several \
-seeds are paired by seed. Controls and divergences that are in the run folders are reported with them."""
+report.json, with every picture as SVG and every table as CSV and LaTeX beside them. With two precisions the 16-bit \
+run is the baseline; with more, the first one listed is. Runs with several seeds are paired by seed. Controls and \
+divergences that are in the run folders are reported with them."""
 _FLAGS = (
     MARGIN_FLAG,
     Field("tasks", "list[str]", "tasks to compare (default: all that are evaluated)", "TASK", None),

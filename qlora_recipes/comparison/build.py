@@ -90,7 +90,7 @@ def build_report(
             for one in (*bases.values(), *cross_base.values())
         ],
         effects=effects,
-        claims=list(paper_claims(described, scores, criteria, errors)) if len(scores) > 2 else [],
+        claims=list(paper_claims(described, scores, seeds, criteria, errors)) if len(scores) > 2 else [],
         losses=[_loss_curve(run) for run in runs],
         validity=validity(runs),
         caveats=list(_caveats(list(scores.values()), tuning, criteria, earlier_margins)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from qlora_recipes.comparison.contrasts import Criteria, overall_difference
+from qlora_recipes.comparison.contrasts import Criteria, contrast
 from qlora_recipes.comparison.evaluated import AlignedScores
 from qlora_recipes.comparison.findings import Arm, Claim
 from qlora_recipes.comparison.paired import Comparison
@@ -45,6 +45,7 @@ _AS_SAVED = 0.01
 def paper_claims(
     arms: Sequence[Arm],
     scores: Mapping[str, AlignedScores],
+    seeds: Sequence[int],
     criteria: Criteria,
     errors: Mapping[str, Sequence[LayerError]],
 ) -> Iterator[Claim]:
@@ -53,7 +54,7 @@ def paper_claims(
     for each in _OF_SCORES:
         other = full if each.other == _16_BITS else each.other
         if each.arm in scores and other in scores:
-            found = overall_difference(scores[each.arm], scores[other], criteria)
+            found = contrast(scores[each.arm], scores[other], seeds, criteria).overall
             figure = (
                 f"{each.arm} against {other}: {points(found.difference)}, 90 % interval {interval(found.interval)}, "
                 f"95 % {interval(found.interval_95)}, margin ±{found.margin:g}"

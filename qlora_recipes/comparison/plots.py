@@ -240,8 +240,9 @@ def _scatter(
         axes.axhline(0, color=_FAINT, linewidth=1)
     places = [place for place, _, _ in found.values()]
     apart = 0.04 * (max(places) - (0 if from_zero else min(places)) or max(places))
+    alike = 0.005 * max(places)
     for i, (name, (place, value, bounds)) in enumerate(found.items()):
-        place += apart * sum(abs(place - earlier) < apart for earlier in places[:i])
+        place += apart * sum(abs(place - earlier) < alike for earlier in places[:i])
         if bounds:
             axes.plot((place, place), bounds, color=colors[name], linewidth=1.5)
         marker = _MARKERS[list(colors).index(name) % len(_MARKERS)]
