@@ -100,9 +100,16 @@ def _cost_plot(what: str, title: str, cost: Callable[[Arm], float], unit: float 
 
 
 def _ladder_plot(
-    what: str, title: str, value: Callable[[Contrast], tuple[float, tuple[float, float] | None] | None]
+    what: str,
+    title: str,
+    value: Callable[[Contrast], tuple[float, tuple[float, float] | None] | None],
+    *,
+    banded: bool = False,
 ) -> Callable[[Report], Picture | None]:
-    """Return what draws bits a weight of every arm but the baseline against something of its contrast."""
+    """Return what draws bits a weight of every arm but the baseline against something of its contrast.
+
+    `banded` is for what the margin is a margin of.
+    """
 
     def draw(report: Report) -> Picture | None:
         if len(report.arms) < 3:
@@ -113,7 +120,7 @@ def _ladder_plot(
             return None
         places = {name: (bits[name], *drawn) for name, drawn in values.items()}
         colors = _colors([arm.precision for arm in report.arms])
-        margin = report.margin if "difference in points" in what else None
+        margin = report.margin if banded else None
         figure = _scatter(places, "bits a weight", what, colors, margin)
         return _picture(figure, title, f"{title} against bits a weight")
 
@@ -286,7 +293,7 @@ PICTURES: dict[str, Callable[[Report], Picture | None]] = {
     "cost_peak": _cost_plot("peak memory, MiB", "Peak memory", lambda arm: arm.peak_bytes, 2**20),
     "cost_speed": _cost_plot("tokens a second", "Speed", lambda arm: arm.tokens_per_second),
     "differences": forest_plot,
-    "ladder_score": _ladder_plot("difference in points", "Difference in score", _of_score),
+    "ladder_score": _ladder_plot("difference in points", "Difference in score", _of_score, banded=True),
     "ladder_error": _ladder_plot("weight error, %", "Quantization error", _of_weights),
     "ladder_bits": _ladder_plot("bits per byte, difference", "Difference in bits per byte", _of_text),
     "losses": loss_plot,

@@ -27,6 +27,7 @@ class Column:
 
     @property
     def numeric(self) -> bool:
+        """Whether its cells are numbers, which stand to the right."""
         return self.form not in ("text", "verdict")
 
 
