@@ -239,7 +239,7 @@ def _scatter(
     *,
     from_zero: bool = False,
 ) -> Figure:
-    """Draw one marker for each arm, by name: x, y and the interval of y; those of one x stand beside each other."""
+    """Draw one marker for each arm, by name: x, y and the interval of y; those of one x stand side by side."""
     figure, axes = _figure(2.6, width=_SMALL, layout="constrained")
     colors = colors or _colors(list(found))
     if margin is not None:
