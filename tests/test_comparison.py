@@ -439,7 +439,8 @@ def test_the_command_writes_a_report_beside_the_runs(tmp_path: Path, capsys: pyt
     main([*map(str, pair(tmp_path)), "--margin", "2"])
     said = capsys.readouterr().out
     assert "nf4 matches bf16" in said and str(tmp_path / "report" / "index.html") in said
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["index.html", "report.json", "report.md"]
+    expected = ["figures", "index.html", "report.json", "report.md", "tables"]
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == expected
 
 
 def test_without_anything_fixed_beforehand_it_is_exploratory(

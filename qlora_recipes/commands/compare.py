@@ -6,11 +6,13 @@ Loads no model unless asked to measure KL.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_recipes.commands.flags import RUNS, Parser
+from qlora_recipes.commands.recipe_cli import without_secrets
 from qlora_recipes.errors import ComparisonError
 from qlora_recipes.fields import Field
 
@@ -26,8 +28,9 @@ _IS_MARGIN: dict[str, Any] = dict(valid=lambda points: 0 < points < 100, expecte
 MARGIN_FLAG = Field("margin", "float", _MARGIN_HELP, "POINTS", MARGIN, **_IS_MARGIN)
 _FIX_PLAN = "Remove the file, and the comparison is exploratory"
 _ABOUT = """Say whether runs that differ in precision alone score alike, and write index.html, report.md and \
-report.json. With two precisions the 16-bit run is the baseline; with more, the first one listed is. Runs with several \
-seeds are paired by seed. Controls and divergences that are in the run folders are reported with them."""
+report.json, with every picture as SVG and every table as CSV and LaTeX beside them. With two precisions the 16-bit \
+run is the baseline; with more, the first one listed is. Runs with several seeds are paired by seed. Controls and \
+divergences that are in the run folders are reported with them."""
 _FLAGS = (
     MARGIN_FLAG,
     Field("tasks", "list[str]", "tasks to compare (default: all that are evaluated)", "TASK", None),
@@ -92,7 +95,14 @@ def compare_folders(
     arms = {baseline: arms[baseline], **arms}  # the baseline first
     if divergence:
         _measure_divergence(arms)
-    return build_report(arms, margin=margin, controls=read_controls(arms), earlier_margins=earlier_margins, plan=plan)
+    return build_report(
+        arms,
+        margin=margin,
+        controls=read_controls(arms),
+        earlier_margins=earlier_margins,
+        plan=plan,
+        command=without_secrets([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
 
 
 def say(report: Report, page: Path) -> None:
