@@ -308,7 +308,7 @@ def _only_declaring(path: Path) -> Iterator[None]:
 
 def _located(error: BaseException, path: Path) -> UsageError:
     """Return an error that names the line of the recipe's file."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
     line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
     where = f"{path}, line {line}" if line else str(path)
     if isinstance(error, SystemExit):
