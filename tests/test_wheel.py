@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +40,7 @@ INSTEAD = {
     "qlora-recipes train falcon_faq --dataset my_questions.json": "qlora-recipes plan falcon_faq --dataset faq.json",
     "accelerate launch tickets.py --demo": f"accelerate launch tickets.py --demo {QUICK} --output_dir launched",
     "accelerate launch -m qlora_recipes.cli train llama2_guanaco": (
-        "accelerate launch -m qlora_recipes.cli train llama2_guanaco --help"
+        "python -m qlora_recipes.cli train llama2_guanaco --help"
     ),
     "qlora-recipes train tickets --demo": f"qlora-recipes train tickets --demo {QUICK}",
     "qlora-recipes train tickets --demo --precision bf16": (
@@ -48,12 +50,30 @@ INSTEAD = {
     "qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 1 2": (
         f"qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 {TRIAL}"  # the demo's runs again
     ),
+    "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0": (
+        "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0 --limit 2"
+    ),
     "qlora-recipes throughput --rows guanaco_llama2.jsonl --tokenizer LLAMA2_FOLDER --steps 2 --repeats 3 --pieces": (
         "qlora-recipes throughput --help"
     ),
 }
-# Commands that need the files of an earlier one come after it, whatever their place in the README.
-LATER = ("accelerate launch tickets.py",)
+
+
+# Runs commands of ours one after another, since most of a short one's time goes to importing torch.
+IN_TURN = """
+import contextlib, io, json, shlex, sys
+from qlora_recipes import cli
+said = {}
+for command in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            cli.main(shlex.split(command)[1:])
+        except SystemExit as ended:
+            if ended.code:
+                sys.exit(f"{command} ended with {ended.code}")
+    said[command] = out.getvalue()
+print(json.dumps({"cli": cli.__file__, "said": said}))
+"""
 
 
 @dataclass(frozen=True)
@@ -65,12 +85,13 @@ class Installed:
     here: Path
     """An empty folder to stand in."""
 
-    def run(self, command: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, stdin: str = "") -> str:
+        """Return what a program prints; it must end well."""
         path = os.pathsep.join([str(self.site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, shell=True, cwd=self.here, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        done = subprocess.run(words, cwd=self.here, env=environment, input=stdin, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +152,17 @@ def test_every_block_and_every_substitute_is_known() -> None:
 def test_every_command_of_the_readme_runs_in_an_empty_folder(installed: Installed) -> None:
     (installed.here / "tickets.csv").write_text(TICKETS)
     shutil.copy(ROOT / "qlora_recipes" / "standins" / "data" / "faq.json", installed.here)
-    ordered = sorted(commands(), key=lambda command: command.startswith(LATER))
-    said = {}
-    for command in ordered:
-        if instead := INSTEAD.get(command, command):
-            done = installed.run(instead)
-            said[command] = done.stdout
-            assert done.returncode == 0, f"{instead}\n{done.stdout}\n{done.stderr}"
-            assert "Traceback" not in done.stderr, instead
+    runs = {command: INSTEAD.get(command, command) for command in commands()}
+    own = [run for run in runs.values() if run.startswith("qlora-recipes ")]
+    found = json.loads(installed.run(sys.executable, "-c", IN_TURN, stdin=json.dumps(own)))
+    assert Path(found["cli"]).is_relative_to(installed.site)
+    for run in runs.values():
+        if run and run not in own:
+            installed.run(*shlex.split(run))
+    said = {command: found["said"][run] for command, run in runs.items() if run in own}
     assert (installed.here / "tickets.py").read_text().splitlines() == block('"""Llama-2-7b-chat-hf')
     assert "runs/llama2_guanaco-demo/benchmark/report" in said["qlora-recipes demo"]
+    assert said["qlora-recipes list"] == installed.run("qlora-recipes", "list")
     summary = said["qlora-recipes train llama2_guanaco --demo"]
     for line in block("base         standin-llama2"):
         assert re.search(rf"^{line[:12].rstrip()}\b", summary, re.MULTILINE), line
