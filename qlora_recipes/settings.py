@@ -181,7 +181,7 @@ def public(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _demo_rows(recipe: type[Recipe]) -> str:
-    """Return the rows that a recipe declares where they are a file that is here, and else bundled ones of their shape."""
+    """Return the file that a recipe declares where it is there, and otherwise bundled rows of its shape."""
     source, bundled = recipe.dataset.source, recipe.dataset.demo
     if Path(source).is_file():
         return source

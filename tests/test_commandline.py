@@ -44,6 +44,11 @@ def verb(name: str) -> Callable[[Sequence[str]], None]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, str, str, str]] = {
     "recipe": (lambda argv: main(load_recipe(RECIPE), argv), [], "precison", "precision", "r", "big", "int"),
     "list": (verb("list"), ["recipes"], "debugg", "", "", "", ""),
+    "train": (verb("train"), ["falcon_faq"], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
+    "new": (verb("new"), ["mine"], "modle", "model", "dataset", "nowhere.csv", "a file that exists"),
+    "demo": (verb("demo"), [], "margn", "margin", "margin", "100", "points above 0"),
+    "benchmark": (verb("benchmark"), ["falcon_faq"], "precision_s", "precisions", "seeds", "1.5", "int"),
+    "throughput": (verb("throughput"), [], "hiden_size", "hidden_size", "dtype", "float32", "one of bfloat16"),
     "plan": (verb("plan"), [RECIPE], "gpuu", "gpu", "gpu", "big", "float"),
     "plan, the recipe's": (verb("plan"), [RECIPE], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
     "inspect": (

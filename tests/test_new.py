@@ -14,7 +14,10 @@ from qlora_recipes.formatters import FORMATTERS
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
-TEXT = {"guanaco_llama2": "<s>[INST] Why? [/INST] Because. </s>", "guanaco_text": "### Human: Why?### Assistant: Because."}
+TEXT = {
+    "guanaco_llama2": "<s>[INST] Why? [/INST] Because. </s>",
+    "guanaco_text": "### Human: Why?### Assistant: Because.",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +82,16 @@ REFUSED: dict[str, tuple[Sequence[str], str, str]] = {
     "a path": (["a/b"], ROW, "NAME: got 'a/b', expected letters"),
     "a taken name": (["taken.py"], ROW, "taken.py exists, and is left as it is"),
     "a module": (["datasets"], ROW, "would hide the Python module datasets"),
-    "no model": (["mine", "--dataset", "rows.jsonl"], ROW, "--model is missing; expected one of LLAMA_2_7B_CHAT, FALCON"),
-    "another model": (["mine", "--model", "gpt2"], ROW, "--model: got 'gpt2', expected one of LLAMA_2_7B_CHAT, FALCON_7B"),
+    "no model": (
+        ["mine", "--dataset", "rows.jsonl"],
+        ROW,
+        "--model is missing; expected one of LLAMA_2_7B_CHAT, FALCON",
+    ),
+    "another model": (
+        ["mine", "--model", "gpt2"],
+        ROW,
+        "--model: got 'gpt2', expected one of LLAMA_2_7B_CHAT, FALCON_7B",
+    ),
     "no file": (["mine", "--model", "FALCON_7B"], ROW, "--dataset is missing"),
     "a missing file": (["mine", "--dataset", "x.csv"], ROW, "--dataset: got 'x.csv', expected a file that exists"),
     "no rows": (["mine"], "", "rows.jsonl has no rows"),

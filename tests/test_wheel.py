@@ -29,7 +29,7 @@ WRITTEN = {
     "warn     duplicates": "the table of checks that a demo prints",
     "recipes/          choices only": "the layout, which test_readme.py checks",
 }
-# Command of the README -> what runs in its place, where it needs a checkout, a 7B model, a network, minutes or a person.
+# Command of the README -> what runs in its place, where it needs a checkout, a 7B model, a network or minutes.
 INSTEAD = {
     "pip install -c constraints.txt .": "",  # done by the fixture, from a wheel
     "qlora-recipes demo": f"qlora-recipes demo {TRIAL.removeprefix('--demo ')}",
@@ -104,7 +104,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     offline = ["--no-index", "--no-deps"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(source), str(source)], check=True)
+    subprocess.run(
+        [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(source), str(source)], check=True
+    )
     (wheel,) = source.glob("*.whl")
     subprocess.run([*pip, "install", *offline, "--target", str(site), str(wheel)], check=True)
     return Installed(wheel, site, here)
