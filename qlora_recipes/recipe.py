@@ -252,8 +252,9 @@ def find_recipe(name: str) -> Path:
         UsageError: when there is none, naming the nearest of those that ship.
     """
     for file in (Path(name), Path(f"{name}.py"), SHIPPED / f"{name}.py"):
-        if file.is_file():
-            return file
+        with suppress(OSError):  # a name that is too long for a file
+            if file.is_file():
+                return file
     shipped = sorted(file.stem for file in SHIPPED.glob("*.py"))
     raise UsageError(f"no recipe at {name}; {_EXPECTED}, or one of {', '.join(shipped)}.{nearest(name, shipped)}")
 

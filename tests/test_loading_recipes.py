@@ -120,6 +120,8 @@ def test_a_recipe_is_found_by_path_by_name_here_and_by_the_name_that_ships() -> 
     assert find_recipe("llama2_guanaco") == Path("llama2_guanaco.py")
     with pytest.raises(UsageError, match="Did you mean 'falcon_faq'"):
         find_recipe("falcon_fqa")
+    with pytest.raises(UsageError, match="no recipe at xxx"):
+        find_recipe("x" * 5000)
 
 
 def test_a_demo_reads_the_rows_that_a_recipe_declares_where_they_are(recipe_for: Callable[..., type[Recipe]]) -> None:

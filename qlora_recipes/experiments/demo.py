@@ -15,4 +15,6 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         RecipesError: for what a user can fix.
     """
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: qlora-recipes demo [FLAGS] is qlora-recipes benchmark {' '.join(_ARGV)} [FLAGS]\n")
     command.main([*_ARGV, *argv])
