@@ -38,7 +38,7 @@ INSTEAD = {
     "qlora-recipes train llama2_guanaco --precision bf16": "qlora-recipes plan llama2_guanaco --precision bf16",
     "qlora-recipes train llama2_guanaco --plan": "qlora-recipes train llama2_guanaco --plan --demo",
     "qlora-recipes train falcon_faq --dataset my_questions.json": "qlora-recipes plan falcon_faq --dataset faq.json",
-    "accelerate launch tickets.py --demo": f"accelerate launch tickets.py --demo {QUICK} --output_dir launched",
+    "accelerate launch tickets.py --demo --seed 1": f"accelerate launch tickets.py --demo --seed 1 {QUICK}",
     "accelerate launch -m qlora_recipes.cli train llama2_guanaco": (
         "python -m qlora_recipes.cli train llama2_guanaco --help"
     ),
