@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,7 +69,7 @@ class DatasetSpec:
     """Share of the rows held out for evaluation. A larger share gives more precise scores and less to train on."""
 
     demo: str | None = None
-    """Name of the bundled rows of the same shape, which `--demo` reads instead."""
+    """Name of the bundled rows of the same shape, which `--demo` reads where `source` is no file that is here."""
 
 
 class Recipe:
@@ -140,7 +141,12 @@ class Recipe:
 
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> None:
-        """Train this recipe with these command-line arguments (default: those of the process)."""
+        """Train this recipe with these command-line arguments (default: those of the process).
+
+        Does nothing while `load_recipe` reads the file that calls it: with and without `if __name__ == "__main__"`.
+        """
+        if _loading:
+            return
         from qlora_recipes.commands.recipe_cli import main  # late, since the command line imports this module
 
         main(cls, arguments)
@@ -235,27 +241,49 @@ def bound_faults(lora: Mapping[str, Any], training: Mapping[str, Any]) -> Iterab
             yield f"{section}: {name}: got {sections[section][name]!r}, expected {expected}"
 
 
+_PACKAGE = Path(__file__).parent
+# Inside the package where it is installed, and beside it in a checkout.
+SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+"""The folder of the recipes that ship with the package."""
+_EXPECTED = "expected a Python file that declares a subclass of qlora_recipes.Recipe"
+_loading = False
+
+
+def find_recipe(name: str) -> Path:
+    """Return a recipe's file: the one at this path, that of this name here, or the one that ships under this name.
+
+    Raises:
+        UsageError: when there is none, naming the nearest of those that ship.
+    """
+    for file in (Path(name), Path(f"{name}.py"), SHIPPED / f"{name}.py"):
+        with suppress(OSError):  # a name that is too long for a file
+            if file.is_file():
+                return file
+    shipped = sorted(file.stem for file in SHIPPED.glob("*.py"))
+    raise UsageError(f"no recipe at {name}; {_EXPECTED}, or one of {', '.join(shipped)}.{nearest(name, shipped)}")
+
+
 def load_recipe(path: str | Path) -> type[Recipe]:
-    """Return the recipe declared in a Python file.
+    """Return the recipe declared in a Python file, which is not run as a program.
 
     Raises:
         UsageError: when the file is missing, fails, or does not declare exactly one recipe besides its bases.
     """
     path = Path(path)
-    expected = "declares a subclass of qlora_recipes.Recipe"
     if not path.is_file():
-        raise UsageError(f"no recipe at {path}; expected a Python file that {expected}")
+        raise UsageError(f"no recipe at {path}; {_EXPECTED}")
     name = f"qlora_recipes_loaded_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file; expected one that {expected}")
+        raise UsageError(f"{path} is not a Python file; {_EXPECTED}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _only_declaring(path):
+            spec.loader.exec_module(module)
     except RecipesError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _located(error, path) from error
     classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == name]
     declared = [cls for cls in classes if issubclass(cls, Recipe)]
@@ -266,9 +294,29 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     return leaves[0]
 
 
-def _located(error: Exception, path: Path) -> UsageError:
+@contextmanager
+def _only_declaring(path: Path) -> Iterator[None]:
+    """Let a file import its neighbors, as a program can, but train nothing and read no flags or keys of ours."""
+    global _loading
+    before, argv, keys = _loading, sys.argv, sys.stdin
+    _loading, sys.argv, sys.stdin = True, [str(path)], io.StringIO()
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
+    try:
+        with redirect_stdout(sys.stderr):  # what it prints is no part of a command's output
+            yield
+    finally:
+        _loading, sys.argv, sys.stdin = before, argv, keys
+        with suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _located(error: BaseException, path: Path) -> UsageError:
     """Return an error that names the line of the recipe's file."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
     line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
     where = f"{path}, line {line}" if line else str(path)
+    if isinstance(error, SystemExit):
+        fix = 'Put what only a program does under: if __name__ == "__main__"'
+        return UsageError(f"{where}: the recipe's file exits (with {error.code!r}) while it is read. {fix}")
     return UsageError(f"{where}: the recipe's file fails with {type(error).__name__}: {error}. Fix it there")

@@ -12,10 +12,10 @@ from rich.text import Text
 from qlora_recipes.commands.flags import Parser
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.fields import Field
-from qlora_recipes.recipe import load_recipe
+from qlora_recipes.recipe import SHIPPED, load_recipe
 from qlora_recipes.settings import recipe_name
 
-_FOLDER = Field("folder", "str", "where the recipes' files are (default: recipes/)", "FOLDER", default="recipes")
+_FOLDER = Field("folder", "str", "where recipes' files are (default: those that ship)", "FOLDER", default=str(SHIPPED))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field, fields_of
 from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.precision import DTYPES, PRECISIONS
-from qlora_recipes.recipe import DERIVED, Recipe
+from qlora_recipes.recipe import DERIVED, Recipe, find_recipe
 from qlora_recipes.run.display import say
-from qlora_recipes.settings import Settings, recipe_name, resolve
+from qlora_recipes.settings import STANDIN, Settings, recipe_name, resolve
 
 _OWN_FLAGS = (
     Field("precision", "str", "how the frozen base is stored (default: nf4)", "|".join(PRECISIONS)),
@@ -45,15 +45,22 @@ _CONFIGS = ("SFTConfig", "LoraConfig")
 
 def main(recipe: type[Recipe], argv: Sequence[str] | None = None) -> None:
     """Run a recipe's command line; exits with 2 and one message when a user can fix what is wrong."""
-    run_command(lambda given: _run(recipe, given), argv)
+    run_command(lambda given: run(recipe, parse(recipe, given), [recipe_name(recipe), *given]), argv)
 
 
-def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
-    flags = parse(recipe, argv)
+def run(recipe: type[Recipe], flags: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Train a recipe with these flags, or only plan it; the receipt keeps the command.
+
+    Raises:
+        RecipesError: for what a user can fix.
+    """
     settings = settings_from(recipe, flags)
-    skip_checks, all_checks = flags.get("skip_checks", ()), flags.get("checks") == "all"
-    if os.environ.get("RANK", "0") == "0":
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    if is_first_process:
+        if settings.model.startswith(STANDIN):
+            print(f"{settings.model} knows only its own invented world: a demo shows that a recipe works, not how well")
         say(f"{settings.name}, {settings.precision.name}: starting PyTorch, Transformers and TRL", Console())
+    skip_checks, all_checks = flags.get("skip_checks", ()), flags.get("checks") == "all"
     if flags.get("plan"):
         from qlora_recipes.memory.table import print_plan
         from qlora_recipes.training.train import finalize_settings, prepare_run
@@ -67,13 +74,13 @@ def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
 
     folder = train(
         settings,
-        command=without_secrets([recipe_name(recipe), *argv]),
+        command=without_secrets(command),
         overwrite=flags.get("overwrite", False),
         resume=flags.get("resume", False),
         skip_checks=skip_checks,
         all_checks=all_checks,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process:
         print_summary(folder)
 
 
@@ -93,11 +100,12 @@ def parse_with_recipe(prog: str, about: str, flags: Iterable[Field], argv: Seque
     Raises:
         UsageError: as for `parse`.
     """
-    about = f"{about} Any flag of the recipe can follow; RECIPE --help lists them."
-    recipe = Field("recipe", "str", "a recipe's file, such as recipes/llama2_guanaco.py", "RECIPE")
+    about = f"{about} Any flag of the recipe can follow; qlora-recipes train RECIPE --help lists them."
+    recipe = Field("recipe", "str", "a recipe's file, or the name of one that ships, such as llama2_guanaco", "RECIPE")
     hidden = [flag for section in _sections().values() for flag in section]
     parser = Parser(prog, about, {"flags": flags}, words=recipe, hidden=hidden, derived=DERIVED)
-    return _with_config(parser.parse(argv))
+    given = parser.parse(argv)
+    return _with_config(given | {"recipe": str(find_recipe(given["recipe"]))})
 
 
 def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
