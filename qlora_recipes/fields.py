@@ -53,6 +53,8 @@ class Field:
     """Whether a value of the right type can be used; a command's flags are held to it."""
     expected: str = ""
     """What a refusal says was expected; the annotation where it is empty."""
+    choices: tuple[str, ...] = ()
+    """The only words allowed, where the annotation does not say so itself."""
 
     def parse(self, words: Sequence[str]) -> Any:
         """Turn the words after a flag into a value of the field's type. Nothing is read as YAML: text stays as typed.
@@ -101,7 +103,7 @@ class Field:
                 return value
             if kind is float and (is_number or isinstance(value, str)) and (number := _as_float(value)) is not None:
                 return number
-            if kind is str and (is_number or isinstance(value, str)) and str(value) in (self._choices or [str(value)]):
+            if kind is str and (is_number or isinstance(value, str)) and self._is_choice(str(value)):
                 return str(value)
             if kind is list and isinstance(value, (list, tuple)):
                 return [Field(self.name, self._item, "").check(each) if self._item else each for each in value]
@@ -159,10 +161,14 @@ class Field:
 
     @functools.cached_property
     def _choices(self) -> list[str]:
-        """The only words allowed; none where the type describes them instead (`pissa_niter_[number of iters]`)."""
+        """The only words allowed; a part of one in brackets, as in `pissa_niter_[number of iters]`, is a number."""
         leaves = ast.walk(self._members.get("Literal", ast.Pass()))
         words = [leaf.value for leaf in leaves if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)]
-        return [] if "str" in self._members or any("[" in word for word in words) else words
+        return [] if "str" in self._members and not self.choices else [*self.choices, *words]
+
+    def _is_choice(self, word: str) -> bool:
+        forms = (re.sub(r"\\\[.*\\\]", "[1-9][0-9]*", re.escape(choice)) for choice in self._choices)
+        return not self._choices or any(re.fullmatch(form, word) for form in forms)
 
     @functools.cached_property
     def _item(self) -> str:
@@ -220,14 +226,18 @@ def fields_of(config: str) -> Mapping[str, Field]:
         for node in classes[class_name]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 name = node.target.id
-                found[name] = Field(name, ast.unparse(node.annotation), _help(node.value))
+                found[name] = _field(name, node)
     return found | ({_PATIENCE.name: _PATIENCE} if config == "SFTConfig" else {})
 
 
-def _help(value: ast.expr | None) -> str:
-    """The first sentence of `metadata={"help": ...}` in a `field(...)` call."""
-    dicts = [node for node in ast.walk(value or ast.Pass()) if isinstance(node, ast.Dict)]
-    pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
-    texts = [text for key, text in pairs if isinstance(key, ast.Constant) and key.value == "help"]
-    parts = [str(node.value) for text in texts[:1] for node in ast.walk(text) if isinstance(node, ast.Constant)]
-    return "".join(parts).split(". ")[0].strip()
+def _field(name: str, node: ast.AnnAssign) -> Field:
+    """Read one line of a configuration class: its type, and the help and choices of `field(metadata={...})`."""
+    dicts = [inner for inner in ast.walk(node.value or ast.Pass()) if isinstance(inner, ast.Dict)]
+    pairs = [pair for inner in dicts for pair in zip(inner.keys, inner.values, strict=True)]
+    known = {key.value: _texts(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    help = "".join(known.get("help", ())).split(". ")[0].strip()
+    return Field(name, ast.unparse(node.annotation), help, choices=tuple(known.get("choices", ())))
+
+
+def _texts(node: ast.expr) -> list[str]:
+    return [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant) and isinstance(inner.value, str)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,8 @@ DERIVED = {
     "logging_nan_inf_filter": "nothing; a NaN stops the run",
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
+    "fsdp": "accelerate launch --use_fsdp",
+    "fsdp_config": "the --fsdp_ flags of accelerate launch",
     "task_type": "nothing; it is CAUSAL_LM",
     "peft_type": "nothing; it is LORA",
     "base_model_name_or_path": "--model",
@@ -210,10 +213,13 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
     ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
-    ("training", "learning_rate", lambda value: value > 0, "a positive number"),
+    ("training", "seed", lambda value: 0 <= value < 2**32, "a whole number from 0 up, below 2**32"),
+    ("training", "data_seed", lambda value: value is None or 0 <= value < 2**32, "a whole number from 0 up"),
+    ("training", "neftune_noise_alpha", lambda value: value is None or 0 < value < math.inf, "a positive number"),
+    ("training", "learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
     ("training", "max_length", lambda value: value is not None and value >= 8, "at least 8 tokens"),
     ("training", "max_steps", lambda value: value == -1 or value >= 1, "at least 1, or -1 for whole epochs"),
-    ("training", "num_train_epochs", lambda value: value > 0, "a positive number"),
+    ("training", "num_train_epochs", lambda value: 0 < value < math.inf, "a positive number"),
     ("training", "per_device_train_batch_size", lambda value: value >= 1, "at least 1"),
     ("training", "gradient_accumulation_steps", lambda value: value >= 1, "at least 1"),
     ("training", "save_steps", lambda value: value > 0, "a number of steps, or a share of them below 1"),

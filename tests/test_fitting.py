@@ -274,10 +274,11 @@ def test_usable_memory_is_a_share_of_all_there_is(monkeypatch: pytest.MonkeyPatc
     assert four == one // 4
     assert environment.usable_bytes("cpu", 1) == one
     for name in ("FSDP", "DEEPSPEED"):
-        assert not environment.is_sharded()
-        for value, sharded in (("true", True), ("True", True), ("false", False)):
+        assert environment.sharding_asked() is None
+        for value, sharded in (("true", True), ("True", True), ("1", True), ("false", False)):
             monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
-            assert environment.is_sharded() == train_module.machine().sharded == sharded
+            assert environment.sharding_asked() == (name if sharded else None)
+            assert train_module.machine().sharded == sharded
 
 
 # ---- Runs ----
