@@ -52,7 +52,7 @@ def _check_names(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
         names = lora.get(field) or ()
         for name in () if isinstance(names, str) else names:
-            if not any(module == name or module.endswith(f".{name}") for module in modules):
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
                 raise RecipeError(
                     f"lora: {field} names {name!r}, which {type(base).__name__} does not have; its linear "
                     f"layers are {', '.join(linears)}.{nearest(str(name), linears)}"

@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.loading import load_outline
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.settings import Settings
+from qlora_recipes.training.faults import is_machine_fault
 
 _PACKAGE = Path(__file__).parent.parent
 _STEPS = 100  # of the schedule that is tried
@@ -42,9 +45,9 @@ def check_settings(settings: Settings) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real objects
-        _try("SFTConfig", settings.training, lambda fields: _try_training(replace(settings, training=fields)))
+        _try(settings.training, lambda fields: _try_training(replace(settings, training=fields)))
         outline = load_outline(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
-        _try("LoraConfig", settings.lora, lambda fields: _try_adapter(outline, fields))
+        _try(settings.lora, lambda fields: _try_adapter(outline, fields))
 
 
 @contextmanager
@@ -52,18 +55,22 @@ def refusals(settings: Settings) -> Iterator[None]:
     """Turn what a library refuses in spite of `check_settings` into one message, with the fields that it mentions.
 
     Raises:
-        UsageError: for an exception that a library raised, and that is about a value.
+        UsageError: for what a library raised, unless the machine is at fault.
     """
     try:
         yield
-    except RecipesError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError) as error:
-        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(_PACKAGE):
-            raise  # a fault of ours
+    except Exception as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, RecipesError) or raised_in.is_relative_to(_PACKAGE) or is_machine_fault(error):
+            raise
         fields = {**settings.lora, **settings.training}
-        named = {name: value for name, value in fields.items() if re.search(rf"\b{name}\b", str(error))}
-        raise UsageError(f"{_given(named)}: a library refuses that: {_reason(error)}") from error
+        named = {name: value for name, value in fields.items() if _mentions(str(error).lower(), name, value)}
+        raise UsageError(f"{_given(named)}: refused by the libraries: {_reason(error)}") from error
+
+
+def _mentions(text: str, name: str, value: object) -> bool:
+    words = [name, value.lower()] if isinstance(value, str) else [name]
+    return any(re.search(rf"\b{re.escape(word)}\b", text) for word in words)
 
 
 def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> SFTConfig:
@@ -101,7 +108,7 @@ def evaluates_held_out(settings: Settings) -> bool:
     return bool(settings.training.get("eval_strategy", "no") != "no")
 
 
-def _try(config: str, fields: Mapping[str, Any], make: Callable[[Mapping[str, Any]], object]) -> None:
+def _try(fields: Mapping[str, Any], make: Callable[[Mapping[str, Any]], object]) -> None:
     """Call `make`; when it raises, name the fields without which it does not, each left out in turn."""
     try:
         make(fields)
@@ -110,7 +117,7 @@ def _try(config: str, fields: Mapping[str, Any], make: Callable[[Mapping[str, An
     except Exception as error:  # a library may raise anything
         without = {name: {key: fields[key] for key in fields if key != name} for name in fields}
         at_fault = {name: fields[name] for name, others in without.items() if _works(make, others)}
-        raise UsageError(f"{_given(at_fault)}: {config} refuses that: {_reason(error)}") from error
+        raise UsageError(f"{_given(at_fault)}: refused by the libraries: {_reason(error)}") from error
 
 
 def _given(fields: Mapping[str, Any]) -> str:
@@ -133,6 +140,7 @@ def _try_training(settings: Settings) -> None:
     """Make the configuration, and an optimizer of one weight, its schedule, an empty loader and the trackers."""
     with tempfile.TemporaryDirectory() as folder:
         args = make_sft_config(settings, folder, padding_free=False)
+    _refuse_what_fails_later(settings, args)
     weight = torch.nn.Linear(1, 1)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, weight)
     group = {"params": list(weight.parameters()), "weight_decay": args.weight_decay}
@@ -159,11 +167,27 @@ def _try_training(settings: Settings) -> None:
             raise UsageError(f"--report_to {name}: {package} is not installed; run: pip install {package}") from error
 
 
+def _refuse_what_fails_later(settings: Settings, args: SFTConfig) -> None:
+    """Refuse what is accepted now and fails once the trainer is there, or at the first step."""
+    args.get_process_log_level()
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise UsageError("--use_liger_kernel: liger-kernel is not installed; run: pip install liger-kernel")
+    if args.eval_on_start and not evaluates_held_out(settings):
+        raise UsageError("--eval_on_start: nothing is evaluated; give --eval_strategy steps --eval_steps N too")
+    if args.torch_compile_backend not in (None, *torch.compiler.list_backends(exclude_tags=())):
+        known = ", ".join(torch.compiler.list_backends())
+        raise UsageError(f"--torch_compile_backend: got {args.torch_compile_backend!r}, expected one of {known}")
+    for name in ("torch_compile", "activation_offloading"):
+        if getattr(args, name) and PartialState().device.type == "cpu":
+            raise UsageError(f"--{name} needs a GPU, and there is none here; leave it out")
+
+
 def _try_adapter(outline: PreTrainedModel | None, lora: Mapping[str, Any]) -> None:
     """Put the adapter on a copy of the model's outline; a start that is computed from the weights is left out."""
     if outline is None:
         LoraConfig(task_type="CAUSAL_LM", **lora)
         return
-    start = lora.get("init_lora_weights", True)
-    LoraConfig(task_type="CAUSAL_LM", **lora)
-    attach(copy.deepcopy(outline), {**lora, "init_lora_weights": start in (True, False, "gaussian") and start}, seed=0)
+    computed = {"init_lora_weights": False} if lora.get("init_lora_weights") == "mica" else {}
+    model = attach(copy.deepcopy(outline), {**lora, **computed}, seed=0)
+    if isinstance(model.get_output_embeddings(), LoraLayer):
+        raise UsageError("--target_modules: got the output layer, which TRL computes the loss from without an adapter")
