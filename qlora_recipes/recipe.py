@@ -40,6 +40,8 @@ DERIVED = {
     "save_only_model": "--resume, which needs the optimizer's state",
     "enable_jit_checkpoint": "nothing; SIGTERM and SIGINT always save the running step",
     "logging_nan_inf_filter": "nothing; a NaN stops the run",
+    "activation_checkpointing": "--gradient_checkpointing",
+    "activation_checkpointing_kwargs": "--gradient_checkpointing_kwargs",
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
     "fsdp": "accelerate launch --use_fsdp",

@@ -89,7 +89,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = RunTrainer(
             model=run.model,
-            args=make_sft_config(run.settings, aside, padding_free=_own_attention(run)),
+            args=make_sft_config(run.settings, aside, padding_free=has_own_attention(run)),
             train_dataset=cast(Rows, run.data.train).dataset(),
             eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
             processing_class=run.tokenizer,
@@ -105,6 +105,6 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     return trainer
 
 
-def _own_attention(run: Run) -> bool:
+def has_own_attention(run: Run) -> bool:
     """Whether the base computes attention with the function of this package, which needs no padding."""
     return bool(run.model.config._attn_implementation == attention.NAME)
