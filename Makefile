@@ -19,14 +19,16 @@ INSTALL := $(PIP) install --constraint constraints.txt
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install hashes demo lint test
+.PHONY: help install hashes demo docs lint test clean
 
 help:
 	@echo 'make install   make .venv with the versions that are tested'
 	@echo 'make demo      NF4 against 16 bits on a stand-in, with a report: no GPU, no network'
+	@echo 'make docs      build the site of README, docs and docstrings in site/'
 	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style, formatting and types'
 	@echo 'make test      lint, then the tests'
+	@echo 'make clean     remove .venv, caches and what was built; runs/ stays'
 	@echo 'Each installs what it needs first. Another Python than $(PYTHON): make PYTHON=python3.12 install'
 
 install: $(STAMP)
@@ -75,6 +77,12 @@ $(BIN)/python:
 demo: $(STAMP)
 	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0
 
+# A link that leads nowhere fails the build. The variable silences advice about the builder's successor.
+docs: $(STAMP)
+	$(INSTALL) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+	@echo 'site/index.html'
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -83,3 +91,7 @@ lint: $(STAMP)
 # A file's tests stay in one process, so that what they share is made once.
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+clean:
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

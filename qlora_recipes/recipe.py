@@ -85,12 +85,15 @@ class Recipe:
     """
 
     model: ClassVar[ModelSpec]
+    """The model to tune."""
     dataset: ClassVar[DatasetSpec]
+    """The rows to tune it on."""
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
         lora_dropout=0.0,  # dropout reduces memorization; 0 is faster
     )
+    """Fields of `peft.LoraConfig`."""
     training: ClassVar[Mapping[str, Any]] = dict(
         learning_rate=2e-4,  # as in QLoRA for 7B and 13B; halve it if the loss is unstable
         lr_scheduler_type="cosine",
@@ -108,6 +111,7 @@ class Recipe:
         save_total_limit=2,  # a checkpoint takes three times the adapter's size
         report_to="none",
     )
+    """Fields of `trl.SFTConfig`."""
     explicit_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that the recipe or a base class sets itself; some of the others are chosen to fit the machine."""
     format_row: ClassVar[Callable[..., list[Message]] | None] = None

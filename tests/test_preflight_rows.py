@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) ->
 
 
 def test_a_hub_out_of_reach_is_refused_where_it_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_hub_answers", lambda: False)
+    monkeypatch.setattr(machine.environment, "hub_answers", lambda: False)
     assert verdict_of(machine.hub, run).figure == "not needed"
     uploads = replace(run.settings, training={**run.settings.training, "push_to_hub": True})
     check = verdict_of(machine.hub, changed(run, settings=uploads))

@@ -31,6 +31,9 @@ from qlora_recipes.settings import model_location
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_HTTP_ERROR = cast("type[Exception]", hub.HfHubHTTPError.__bases__[0])
+"""Of the client that the hub's library uses; those without a `response` are of the connection."""
+
 
 def load_tokenizer(
     spec: ModelSpec, model: str, revision: str | None, *, trust_remote_code: bool = False
@@ -43,6 +46,8 @@ def load_tokenizer(
     """
     own = dict(spec.tokenizer, trust_remote_code=trust_remote_code)
     tokenizer: Any = _from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
+    if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
+        raise ModelError(f"{model} has no tokenizer.json or tokenizer.model, expected one beside its config.json")
     tokenizer.init_kwargs.update(spec.tokenizer)  # otherwise they are not saved, and a reload gives other ids
     repaired = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
     tokenizer.repairs = ["merge_spaces_last"] if repaired else []  # for the receipt
@@ -135,9 +140,15 @@ def _repair_architecture(config: PretrainedConfig) -> list[str]:
 def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
     """Call a `from_pretrained`; if it fails, say in one sentence why."""
     location = model_location(model)
+    kwargs["revision"] = revision or "main"
     try:
-        return load(location, revision=revision or "main", **kwargs)
-    except (OSError, ValueError, SafetensorError, hub.HfHubHTTPError) as error:
+        try:
+            return load(location, **kwargs)
+        except _HTTP_ERROR as error:
+            if hasattr(error, "response"):
+                raise
+            return load(location, local_files_only=True, **kwargs)  # transformers does so for some of these, not all
+    except (OSError, ValueError, SafetensorError, _HTTP_ERROR) as error:
         raise ModelError(f"cannot load {location}: {_reason(error)}") from error
 
 
@@ -146,6 +157,10 @@ def _reason(error: Exception) -> str:
     while link is not None:
         if isinstance(link, hub.GatedRepoError):
             return "it is gated. Accept its terms on the hub, then run: hf auth login"
+        if isinstance(link, hub.HfHubHTTPError) and link.response.status_code >= 429:
+            return f"the hub answers {link.response.status_code}, again and again. Try later: downloads are kept"
+        if isinstance(link, _HTTP_ERROR) and not hasattr(link, "response"):
+            return f"the connection to the hub failed ({link}). Run the same command again: downloads are kept"
         link = link.__cause__ or link.__context__
     first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return (

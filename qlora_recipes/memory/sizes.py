@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from qlora_recipes.environment import hub_answers
 from qlora_recipes.errors import ModelError
 from qlora_recipes.families import family_of
 from qlora_recipes.families.family import Sizes
@@ -13,22 +14,29 @@ from qlora_recipes.settings import Settings, model_location
 
 
 def sizes_for(settings: Settings) -> Sizes:
-    """Return the dimensions of the model that a run loads: a folder's from its `config.json`, the recipe's as declared.
+    """Return the dimensions of the model that a run loads, from its `config.json`.
+
+    A recipe declares those of its own model, which can be planned before anything is fetched and without a network.
 
     Raises:
         ModelError: for a hub model other than the recipe's whose `config.json` cannot be fetched or read.
     """
-    location = model_location(settings.model)
+    location, declared = model_location(settings.model), None
     if Path(location).is_dir():
         return sizes_of(Path(location))
-    if location == settings.spec.hub_id:
-        return settings.spec.sizes
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if location == settings.spec.hub_id:
+        declared = settings.spec.sizes
+        cached = try_to_load_from_cache(location, "config.json", revision=settings.revision)
+        if not isinstance(cached, str) and not hub_answers():
+            return declared
     try:
         return sizes_of(Path(hf_hub_download(location, "config.json", revision=settings.revision)).parent)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
+        if declared:
+            return declared
         raise ModelError(
             f"the dimensions of {location} are unknown, because its config.json cannot be fetched "
             f"({str(error).splitlines()[0]}). Expected a hub id that can be reached, or a folder (--model)"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +24,6 @@ from qlora_recipes.settings import model_location
 from qlora_recipes.stages import Run
 
 _CHECKPOINT_PARTS = 3  # float32 weights and Adam's two moments of the same size
-_HUB_SECONDS = 3
 _OWN_GROWTH = 2**30  # of a process as it runs: what is imported late, kernels, buffers of threads
 _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a precision of fewer bits."
 
@@ -84,7 +81,7 @@ def hub(run: Run) -> Check:
     by_id = [source for source in sources if not Path(source).exists()]
     if not upload and not by_id:
         return passed("not needed")
-    if _hub_answers():
+    if environment.hub_answers():
         return passed("reachable")
     return fail_unless(
         not upload,
@@ -93,20 +90,6 @@ def hub(run: Run) -> Check:
         else f"cannot be reached; {' and '.join(by_id)} came from the cache",
         "Check the network, or leave --push_to_hub out.",
     )
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answers
-    except OSError:
-        return False
 
 
 # ---- Memory: what the plan promises, what there is, and what the run really takes ----

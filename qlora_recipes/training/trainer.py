@@ -157,7 +157,8 @@ class RunTrainer(SFTTrainer):
         """Save adapter and tokenizer, but not upstream's training_args.bin: a pickle that can hold the hub token."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            model.save_pretrained(output_dir, state_dict=state_dict)
+            # By default PEFT compares the vocabulary with what the hub holds on `main` by now, and may save more.
+            model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
             self.tokenizer.save_pretrained(str(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
