@@ -97,7 +97,9 @@ def check_launch() -> None:
             raise UsageError(f"{name}: got {given[name]!r}, expected a whole number from 0 up. {_LAUNCHERS}")
     for number, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if int(given.get(number, 0)) >= int(given.get(count, 10**9)):
-            raise UsageError(f"{number}: got {given.get(number, 0)}, expected less than {count}={given[count]}. {_LAUNCHERS}")
+            raise UsageError(
+                f"{number}: got {given.get(number, 0)}, expected less than {count}={given[count]}. {_LAUNCHERS}"
+            )
     several = int(given.get("WORLD_SIZE", 1)) > 1 or int(given.get("RANK", 0)) > 0 or "LOCAL_RANK" in given
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
     if several and missing:
@@ -125,7 +127,9 @@ def _user_set_threads() -> bool:
         return threads.isdecimal() and int(threads) > 0
     launcher = psutil.Process(os.getppid())
     with suppress(psutil.Error):
-        return "OMP_NUM_THREADS" in launcher.environ() or "--num_cpu_threads_per_process" in " ".join(launcher.cmdline())
+        return "OMP_NUM_THREADS" in launcher.environ() or "--num_cpu_threads_per_process" in " ".join(
+            launcher.cmdline()
+        )
     return False
 
 

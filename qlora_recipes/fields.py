@@ -235,7 +235,12 @@ def _field(name: str, node: ast.AnnAssign) -> Field:
     dicts = [inner for inner in ast.walk(node.value or ast.Pass()) if isinstance(inner, ast.Dict)]
     pairs = [pair for inner in dicts for pair in zip(inner.keys, inner.values, strict=True)]
     known = {key.value: _texts(value) for key, value in pairs if isinstance(key, ast.Constant)}
-    return Field(name, ast.unparse(node.annotation), _first_sentence("".join(known.get("help", ()))), choices=tuple(known.get("choices", ())))
+    return Field(
+        name,
+        ast.unparse(node.annotation),
+        _first_sentence("".join(known.get("help", ()))),
+        choices=tuple(known.get("choices", ())),
+    )
 
 
 def _first_sentence(text: str) -> str:

@@ -26,8 +26,8 @@ from qlora_recipes.settings import AUTO_FIELDS, Settings, resolve
 from qlora_recipes.training import build
 from qlora_recipes.training import train as train_module
 from qlora_recipes.training.build import load_model
-from qlora_recipes.training.journal import restore_batch
 from qlora_recipes.training.configuration import make_sft_config
+from qlora_recipes.training.journal import restore_batch
 from qlora_recipes.training.train import finalize_settings, train
 
 BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,7 +168,10 @@ class Reached(Exception):
 
 @pytest.fixture
 def start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Callable[[str], Path],
+    recipe_for: Callable[..., type[Recipe]],
 ) -> Callable[..., None]:
     """Return a function that starts a run of a tiny model in an empty folder, up to where its rows would be read."""
 
@@ -183,9 +185,7 @@ def start(
 
 
 @pytest.fixture
-def refused(
-    start: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., str]:
+def refused(start: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """Return a function that starts a run, checks that it is refused with one message, and returns that."""
 
     def run(*words: str) -> str:
@@ -232,11 +232,12 @@ def test_half_a_launch_is_refused(
         {},
         {"WORLD_SIZE": "1"},
         {"MASTER_ADDR": "10.0.0.1"},
-        {name: value for name, value in zip(
-            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-            ("3", "4", "1", "2", "10.0.0.1", "29500"), strict=True)},
+        {
+            **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            **{"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
+        },
     ],
-)  # fmt: skip
+)
 def test_a_whole_launch_is_accepted(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -252,12 +253,20 @@ def test_a_tracker_that_is_missing_comes_with_its_command(refused: Callable[...,
     assert "--report_to clearml: clearml is not installed; run: pip install clearml" in refused("--report_to=clearml")
 
 
+def raise_in_a_library(message: str) -> None:
+    raise ValueError(message)
+
+
+def raise_in_a_library(message: str) -> None:
+    raise ValueError(message)
+
+
 def test_what_a_library_refuses_later_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = SimpleNamespace(lora={"use_dora": True, "bias": "none"}, training={"optim": "lomo"})
-    with pytest.raises(UsageError, match="--optim: got 'lomo': refused by the libraries: .*LOMO"), refusals(run):
-        getattr(ModuleType("a library"), "LOMO")
+    with pytest.raises(UsageError, match="--optim: got 'lomo': refused by the libraries"), refusals(run):
+        raise_in_a_library("LOMO is not installed")
     with pytest.raises(UsageError, match="--use_dora: got True: refused"), refusals(run):
-        os.environ["use_dora is not there"]
+        raise_in_a_library("use_dora is not for this base")
     with pytest.raises(FileNotFoundError), refusals(run):  # a fault of the machine, which has an error of its own
         Path("nowhere").read_text()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "use_dora")
@@ -279,9 +288,7 @@ VALUES = st.one_of(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=3, unique_by=lambda pair: pair[0]))
-def test_no_flag_ends_in_a_traceback(
-    start: Callable[..., None], tmp_path: Path, pairs: list[tuple[str, str]]
-) -> None:
+def test_no_flag_ends_in_a_traceback(start: Callable[..., None], tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     with pytest.raises((SystemExit, Reached)) as ended:
         start(*(f"--{name}={value}" for name, value in pairs))
     assert ended.type is Reached or ended.value.code == 2  # type: ignore[union-attr]  # a SystemExit has one

@@ -6,6 +6,7 @@ Reads no rows and no weights.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import tempfile
 import traceback
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -23,7 +24,6 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.utils import is_liger_kernel_available
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.base.adapters import attach
@@ -141,7 +141,7 @@ def _try_training(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = make_sft_config(settings, folder, padding_free=False)
     _refuse_what_fails_later(settings, args)
-    weight = torch.nn.Linear(1, 1)
+    weight: Any = torch.nn.Linear(1, 1)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, weight)
     group = {"params": list(weight.parameters()), "weight_decay": args.weight_decay}
     optimizer = kind([group], **options)
@@ -150,16 +150,17 @@ def _try_training(settings: Settings) -> None:
         optimizer,
         num_warmup_steps=args.get_warmup_steps(_STEPS),
         num_training_steps=_STEPS,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs),
     )
     DataLoader(
-        [0],
+        cast(Any, [0]),
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_persistent_workers,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
-    for name, tracker in zip(args.report_to, get_reporting_integration_callbacks(args.report_to), strict=True):
+    names = cast(list[str], args.report_to)
+    for name, tracker in zip(names, get_reporting_integration_callbacks(names), strict=True):
         try:
             tracker()
         except (ImportError, RuntimeError) as error:
@@ -169,8 +170,8 @@ def _try_training(settings: Settings) -> None:
 
 def _refuse_what_fails_later(settings: Settings, args: SFTConfig) -> None:
     """Refuse what is accepted now and fails once the trainer is there, or at the first step."""
-    args.get_process_log_level()
-    if args.use_liger_kernel and not is_liger_kernel_available():
+    args.get_process_log_level()  # type: ignore[no-untyped-call]  # not annotated
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise UsageError("--use_liger_kernel: liger-kernel is not installed; run: pip install liger-kernel")
     if args.eval_on_start and not evaluates_held_out(settings):
         raise UsageError("--eval_on_start: nothing is evaluated; give --eval_strategy steps --eval_steps N too")

@@ -29,6 +29,7 @@ from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
+from qlora_recipes.training.trackers import add_run_figures
 from qlora_recipes.training.trainer import RunTrainer
 
 
@@ -195,6 +196,7 @@ def _run_steps(
     trainer, main = cast(RunTrainer, run.trainer), PartialState().is_main_process
     display = ProgressDisplay(launch.console)
     trainer.signals = signals
+    add_run_figures(run)
     if main:
         trainer.add_callback(display)
         trainer.add_callback(MetricsFile(folder.metrics))
