@@ -257,10 +257,6 @@ def raise_in_a_library(message: str) -> None:
     raise ValueError(message)
 
 
-def raise_in_a_library(message: str) -> None:
-    raise ValueError(message)
-
-
 def test_what_a_library_refuses_later_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = SimpleNamespace(lora={"use_dora": True, "bias": "none"}, training={"optim": "lomo"})
     with pytest.raises(UsageError, match="--optim: got 'lomo': refused by the libraries"), refusals(run):
