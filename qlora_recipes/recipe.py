@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import io
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,8 +41,12 @@ DERIVED = {
     "save_only_model": "--resume, which needs the optimizer's state",
     "enable_jit_checkpoint": "nothing; SIGTERM and SIGINT always save the running step",
     "logging_nan_inf_filter": "nothing; a NaN stops the run",
+    "activation_checkpointing": "--gradient_checkpointing",
+    "activation_checkpointing_kwargs": "--gradient_checkpointing_kwargs",
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
+    "fsdp": "accelerate launch --use_fsdp",
+    "fsdp_config": "the --fsdp_ flags of accelerate launch",
     "task_type": "nothing; it is CAUSAL_LM",
     "peft_type": "nothing; it is LORA",
     "base_model_name_or_path": "--model",
@@ -215,19 +220,49 @@ def check_field(config: str, name: str, value: object) -> object:
     return fields[name].check(value)
 
 
+def _is_multiple(value: Any) -> bool:
+    return value in (None, "auto") or (str(value).isdecimal() and int(value) >= 1)
+
+
+def _is_mapping(value: Any) -> bool:
+    every = value.get("every_n_layers", 1) if isinstance(value, Mapping) else 0
+    return value is None or (isinstance(every, int) and every >= 1)
+
+
+_STARTS = (True, False, "gaussian", "orthogonal", "mica")
+"""Ways to start an adapter that leave the base as it is and need no rows."""
+_BEST = (None, "loss", "eval_loss")
+
 # Section, field, test, what is expected: for values that the libraries accept, and then fail or train nothing with.
 _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
     ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
-    ("training", "learning_rate", lambda value: value > 0, "a positive number"),
+    ("lora", "init_lora_weights", lambda value: value in _STARTS, f"one of {_STARTS}; others rewrite the base"),
+    ("training", "seed", lambda value: 0 <= value < 2**32, "a whole number from 0 up, below 2**32"),
+    ("training", "data_seed", lambda value: value is None or 0 <= value < 2**32, "a whole number from 0 up"),
+    ("training", "neftune_noise_alpha", lambda value: value is None or 0 < value < math.inf, "a positive number"),
+    ("training", "learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
     ("training", "max_length", lambda value: value is not None and value >= 8, "at least 8 tokens"),
     ("training", "max_steps", lambda value: value == -1 or value >= 1, "at least 1, or -1 for whole epochs"),
-    ("training", "num_train_epochs", lambda value: value > 0, "a positive number"),
+    ("training", "num_train_epochs", lambda value: 0 < value < math.inf, "a positive number"),
     ("training", "per_device_train_batch_size", lambda value: value >= 1, "at least 1"),
     ("training", "gradient_accumulation_steps", lambda value: value >= 1, "at least 1"),
     ("training", "save_steps", lambda value: value > 0, "a number of steps, or a share of them below 1"),
     ("training", "save_total_limit", lambda value: value is None or value >= 1, "at least 1 checkpoint"),
+    ("training", "weight_decay", lambda value: 0 <= value < math.inf, "0 or a positive number"),
+    ("training", "label_smoothing_factor", lambda value: 0 <= value < 1, "a share from 0 up to 1"),
+    ("training", "logging_steps", lambda value: value > 0, "a number of steps, or a share of them below 1"),
+    ("training", "eval_steps", lambda value: value is None or value > 0, "a number of steps, or a share of them"),
+    ("training", "eval_delay", lambda value: value >= 0, "0 or a number of steps or epochs"),
+    ("training", "per_device_eval_batch_size", lambda value: value >= 1, "at least 1"),
+    ("training", "eval_accumulation_steps", lambda value: value is None or value >= 1, "at least 1"),
+    ("training", "pad_to_multiple_of", _is_multiple, "auto, or at least 1"),
+    ("training", "lr_scheduler_kwargs", _is_mapping, "a mapping"),
+    ("training", "gradient_checkpointing_kwargs", _is_mapping, "a mapping, every_n_layers in it at least 1"),
+    ("training", "dataset_num_proc", lambda value: value is None or value >= 1, "at least 1"),
+    ("training", "ddp_timeout", lambda value: value >= 1, "at least 1 second"),
+    ("training", "metric_for_best_model", lambda value: value in _BEST, "loss"),
     ("training", "early_stopping_patience", lambda value: value is None or value >= 1, "at least 1 evaluation"),
     ("training", "max_grad_norm", lambda value: value >= 0, "0 (no clipping) or a positive number"),
 )

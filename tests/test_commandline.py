@@ -525,3 +525,24 @@ def test_help_names_every_flag() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for flag in ("--precision", "--dtype", "--demo", "--plan", "--resume", "--learning_rate", "--r", "--packing"):
         assert flag in text
+
+
+def test_help_is_short_and_has_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for asked in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit):
+            main(load_recipe(RECIPE), asked)
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    assert len(short.splitlines()) <= 60 and "--help all lists" in short
+    assert "--max_length N" in short and "(here: 512)" in short and "(here: fitted to the machine)" in short
+    assert "--dora" not in short and "--use_dora true|false" in whole and "--bias none|all|lora_only" in whole
+    assert not [word for word in ("Optional[", "| None", "|None", "Literal", "<a") if word in whole]
+
+
+def test_list_cuts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    verb("list")([str(RECIPES)])
+    said = capsys.readouterr().out
+    assert "NousResearch/Llama-2-7b-chat-hf" in said and "timdettmers/openassistant-guanaco" in said
+    assert "…" not in said

@@ -128,6 +128,18 @@ def _check_unused(model: str, names: Iterable[str]) -> None:
         )
 
 
+def load_outline(model: str, revision: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """Return the base without its weights, which takes no memory; None where `load_base` would say why it cannot be."""
+    location = model_location(model)
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # a damaged configuration may raise anything
+        return None
+    return cast("PreTrainedModel", outline)
+
+
 def _repair_architecture(config: PretrainedConfig) -> list[str]:
     """Make the repairs that the family of a model asks for, and return those that a receipt names."""
     family = FAMILIES.get(config.model_type)
