@@ -54,6 +54,6 @@ def test_a_comparison_with_int8_says_what_its_scores_depend_on(tmp_path: Path) -
     threshold = {"receipt": {"base__quantized": QuantizedReceipt(28, 28, 6.0)}}
     int8 = make_run(tmp_path, "int8", scores=answers(200), **threshold)
     bf16, nf4 = (make_run(tmp_path, precision, scores=answers(200)) for precision in ("bf16", "nf4"))
-    (said,) = (caveat for caveat in compare_folders([int8, bf16], 1.0).caveats if "int8" in caveat)
+    (said,) = (caveat for caveat in compare_folders([int8, bf16], 1.0).caveats if "In int8" in caveat)
     assert "every arm was scored on the same batches, of up to 64 rows" in said
-    assert not any("int8" in caveat for caveat in compare_folders([nf4, bf16], 1.0).caveats)
+    assert not any("In int8" in caveat for caveat in compare_folders([nf4, bf16], 1.0).caveats)
