@@ -209,7 +209,10 @@ FAULTS: dict[str, tuple[Callable[[Hub], object], str]] = {
     "server error": (model(failures=[500] * 99), "the hub answers 500"),
     "too many requests": (model(failures=[429] * 99), "the hub answers 429"),
     "no answer": (lambda hub: setattr(hub, "silent", True), "the connection to the hub failed"),
-    "no network, no cache": (lambda hub: hub.__exit__(), "the connection to the hub failed .*refused"),
+    "no network, no cache": (
+        lambda hub: hub.__exit__(),
+        "the hub .* cannot be reached",
+    ),
 }
 
 

@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError, TemplateError
 from qlora_recipes.families import FAMILIES
@@ -125,6 +128,23 @@ def _check_unused(model: str, names: Iterable[str]) -> None:
         raise ModelError(
             f"{model}: {len(unused)} weights of the checkpoint have no place in the model that config.json describes "
             f"({shown}). Expected the config.json that they were saved with: see num_hidden_layers in it"
+        )
+
+
+def check_reachable(model: str, revision: str | None) -> None:
+    """Refuse a hub model that is not in the cache while the hub does not answer; the libraries try for a minute.
+
+    Raises:
+        ModelError: saying so.
+    """
+    location = model_location(model)
+    if Path(location).exists() or constants.HF_HUB_OFFLINE:  # whose errors come at once
+        return
+    cached = try_to_load_from_cache(location, "config.json", revision=revision or "main")
+    if not isinstance(cached, str) and not environment.hub_answers():
+        raise ModelError(
+            f"cannot load {location}: the hub ({constants.ENDPOINT}) cannot be reached, and the cache does not have "
+            "it. Check the network, or give a folder (--model)"
         )
 
 

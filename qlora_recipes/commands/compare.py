@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_recipes.commands.flags import RUNS, Parser
 from qlora_recipes.commands.recipe_cli import without_secrets
-from qlora_recipes.errors import ComparisonError
+from qlora_recipes.errors import ComparisonError, UsageError, nearest
 from qlora_recipes.fields import Field
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _FLAGS = (
     MARGIN_FLAG,
     Field("tasks", "list[str]", "tasks to compare (default: all that are evaluated)", "TASK", None),
     Field("baseline", "str", "what the others are compared with", "PRECISION", None),
+    Field("report_to", "list[str]", "trackers that get the verdict too, such as tensorboard", "TRACKER", ()),
     Field("output", "str", "where the report goes (default: report/ beside the runs)", "FOLDER", None),
     Field("divergence", "bool", "load every arm in turn and measure KL as well", default=False),
 )
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         divergence=given["divergence"],
     )
     say(report, write_report(report, output))
+    track(report, given["report_to"], output.parent)
 
 
 def compare_folders(
@@ -116,6 +118,33 @@ def say(report: Report, page: Path) -> None:
     for contrast in report.contrasts:
         print(contrast.sentence)
     print(f"report: {page} (and {MARKDOWN} beside it)")
+
+
+def track(report: Report, trackers: Sequence[str], folder: Path) -> None:
+    """Give the verdict of every arm to trackers, through accelerate; what they keep in files goes into `folder`.
+
+    Raises:
+        UsageError: for a tracker that accelerate does not know or that is not installed.
+    """
+    if not trackers:
+        return
+    from accelerate import Accelerator
+    from accelerate.utils import LoggerType
+
+    known = [str(kind.value) for kind in LoggerType if kind != LoggerType.ALL]
+    for tracker in trackers:
+        if tracker not in known:
+            raise UsageError(f"--report_to: no tracker {tracker!r}.{nearest(tracker, known)} Known: {', '.join(known)}")
+    accelerator = Accelerator(log_with=list(trackers), project_dir=folder, cpu=True)
+    if missing := sorted(set(trackers) - {str(kind.value) for kind in accelerator.log_with}):
+        raise UsageError(f"--report_to {missing[0]}: it is not installed. Run: pip install {missing[0]}")
+    accelerator.init_trackers("verdicts")
+    for contrast in report.contrasts:
+        low, high = contrast.overall.interval_95
+        figures = {"difference": contrast.overall.difference, "low_95": low, "high_95": high}
+        named = {f"verdict/{contrast.name}/{name}": value for name, value in figures.items()}
+        accelerator.log({**named, f"verdict/{contrast.name}": contrast.sentence})
+    accelerator.end_training()
 
 
 def _measure_divergence(arms: Arms) -> None:

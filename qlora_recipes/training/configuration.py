@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.base.adapters import attach
-from qlora_recipes.base.loading import load_outline
+from qlora_recipes.base.loading import check_reachable, load_outline
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.settings import Settings
 from qlora_recipes.training.faults import is_machine_fault
@@ -42,7 +42,9 @@ def check_settings(settings: Settings) -> None:
 
     Raises:
         UsageError: for what a library refuses, naming the fields at fault.
+        ModelError: for a model that is neither in the cache nor to be had.
     """
+    check_reachable(settings.model, settings.revision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real objects
         _try(settings.training, lambda fields: _try_training(replace(settings, training=fields)))

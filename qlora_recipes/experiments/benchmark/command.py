@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say
+from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say, track
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.evaluation.task_loading import load_tasks
@@ -94,3 +94,6 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
         earlier_margins=fixed.margins[:-1],
     )
     say(report, write_report(report, page_folder))
+    trackers = plan.flags.get("report_to") or ()
+    trackers = [trackers] if isinstance(trackers, str) else trackers
+    track(report, [name for name in trackers if name != "none"], plan.output)
