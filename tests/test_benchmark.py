@@ -22,11 +22,11 @@ from qlora_recipes import load_recipe
 from qlora_recipes.commands import compare
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.comparison.preregistration import departures
-from qlora_recipes.comparison.report import read_report
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import Divergence, TaskResult, finished_tasks, read_divergence, write_divergence
 from qlora_recipes.experiments.benchmark import command, plan, scoring, training
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
+from qlora_recipes.report.page import read_report
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import SettingsReceipt
 from qlora_recipes.run.signals import Stopped

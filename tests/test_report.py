@@ -19,10 +19,11 @@ import pytest
 from fake_runs import answers, flipped, make_run
 
 from qlora_recipes.commands.compare import compare_folders
-from qlora_recipes.comparison.escape import latex, markdown, plain
 from qlora_recipes.comparison.findings import ChangedAnswer, Report
-from qlora_recipes.comparison.plots import pictures
-from qlora_recipes.comparison.report import (
+from qlora_recipes.errors import RunFolderError
+from qlora_recipes.evaluation.records import Divergence, DocRecord, LayerError
+from qlora_recipes.report.escape import latex, markdown, plain
+from qlora_recipes.report.page import (
     SHOWN,
     check_report_folder,
     read_report,
@@ -31,9 +32,8 @@ from qlora_recipes.comparison.report import (
     render_markdown,
     write_report,
 )
-from qlora_recipes.comparison.tables import as_csv, as_latex, tables
-from qlora_recipes.errors import RunFolderError
-from qlora_recipes.evaluation.records import Divergence, DocRecord, LayerError
+from qlora_recipes.report.plots import pictures
+from qlora_recipes.report.tables import as_csv, as_latex, tables
 
 HOSTILE = [
     "<script>alert('answer')</script>",

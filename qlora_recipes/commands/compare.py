@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: when the runs differ in more than precision, are not evaluated, or say too little.
     """
     given = Parser("qlora-recipes compare", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
-    from qlora_recipes.comparison.report import check_report_folder, read_report, write_report
+    from qlora_recipes.report.page import check_report_folder, read_report, write_report
 
     folders = [Path(run) for run in given["run"]]
     beside = os.path.commonpath([Path(os.path.realpath(folder)).parent for folder in folders])  # a loop of links too
@@ -109,7 +109,7 @@ def compare_folders(
 
 def say(report: Report, page: Path) -> None:
     """Print the verdicts and where the report is."""
-    from qlora_recipes.comparison.report import MARKDOWN
+    from qlora_recipes.report.page import MARKDOWN
 
     if report.limit is not None:
         print(f"NOT A RESULT: the evaluation was limited to {report.limit} documents per task")

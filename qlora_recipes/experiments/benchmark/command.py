@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True) -> None:
     """Do what of a plan is not done yet, and write the report."""
-    from qlora_recipes.comparison.report import check_report_folder, write_report  # scipy: not while flags are read
+    from qlora_recipes.report.page import check_report_folder, write_report  # scipy: not while flags are read
 
     console = Console(stderr=True)
     page_folder = plan.output / "report"

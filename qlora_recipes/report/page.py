@@ -19,12 +19,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from qlora_recipes.comparison.escape import markdown, plain
 from qlora_recipes.comparison.findings import ChangedAnswer, Report
-from qlora_recipes.comparison.plots import PICTURES, pictures
 from qlora_recipes.comparison.sentences import interval, signed
-from qlora_recipes.comparison.tables import TABLES, as_csv, as_latex, tables
 from qlora_recipes.errors import RunFolderError
+from qlora_recipes.report.escape import markdown, plain
+from qlora_recipes.report.plots import PICTURES, pictures
+from qlora_recipes.report.tables import TABLES, as_csv, as_latex, tables
 from qlora_recipes.run.files import read_record, write_text
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "index.html"
@@ -103,7 +103,7 @@ def render_markdown(report: Report) -> str:
 
 @cache
 def _environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
-    loader = PackageLoader("qlora_recipes.comparison", ".")
+    loader = PackageLoader("qlora_recipes.report", ".")
     environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize)
     environment.filters.update(signed=signed, interval=interval, number="{:g}".format, day=_day, in_turn=_in_turn)
     return environment

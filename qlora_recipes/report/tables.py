@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_recipes.comparison.escape import latex, plain, spreadsheet
 from qlora_recipes.comparison.findings import Arm, Contrast, Report
 from qlora_recipes.comparison.paired import Comparison
 from qlora_recipes.comparison.sentences import interval, signed
+from qlora_recipes.report.escape import latex, plain, spreadsheet
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from qlora_recipes.comparison.escape import plain
 from qlora_recipes.comparison.findings import Arm, Contrast, Report, before_tuning
 from qlora_recipes.comparison.paired import Comparison
-from qlora_recipes.comparison.tables import label, mean_error
+from qlora_recipes.report.escape import plain
+from qlora_recipes.report.tables import label, mean_error
 from qlora_recipes.run.display import running_mean
 
 if TYPE_CHECKING:
