@@ -154,6 +154,8 @@ def test_scores_of_other_weights_are_refused(tmp_path: Path) -> None:
         ({"limit": 50}, "limit 50"),
         ({"batch_size": 8}, "batch_size 8"),
         ({"loglikelihood_dtype": "bfloat16"}, "loglikelihood_dtype 'bfloat16'"),
+        ({"decoding": "temperature 0.7, top_p 0.9, seed 1"}, "decoding 'temperature 0.7, top_p 0.9, seed 1' in"),
+        ({"config_sha256": "other choices"}, "config_sha256 'other choices' in"),
         ({"change": lambda d: replace(d, prompt_hash="other")}, "differ in prompt_hash alone"),
     ],
 )
@@ -405,6 +407,7 @@ def test_questions_of_two_tasks_count_once(tmp_path: Path) -> None:
     assert shared.overall.interval == pytest.approx(once.overall.interval)
     assert shared.overall.interval_95 == pytest.approx(once.overall.interval_95)
     assert shared.overall.n_clusters == once.overall.n_clusters == 8
+    assert "over 1,600 documents (800 of them distinct) of 2 tasks" in shared.sentence
 
 
 def test_tasks_that_differ_are_no_match_though_their_mean_is(tmp_path: Path) -> None:
@@ -430,6 +433,37 @@ def test_one_seed_speaks_of_two_runs(tmp_path: Path) -> None:
     assert one.sentence.endswith("With one seed, this is about these two runs and not about two precisions.")
     several = compare_folders(ladder(tmp_path / "several"), 2.0).contrasts[-1]
     assert "With one seed" not in several.sentence
+
+
+def test_one_seed_says_so_whatever_the_verdict(tmp_path: Path) -> None:
+    wide = pair(tmp_path / "wide", lost=30, won=28)
+    unlike = two_tasks(tmp_path / "unlike", lost=(45, 4), won=(4, 45))
+    alike = [make_run(tmp_path / "alike", p, scores=np.ones(N)) for p in ("nf4", "bf16")]
+    for runs, margin in ((wide, 1.0), (unlike, 2.0), (alike, 1.0)):
+        (found,) = compare_folders(runs, margin).contrasts
+        assert found.overall.verdict == "inconclusive"
+        assert "With one seed, this is about these two runs" in found.sentence
+
+
+def test_where_documents_and_seeds_are_missing_both_are_asked_for(tmp_path: Path) -> None:
+    changes = {0: (50, 40), 1: (40, 60)}
+    runs = [
+        make_run(tmp_path, name, seed, flipped(SCORES, *changes[seed]) if name == "nf4" else SCORES)
+        for name in ("nf4", "bf16")
+        for seed in changes
+    ]
+    (found,) = compare_folders(runs, 1.0).contrasts
+    needed, seeds = found.overall.n_needed, found.overall.seeds_needed
+    assert needed is not None and seeds is not None
+    assert f"About {needed:,} documents and {seeds} seeds would settle it. Those documents would have" in found.sentence
+
+
+def test_an_arm_that_is_never_wrong_may_be_so_elsewhere(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name, scores=scores) for name, scores in (("nf4", SCORES), ("bf16", np.ones(N)))]
+    bf16, nf4 = compare_folders(runs, 1.0).arms
+    low, high = bf16.overall.interval_95
+    assert 99 < low < 99.8 and high == bf16.overall.mean == 100
+    assert nf4.overall.mean == pytest.approx(100 * SCORES.mean())
 
 
 # The command

@@ -101,6 +101,13 @@ def test_a_task_with_one_right_answer_is_not_accused(tmp_path: Path) -> None:
     assert found.overall.verdict == "equivalent" and not found.doubts
 
 
+def test_a_graded_answer_is_not_called_wrong(tmp_path: Path) -> None:
+    scores = np.where(np.arange(400) % 2, 0.4, 0.6)
+    runs = [make_run(tmp_path, name, scores=scores, kind="score", text=False) for name in ("nf4", "bf16")]
+    (doubt,) = compare_folders(runs, 1.0).contrasts[0].doubts
+    assert doubt.endswith("in 400 of 400 documents, which has less than a full score in 400 of them")
+
+
 def test_a_baseline_like_its_untuned_base_is_no_match(tmp_path: Path) -> None:
     found = compared(tmp_path, READS, READS_TOO, READS)
     assert found.overall.verdict == "inconclusive"

@@ -144,6 +144,16 @@ def test_a_folder_that_contradicts_itself_is_refused(tmp_path: Path, forgery: st
     assert "Evaluate" in str(refusal.value) or "rain" in str(refusal.value)
 
 
+def test_one_precision_on_two_bases_is_refused(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name, seed, SCORES) for name in ("nf4", "bf16") for seed in (0, 1)]
+    compare_folders(runs, 1.0)
+    edit(runs[1] / "run.json", base__sha256="another")
+    for result in (runs[1] / "evaluation").glob("*[!s].json"):
+        edit(result, base_sha256="another")
+    with pytest.raises(RecipesError, match="are both nf4, on bases with the hashes base-nf4 and another"):
+        compare_folders(runs, 1.0)
+
+
 def test_every_precision_has_its_own_layers(tmp_path: Path) -> None:
     precisions = ("bf16", "int8", "nf4", "nf4-single", "fp4")
     report = compare_folders([make_run(tmp_path, name, scores=SCORES) for name in precisions], 1.0)

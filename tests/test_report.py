@@ -375,6 +375,16 @@ def test_the_papers_claims_stand_beside_what_was_found(ladder: Report) -> None:
     assert "nf4 against fp4: +2.12 points" in found["NF4 scores above FP4"].figure
 
 
+def test_a_difference_inside_the_margin_is_still_above_or_below(tmp_path: Path) -> None:
+    scores = answers(4000)
+    lost = {"bf16": (0, 0), "nf4": (2, 2), "fp4": (90, 5)}
+    runs = [make_run(tmp_path, name, scores=flipped(scores, *each)) for name, each in lost.items()]
+    report = compare_folders(runs, 5.0)
+    assert {contrast.overall.verdict for contrast in report.contrasts} == {"equivalent"}
+    assert {claim.verdict for claim in report.claims} == {"found"}
+    assert all(claim.figure.endswith("margin ±5, 1 seed") for claim in report.claims)
+
+
 def test_what_the_arms_do_not_decide_cannot_be_said(tmp_path: Path) -> None:
     scores = answers(400)
     lost = {"bf16": (0, 0), "nf4": (30, 25), "fp4": (31, 25)}

@@ -19,18 +19,20 @@ TABLE_BITS = {False: 32 * 16, True: 32 * (16 + 256 + 1)}
 def overall_score(scores: AlignedScores, criteria: Criteria) -> OverallScore:
     """Return the mean over the tasks of the verdict with its interval, clustered as differences are.
 
-    Where a t interval leaves the scale, it ends where the scale does.
+    Where a t interval leaves the scale, it ends where the scale does. Of right and wrong, what is rarer is counted: an
+    arm that is never wrong may still be so in another document.
     """
-    tasks = {}
+    tasks, right = {}, float(np.mean([scores.scores(task).mean() for task in criteria.verdict]))
+    top = float(POINTS) if right > 0.5 else 0.0
     for task in criteria.verdict:
         documents, points = scores.documents(task)[0], POINTS * scores.scores(task)
         subjects = [document.subject for document in documents]
         clusters = subjects if len(set(subjects)) > 1 else None
         texts = [document.doc_hash for document in documents]
-        tasks[task] = TaskScores(points, np.zeros_like(points), clusters, texts)
+        tasks[task] = TaskScores(points, np.full_like(points, top), clusters, texts)
     found = overall(tasks, margin=criteria.margin)
-    low, high = found.interval_95
-    return OverallScore(found.difference, (max(low, 0.0), min(high, float(POINTS))))
+    low, high = (top + bound for bound in found.interval_95)
+    return OverallScore(POINTS * right, (max(low, 0.0), min(high, float(POINTS))))
 
 
 def stored_weights(base: BaseReceipt, precision: Precision) -> StoredWeights | None:

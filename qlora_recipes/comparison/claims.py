@@ -50,6 +50,7 @@ def paper_claims(
     errors: Mapping[str, Sequence[LayerError]],
 ) -> Iterator[Claim]:
     """Yield every claim whose precisions are among the arms; `errors` is by precision."""
+    of_seeds = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     full = next((name for name in scores if not PRECISIONS[name].quantized), "")
     for each in _OF_SCORES:
         other = full if each.other == _16_BITS else each.other
@@ -57,13 +58,18 @@ def paper_claims(
             found = contrast(scores[each.arm], scores[other], seeds, criteria).overall
             figure = (
                 f"{each.arm} against {other}: {points(found.difference)}, 90 % interval {interval(found.interval)}, "
-                f"95 % {interval(found.interval_95)}, margin ±{found.margin:g}"
+                f"95 % {interval(found.interval_95)}, margin ±{found.margin:g}, {of_seeds}"
             )
             yield Claim(each.claim, each.source, _judge(found, each.expected), figure)
     if errors.get("nf4") and errors.get("fp4"):
         nf4, fp4 = (sum(layer.relative_error for layer in errors[name]) / len(errors[name]) for name in ("nf4", "fp4"))
         figure = f"mean relative error of the weights {100 * nf4:.2f} % in nf4 and {100 * fp4:.2f} % in fp4"
-        yield Claim("NF4 is more precise than FP4", "sections 3 and 4", "found" if nf4 < fp4 else "not found", figure)
+        yield Claim(
+            "NF4 suits normally distributed weights better than FP4",
+            "section 3",
+            "found" if nf4 < fp4 else "not found",
+            figure,
+        )
     weights = {arm.precision: arm.weights for arm in arms}
     double, single = weights.get("nf4"), weights.get("nf4-single")
     if double and single:
@@ -81,8 +87,12 @@ def paper_claims(
 
 
 def _judge(found: Comparison, expected: str) -> Finding:
-    """Say whether a difference is the one expected; what is inconclusive, or a trial, says nothing."""
+    """Say whether a difference is the one expected; what is inconclusive, or a trial, says nothing.
+
+    One that excludes zero is above or below even inside the margin, where it is alike as well.
+    """
     if found.limited or found.verdict == "inconclusive":
         return "cannot be said here"
-    seen = "alike" if found.verdict == "equivalent" else "above" if found.difference > 0 else "below"
-    return "found" if seen == expected else "not found"
+    low, high = found.interval_95
+    seen = {"alike": found.verdict == "equivalent", "above": low > 0, "below": high < 0}
+    return "found" if seen[expected] else "not found"

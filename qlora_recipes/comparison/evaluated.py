@@ -25,7 +25,7 @@ from qlora_recipes.run.receipt import Receipt
 # What two results of one task must share, so that the same thing was measured in the same way.
 _SAME_MEASUREMENT = (
     "kind metric higher_is_better version limit num_fewshot chat_template template_sha256 batch_size "
-    "loglikelihood_dtype device"
+    "loglikelihood_dtype device decoding config_sha256"
 ).split()
 # What makes two documents the same one; never their place in the task.
 _IDENTITY = ("task", "doc_hash", "prompt_hash", "target_hash")

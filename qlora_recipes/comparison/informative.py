@@ -68,7 +68,7 @@ def _of_chance(baseline: AlignedScores, task: str) -> Iterator[str]:
         guessed = float(chance.mean())
         yield (
             f"{baseline.name} is not above chance in {task}, with {scores.mean():.1f} % right (95 % interval "
-            f"{guessed + low:.1f} to {guessed + high:.1f}) where guessing gets {guessed:.1f} %"
+            f"{max(guessed + low, 0):.1f} to {min(guessed + high, POINTS):.1f}) where guessing gets {guessed:.1f} %"
         )
 
 
@@ -85,4 +85,5 @@ def _one_answer(documents: Sequence[DocRecord]) -> str | None:
         return None
     texts = {document.answer for document in alike}
     shown = shortened(repr(texts.pop()), 40) if len(texts) == 1 else f"its choice {int(answer or 0) + 1}"
-    return f"{shown} in {number:,} of {len(documents):,} documents, which is wrong in {wrong:,} of them"
+    judged = "is wrong in" if {document.score for document in documents} <= {0, 1} else "has less than a full score in"
+    return f"{shown} in {number:,} of {len(documents):,} documents, which {judged} {wrong:,} of them"

@@ -69,13 +69,16 @@ class Comparison:
     p_difference: float
     margin: float
     n: int
-    """Documents."""
+    """Documents, each as often as tasks ask it."""
+    n_distinct: int
+    """Documents, each once."""
     n_clusters: int
     """Subjects; every document is its own where none were given."""
     n_needed: int | None
     """Documents that would bring a verdict on their own; None where they bring one already, or are so many."""
     seeds_needed: int | None
-    """Seeds that would bring a verdict if these are typical; None for one seed, or where a verdict is there."""
+    """Seeds that would bring a verdict on their own if these are typical; None for one seed, where there is a verdict,
+    or where these bring one on their own already."""
     seed_differences: tuple[float, ...]
     """Mean of a - b of each seed."""
     seed_interval: Interval | None
@@ -142,6 +145,7 @@ def overall(tasks: Mapping[str, TaskScores], *, margin: float, limited: bool = F
         verdict=verdict,
         margin=float(margin),
         n=len(texts),
+        n_distinct=int(texts.max()) + 1,
         n_clusters=int(clusters.max()) + 1,
         n_needed=needed if too_few else None,
         seeds_needed=_seeds_for_a_verdict(per_seed, margin) if seeds and verdict == "inconclusive" else None,
@@ -187,12 +191,12 @@ def _documents_for_a_verdict(readings: list[Reading], n: int, margin: float) -> 
 
 
 def _seeds_for_a_verdict(per_seed: Floats, margin: float) -> int | None:
-    """Return the fewest seeds that would decide if their mean and spread stayed; None where 100 would not."""
+    """Return the fewest seeds that would decide if mean and spread stayed; None where these do, or 100 would not."""
     difference, spread = abs(float(per_seed.mean())), float(np.std(per_seed, ddof=1))
-    for seeds in range(len(per_seed) + 1, 101):
+    for seeds in range(len(per_seed), 101):
         half, half_95 = (stats.t(seeds - 1).isf([0.05, 0.025]) * spread / math.sqrt(seeds)).tolist()
         if difference + half < margin or difference > half_95:
-            return seeds
+            return seeds if seeds > len(per_seed) else None
     return None
 
 

@@ -55,7 +55,7 @@ def plan_sentence(documents: Sequence[int], seeds: int) -> str:
     found = detectable_difference(documents, seeds)
     tasks = f"{sum(documents):,} documents of {len(documents)} task{'s' if len(documents) > 1 else ''}"
     said = f"with {tasks} and {seeds} seed{'s' if seeds > 1 else ''} a true difference of {found:.1f} points is found"
-    assumed = f"80 % power, if {100 * CHANGED:.0f} % of the answers change"
+    assumed = f"80 % power for independent documents, if {100 * CHANGED:.0f} % of the answers change"
     if seeds == 1:
         return f"{said} ({assumed}); with one seed it is one between two runs, which training noise alone can make"
     return f"{said} ({assumed} and seeds spread by {SEED_SPREAD:g} points)"

@@ -61,11 +61,19 @@ def check_adapter(run: Path, receipt: Receipt, file: Path) -> None:
 def check_arms(runs: Sequence[tuple[Path, Receipt]]) -> None:
     """Refuse two runs that are one: the same adapter twice, or one base under the names of two precisions.
 
+    Two bases under the name of one precision are refused too: what is stored alike is alike to the bit.
+
     Raises:
         ComparisonError: naming both runs.
     """
     for i, (path, run) in enumerate(runs):
         for earlier_path, earlier in runs[:i]:
+            if run.precision == earlier.precision and run.base.sha256 != earlier.base.sha256:
+                raise ComparisonError(
+                    f"{earlier_path} and {path} are both {run.precision}, on bases with the hashes "
+                    f"{earlier.base.sha256[:12]} and {run.base.sha256[:12]}; expected the same base. Train one of them "
+                    "again"
+                )
             twice = "adapter" if run.adapter.final_sha256 == earlier.adapter.final_sha256 else None
             if run.precision != earlier.precision and run.base.sha256 == earlier.base.sha256:
                 twice = "base"

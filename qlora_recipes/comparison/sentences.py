@@ -24,7 +24,8 @@ def sentence(
     `unlike` holds the differences of tasks that differ by themselves where the mean over tasks is equivalent. `doubts`
     are reasons why agreement would mean nothing, and `rest` is the comparison over the tasks that have none.
     """
-    evidence = f"{found.n:,} documents of {_count(len(tasks), 'task')} and {_count(len(seeds), 'seed')}"
+    distinct = f" ({found.n_distinct:,} of them distinct)" if found.n_distinct < found.n else ""
+    evidence = f"{found.n:,} documents{distinct} of {_count(len(tasks), 'task')} and {_count(len(seeds), 'seed')}"
     margin = f"the margin of ±{found.margin:g} {'point' if found.margin == 1 else 'points'}"
     reasons = "; ".join(doubts)
     note = f" Agreement of these arms would mean nothing: {reasons}." if doubts else ""
@@ -52,18 +53,19 @@ def sentence(
         return (
             f"{name} does not match {baseline} in every task: {single}. Only the mean over tasks is alike, with "
             f"{points(found.difference)} (90 % interval {interval(found.interval)}) inside {margin}, over {evidence}."
-            f"{note}"
+            f"{_of_one(seeds)}{note}"
         )
     if doubts and found.interval_inside_margin:
         others = f" In the other tasks the difference is {_estimate(rest)}, not inside the margin." if rest else ""
         return (
             f"{name} and {baseline} agree, but the agreement means nothing: {reasons}.{others} Their scores differ by "
             f"{points(found.difference)} (90 % interval {interval(found.interval)}), inside {margin}, over {evidence}."
+            f"{_of_one(seeds)}"
         )
     return (
         f"Inconclusive: {name} scores {points(found.difference)} against {baseline} (90 % interval "
         f"{interval(found.interval)}); that is not inside {margin}, nor does the 95 % interval "
-        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_needed(found)}{note}"
+        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_needed(found)}{_of_one(seeds)}{note}"
     )
 
 
@@ -73,7 +75,11 @@ def _estimate(found: Comparison) -> str:
 
 def _needed(found: Comparison) -> str:
     if found.n_needed is not None:
-        return f" About {found.n_needed:,} documents would settle it."
+        too = f" and {found.seeds_needed} seeds" if found.seeds_needed is not None else ""
+        of_more = (
+            " Those documents would have to be of more subjects too." if found.n_clusters < found.n_distinct else ""
+        )
+        return f" About {found.n_needed:,} documents{too} would settle it.{of_more}"
     if found.seeds_needed is not None:
         return f" The documents are enough; about {found.seeds_needed} seeds would settle it if these are typical."
     return " What is wide is the spread over seeds: train more of them." if found.seed_interval else ""

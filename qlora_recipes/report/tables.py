@@ -241,7 +241,7 @@ def _flips(report: Report) -> Table:
          flips.wrong_to_other_wrong, flips.n, flips.p]
         for contrast in _contrasts(report) for count in contrast.flips for flips in [count.flips]
     ]  # fmt: skip
-    caption = "Documents that were answered differently"
+    caption = "Documents that were answered differently; McNemar's test takes them for independent, and does not decide"
     return Table(caption, [*columns, Column("documents", "count"), Column("McNemar p", "p")], rows)
 
 
