@@ -455,7 +455,7 @@ def test_where_documents_and_seeds_are_missing_both_are_asked_for(tmp_path: Path
     (found,) = compare_folders(runs, 1.0).contrasts
     needed, seeds = found.overall.n_needed, found.overall.seeds_needed
     assert needed is not None and seeds is not None
-    assert f"About {needed:,} documents and {seeds} seeds would settle it. Those documents would have" in found.sentence
+    assert f"About {needed:,} documents and {seeds} seeds would settle it. Those documents should be" in found.sentence
 
 
 def test_an_arm_that_is_never_wrong_may_be_so_elsewhere(tmp_path: Path) -> None:

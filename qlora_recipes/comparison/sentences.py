@@ -76,9 +76,7 @@ def _estimate(found: Comparison) -> str:
 def _needed(found: Comparison) -> str:
     if found.n_needed is not None:
         too = f" and {found.seeds_needed} seeds" if found.seeds_needed is not None else ""
-        of_more = (
-            " Those documents would have to be of more subjects too." if found.n_clusters < found.n_distinct else ""
-        )
+        of_more = " Those documents should be of more subjects too." if found.n_clusters < found.n_distinct else ""
         return f" About {found.n_needed:,} documents{too} would settle it.{of_more}"
     if found.seeds_needed is not None:
         return f" The documents are enough; about {found.seeds_needed} seeds would settle it if these are typical."
