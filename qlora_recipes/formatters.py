@@ -58,7 +58,7 @@ _EMPTY = {"system": Reason.EMPTY_SYSTEM, "user": Reason.EMPTY_QUESTION, "assista
 class RowError(DataError):
     """A row that cannot be used: `reason` is what it is counted under, `detail` what was got and expected.
 
-    Your own `format_row` may raise it too, with a reason of its own.
+    Your own `format_row` may raise it too, with another reason.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

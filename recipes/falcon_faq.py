@@ -1,4 +1,4 @@
-"""Falcon-7b on a question/answer file of one's own."""
+"""Falcon-7b on a question/answer file of your own."""
 
 from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.formatters import question_answer

@@ -27,7 +27,7 @@ def test_every_arm_is_scored_on_the_same_batches(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(environment, "share_threads", lambda processes: None)
+    monkeypatch.setattr(environment, "share_threads", lambda: None)
     run = train(resolve(recipe_for("llama2"), precision="int8", model=str(tiny("llama2")), output_dir=tmp_path / "run"))
     seen: dict[str, list[Any]] = {}
 

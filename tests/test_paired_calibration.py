@@ -268,7 +268,7 @@ def test_more_documents_and_seeds_find_smaller_differences() -> None:
 def test_the_plan_says_what_it_assumes() -> None:
     said = plan_sentence([880], 1)
     assert said.startswith(
-        "with 880 documents of 1 task and 1 seed a true difference of 3.3 points is found (80 % power"
+        "with 880 different documents and 1 seed a true difference of 3.3 points is found (80 % power"
     )
     assert said.endswith("which training noise alone can make")
     assert "12 % of the answers change and seeds spread by 0.5 points" in plan_sentence([880, 1000], 3)

@@ -175,7 +175,7 @@ def start(
 ) -> Callable[..., None]:
     """Return a function that starts a run of a tiny model in an empty folder, up to where its rows would be read."""
 
-    def stop(_: object) -> None:
+    def stop(*_: object) -> None:
         raise Reached
 
     monkeypatch.chdir(tmp_path)

@@ -88,7 +88,7 @@ def compare_folders(
     from qlora_recipes.comparison.evaluated import group, read_scores
     from qlora_recipes.comparison.preregistration import read_preregistration
 
-    beside = {folder.resolve().parent for folder in folders}
+    beside = {Path(os.path.realpath(folder)).parent for folder in folders}  # a loop of links too
     plan = read_preregistration(beside.pop(), fix=_FIX_PLAN) if len(beside) == 1 else None
     arms = group([read_scores(folder, tasks) for folder in folders])
     if baseline is not None and baseline not in arms:

@@ -53,8 +53,8 @@ def _effect(number: int) -> float:
 def plan_sentence(documents: Sequence[int], seeds: int) -> str:
     """Say what a benchmark of these documents, one number a task, and seeds can find."""
     found = detectable_difference(documents, seeds)
-    tasks = f"{sum(documents):,} documents of {len(documents)} task{'s' if len(documents) > 1 else ''}"
-    said = f"with {tasks} and {seeds} seed{'s' if seeds > 1 else ''} a true difference of {found:.1f} points is found"
+    of = f"{sum(documents):,} different documents and {seeds} seed{'s' if seeds > 1 else ''}"
+    said = f"with {of} a true difference of {found:.1f} points is found"
     assumed = f"80 % power for independent documents, if {100 * CHANGED:.0f} % of the answers change"
     if seeds == 1:
         return f"{said} ({assumed}); with one seed it is one between two runs, which training noise alone can make"

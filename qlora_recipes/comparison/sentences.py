@@ -65,7 +65,7 @@ def sentence(
     return (
         f"Inconclusive: {name} scores {points(found.difference)} against {baseline} (90 % interval "
         f"{interval(found.interval)}); that is not inside {margin}, nor does the 95 % interval "
-        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_needed(found)}{_of_one(seeds)}{note}"
+        f"({interval(found.interval_95)}) exclude zero, over {evidence}.{_of_one(seeds)}{_needed(found)}{note}"
     )
 
 

@@ -131,11 +131,12 @@ def print_groups(checks: Sequence[Check], title: str, console: Console, groups: 
     for group in dict.fromkeys(groups.get(check.name, "recipe") for check in checks):
         made = [check for check in checks if groups.get(check.name, "recipe") == group]
         good = [check.name for check in made if check.verdict == "pass"]
-        table.add_row(Text(group), Text(", ".join(good), style="green"))
+        lines = [Text(", ".join(good), style="green")] if good else []
         for check in made:
             if check.verdict != "pass":
                 line = Text.assemble((f"{check.verdict} {check.name}", _STYLES[check.verdict]), f": {check.figure}")
-                table.add_row("", line.append(f". {check.advice}" if check.advice else "", style="italic"))
+                lines.append(line.append(f". {check.advice}" if check.advice else "", style="italic"))
+        table.add_row(Text(group), Text("\n").join(lines))
     console.print(table)
 
 
