@@ -99,6 +99,7 @@ test-oldest: $(OLDEST)/installed
 
 $(OLDEST)/installed: setup.cfg constraints-oldest.txt | $(BIN)/python
 	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install $(call pin,pip)
 	PYTHONWARNINGS=ignore::UserWarning $(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check \
 	  install --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@

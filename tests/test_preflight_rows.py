@@ -316,9 +316,7 @@ def test_a_version_outside_is_a_warning_and_a_fail_where_what_is_replaced_has_ch
 ) -> None:
     asked, read = ["transformers>=99", "trl>=1"], machine.upstream.fingerprint
     monkeypatch.setattr(machine.environment.importlib.metadata, "requires", lambda name: asked)
-    monkeypatch.setattr(
-        machine.upstream, "fingerprint", lambda name: "another" if name.name == changed else read(name)
-    )
+    monkeypatch.setattr(machine.upstream, "fingerprint", lambda name: "another" if name.name == changed else read(name))
     check = verdict_of(machine.versions, run)
     assert check.verdict == verdict
     assert check.figure.startswith("outside the tested versions: transformers 5.")

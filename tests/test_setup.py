@@ -196,7 +196,11 @@ def test_each_target_installs_first(target: str, runs: str) -> None:
 def test_the_oldest_versions_have_their_own_environment() -> None:
     planned = make("--dry-run", "--always-make", "test-oldest")
     assert planned.returncode == 0, planned.stderr
-    steps = ["-m venv .venv-oldest", "--constraint constraints-oldest.txt --editable '.[test]'", ".venv-oldest/bin/python -m pytest"]
+    steps = [
+        "-m venv .venv-oldest",
+        "--constraint constraints-oldest.txt --editable '.[test]'",
+        ".venv-oldest/bin/python -m pytest",
+    ]
     places = [planned.stdout.find(step) for step in steps]
     assert -1 not in places and places == sorted(places), planned.stdout
 

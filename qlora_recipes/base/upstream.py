@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,7 +55,7 @@ def fingerprint(name: Name) -> str:
     except (ImportError, AttributeError):
         return ABSENT
     found = [line.strip() for line in inspect.getsource(owner).splitlines() if re.search(rf"\b{name.name}\b", line)]
-    value = getattr(owner, name.name, None)
+    value: Any = getattr(owner, name.name, None)
     if owner is torch:
         found.append(str(getattr(torch.ops.aten, name.name).default._schema))
     elif getattr(value, "__module__", None) == module:  # neither an instance's nor replaced by ours

@@ -26,6 +26,7 @@ SHORT = 512
 """Rows of up to this many tokens keep the mask: its scores cost less than the iterations of a loop."""
 BLOCK = 128
 """Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in PyTorch 2.11
 
 
 def conversation_mask(
@@ -109,12 +110,10 @@ def _on_gpu(
 ) -> torch.Tensor:
     """PyTorch's own FlashAttention (2.13, `torch/nn/attention/varlen.py`), which needs no other package."""
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    grouped: dict[str, bool] = {}
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            grouped = {"enable_gqa": True}
-        else:  # PyTorch 2.11
-            k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
+    groups = query.shape[1] // key.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": groups > 1} if _TAKES_GROUPS else {}
+    if groups > 1 and not _TAKES_GROUPS:
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
     output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
     return cast(torch.Tensor, output)[None]  # with what else was asked for it would be a tuple
 
