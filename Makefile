@@ -20,11 +20,12 @@ INSTALL := $(PIP) install --constraint constraints.txt
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install hashes demo docs lint test test-oldest clean
+.PHONY: help install hashes demo ladder docs lint test test-oldest clean
 
 help:
 	@echo 'make install   make .venv with the versions that are tested'
 	@echo 'make demo      NF4 against 16 bits on a stand-in, with a report: no GPU, no network'
+	@echo 'make ladder    five precisions on a stand-in, from 16 bits to 4, in one report'
 	@echo 'make docs      build the site of README, docs and docstrings in site/'
 	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style, formatting and types'
@@ -78,6 +79,11 @@ $(BIN)/python:
 # Both arms, their evaluation and the report; run again, it does what is missing.
 demo: $(STAMP)
 	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0
+
+# The same for every precision that is stored another way; the first is the baseline.
+ladder: $(STAMP)
+	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions bf16 int8 nf4 nf4-single fp4 --seeds 0 \
+	  --output runs/$(basename $(notdir $(RECIPE)))-demo/ladder
 
 # A link that leads nowhere fails the build. The variable silences advice about the builder's successor.
 docs: $(STAMP)

@@ -11,16 +11,22 @@ from collections.abc import Sequence
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError, nearest
 
-# Verb to what it is for. The module of that name in commands/ does it; it is imported only when called.
+# Verb to what it is for. The module of that name in commands/ does it, or the one below; imported only when called.
 VERBS = {
-    "list": "recipes in a folder (default: recipes/)",
+    "demo": "NF4 against 16 bits on a stand-in, with a report; no GPU, no network",
+    "new": "write a recipe for a data file of your own",
+    "train": "train a recipe, by its name or its file",
+    "benchmark": "train, evaluate and compare arms and seeds of a recipe",
+    "list": "recipes in a folder (default: those that ship)",
     "plan": "memory of a recipe in every precision, without loading anything",
     "inspect": "which tokens of a recipe's rows are in the loss",
     "evaluate": "score a run with lm-eval and on its held-out rows",
     "compare": "compare evaluated runs and write a report",
     "merge": "write the adapter into 16-bit weights",
     "chat": "talk to a trained run",
+    "throughput": "speed and memory beside the plain TRL script",
 }
+_EXPERIMENTS = {"demo": "demo", "benchmark": "benchmark.command", "throughput": "throughput.command"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,11 +41,12 @@ def _dispatch(argv: Sequence[str]) -> None:
         return
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{nearest(verb, VERBS)}\n{_usage()}")
-    importlib.import_module(f"qlora_recipes.commands.{verb}").main(rest)
+    module = f"experiments.{_EXPERIMENTS[verb]}" if verb in _EXPERIMENTS else f"commands.{verb}"
+    importlib.import_module(f"qlora_recipes.{module}").main(rest)
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
+    lines = [f"  {verb:<10} {purpose}" for verb, purpose in VERBS.items()]
     return "usage: qlora-recipes COMMAND ...\n\n" + "\n".join(lines) + "\n\nqlora-recipes COMMAND --help says more."
 
 

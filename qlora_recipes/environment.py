@@ -9,22 +9,26 @@ import resource
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 
-from qlora_recipes.errors import SetupError
+from qlora_recipes.errors import SetupError, UsageError
 
 _DISTRIBUTION = "qlora-recipes"
 _CGROUP = "/sys/fs/cgroup"
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RECORDED = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "evaluate",
     "tokenizers", "safetensors", "numpy",
 )  # fmt: skip
+_COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_LAUNCHERS = "accelerate launch and torchrun set it; without one of them unset it"
 
 
 def outside_tested() -> dict[Requirement, str]:
@@ -81,17 +85,90 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip()
 
 
-def share_threads(processes: int) -> None:
-    """Give each local process its share of the cores; `accelerate launch` leaves a CPU run with one thread."""
+def check_launch() -> None:
+    """Refuse variables of a launcher that are no numbers, or of which some are set and others are not.
+
+    Raises:
+        UsageError: naming the variable.
+    """
+    given = {name: os.environ[name] for name in (*_COUNTS, "MASTER_ADDR") if name in os.environ}
+    for name in given.keys() - {"MASTER_ADDR"}:
+        if not given[name].isdecimal():
+            raise UsageError(f"{name}: got {given[name]!r}, expected a whole number from 0 up. {_LAUNCHERS}")
+    for number, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(given.get(number, 0)) >= int(given.get(count, 10**9)):
+            raise UsageError(
+                f"{number}: got {given.get(number, 0)}, expected less than {count}={given[count]}. {_LAUNCHERS}"
+            )
+    several = int(given.get("WORLD_SIZE", 1)) > 1 or int(given.get("RANK", 0)) > 0 or "LOCAL_RANK" in given
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if several and missing:
+        found = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UsageError(f"{missing[0]}: not set, expected with {found}. {_LAUNCHERS}")
+
+
+def local_processes() -> int:
+    """Return the number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def share_threads() -> None:
+    """Give this process its share of the processors, unless the user has set how many threads it takes."""
     import torch
 
+    if not _user_set_threads():
+        torch.set_num_threads(max(1, processors() // local_processes()))
+
+
+def _user_set_threads() -> bool:
+    """Whether OMP_NUM_THREADS is the user's: a launcher that finds none sets one, without knowing of quotas."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # `4,2` is for nested regions
+    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return threads.isdecimal() and int(threads) > 0
+    launcher = psutil.Process(os.getppid())
+    with suppress(psutil.Error):
+        return "OMP_NUM_THREADS" in launcher.environ() or "--num_cpu_threads_per_process" in " ".join(
+            launcher.cmdline()
+        )
+    return False
+
+
+def processors() -> int:
+    """Return the processors that this machine or container gives to its processes: a quota counts as whole ones."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // processes))
+    return max(1, int(min([cores, *_quotas()])))
 
 
-def is_sharded() -> bool:
-    """Whether `accelerate launch` divides the model among processes, by FSDP or DeepSpeed."""
-    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+def _quotas() -> Iterator[float]:
+    """Yield the processors allowed by each control group that this process is in, of version 1 or 2."""
+    for folder in _control_groups():
+        with suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()  # "max 100000" where there is none
+            yield int(quota) / int(period)
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:  # -1 where there is none
+                yield int(quota) / int(period)
+
+
+def _control_groups() -> Iterator[Path]:
+    """Yield the folders of the groups of this process and of all above them; in a container the root is its own."""
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            root = Path(_CGROUP, controllers)
+            place = root / path.lstrip("/")
+            yield from (root, *(folder for folder in (place, *place.parents) if root in folder.parents))
+
+
+def sharding_asked() -> str | None:
+    """Return how the launcher was asked to divide the model among processes: FSDP, DEEPSPEED or None."""
+    kinds = ("FSDP", "DEEPSPEED")
+    return next((kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1")), None)
 
 
 def usable_bytes(device_type: str, local_processes: int) -> int:

@@ -53,6 +53,8 @@ class Field:
     """Whether a value of the right type can be used; a command's flags are held to it."""
     expected: str = ""
     """What a refusal says was expected; the annotation where it is empty."""
+    choices: tuple[str, ...] = ()
+    """The only words allowed, where the annotation does not say so itself."""
 
     def parse(self, words: Sequence[str]) -> Any:
         """Turn the words after a flag into a value of the field's type. Nothing is read as YAML: text stays as typed.
@@ -71,7 +73,7 @@ class Field:
         if value is not _NO_VALUE:
             value = self.check(value)
         elif self._is_list(words):
-            item = Field(self.name, self._item, "", expected=self.expected)
+            item = Field(self.name, self.item, "", expected=self.expected)
             value = [item.parse_scalar(part) for word in words for part in word.split(",")]
         elif len(words) == 1:
             value = self.parse_scalar(words[0])
@@ -101,10 +103,10 @@ class Field:
                 return value
             if kind is float and (is_number or isinstance(value, str)) and (number := _as_float(value)) is not None:
                 return number
-            if kind is str and (is_number or isinstance(value, str)) and str(value) in (self._choices or [str(value)]):
+            if kind is str and (is_number or isinstance(value, str)) and self._is_choice(str(value)):
                 return str(value)
             if kind is list and isinstance(value, (list, tuple)):
-                return [Field(self.name, self._item, "").check(each) if self._item else each for each in value]
+                return [Field(self.name, self.item, "").check(each) if self.item else each for each in value]
             if kind is dict and isinstance(value, Mapping):
                 return dict(value)
         raise self._refusal(value)
@@ -120,7 +122,7 @@ class Field:
         raise UsageError(f'{self.name}: got {_shortened(word)}, expected JSON, such as {{"name": 1}} or ["a", "b"]')
 
     def _is_list(self, words: Sequence[str]) -> bool:
-        if not self._item or (len(words) == 1 and self._is_none(words[0])):
+        if not self.item or (len(words) == 1 and self._is_none(words[0])):
             return False
         if len(words) > 1 or str not in self.kinds:
             return True
@@ -133,14 +135,14 @@ class Field:
 
     def _refusal(self, value: object) -> UsageError:
         word = value if isinstance(value, str) else ""
-        hint = nearest(word, self._choices)
+        hint = nearest(word, self.allowed)
         hint = ", without a leading zero" if re.fullmatch("[-+]?0[0-9]+", word) else f".{hint}" if hint else ""
         return UsageError(f"{self.name}: got {_shortened(value)}, expected {self._expected}{hint}")
 
     @property
     def _expected(self) -> str:
-        if self._choices:
-            return f"one of {', '.join(self._choices)}"
+        if self.allowed:
+            return f"one of {', '.join(self.allowed)}"
         return self.expected or {"bool": "true or false", "str": "text"}.get(self.annotation, self.annotation)
 
     @functools.cached_property
@@ -158,14 +160,18 @@ class Field:
         return kinds or [dict, bool, str]  # an enumeration or a nested configuration is given by name or mapping
 
     @functools.cached_property
-    def _choices(self) -> list[str]:
-        """The only words allowed; none where the type describes them instead (`pissa_niter_[number of iters]`)."""
+    def allowed(self) -> list[str]:
+        """The only words allowed; a part of one in brackets, as in `pissa_niter_[number of iters]`, is a number."""
         leaves = ast.walk(self._members.get("Literal", ast.Pass()))
         words = [leaf.value for leaf in leaves if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)]
-        return [] if "str" in self._members or any("[" in word for word in words) else words
+        return [] if "str" in self._members and not self.choices else [*self.choices, *words]
+
+    def _is_choice(self, word: str) -> bool:
+        forms = (re.sub(r"\\\[.*\\\]", "[1-9][0-9]*", re.escape(choice)) for choice in self.allowed)
+        return not self.allowed or any(re.fullmatch(form, word) for form in forms)
 
     @functools.cached_property
-    def _item(self) -> str:
+    def item(self) -> str:
         """Type of a list's items where words can be items, else an empty string."""
         node = self._members.get("list")
         return node.slice.id if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Name) else ""
@@ -220,14 +226,29 @@ def fields_of(config: str) -> Mapping[str, Field]:
         for node in classes[class_name]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 name = node.target.id
-                found[name] = Field(name, ast.unparse(node.annotation), _help(node.value))
+                found[name] = _field(name, node)
     return found | ({_PATIENCE.name: _PATIENCE} if config == "SFTConfig" else {})
 
 
-def _help(value: ast.expr | None) -> str:
-    """The first sentence of `metadata={"help": ...}` in a `field(...)` call."""
-    dicts = [node for node in ast.walk(value or ast.Pass()) if isinstance(node, ast.Dict)]
-    pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
-    texts = [text for key, text in pairs if isinstance(key, ast.Constant) and key.value == "help"]
-    parts = [str(node.value) for text in texts[:1] for node in ast.walk(text) if isinstance(node, ast.Constant)]
-    return "".join(parts).split(". ")[0].strip()
+def _field(name: str, node: ast.AnnAssign) -> Field:
+    """Read one line of a configuration class: its type, and the help and choices of `field(metadata={...})`."""
+    dicts = [inner for inner in ast.walk(node.value or ast.Pass()) if isinstance(inner, ast.Dict)]
+    pairs = [pair for inner in dicts for pair in zip(inner.keys, inner.values, strict=True)]
+    known = {key.value: _texts(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    return Field(
+        name,
+        ast.unparse(node.annotation),
+        _first_sentence("".join(known.get("help", ()))),
+        choices=tuple(known.get("choices", ())),
+    )
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence without markup, from a capital to a full stop, as whole as upstream has it."""
+    plain = re.sub(r"<[^>]+>|\[`?~?([^\]`]+)`?\](\([^)]*\))?", r"\1", " ".join(text.split()))
+    sentence = re.split(r"(?<!e\.g)(?<!i\.e)(?<=[.!?]) (?=[^a-z])", plain)[0].rstrip(".,")
+    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
+
+
+def _texts(node: ast.expr) -> list[str]:
+    return [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant) and isinstance(inner.value, str)]

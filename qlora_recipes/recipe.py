@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
+import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,8 +41,12 @@ DERIVED = {
     "save_only_model": "--resume, which needs the optimizer's state",
     "enable_jit_checkpoint": "nothing; SIGTERM and SIGINT always save the running step",
     "logging_nan_inf_filter": "nothing; a NaN stops the run",
+    "activation_checkpointing": "--gradient_checkpointing",
+    "activation_checkpointing_kwargs": "--gradient_checkpointing_kwargs",
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
+    "fsdp": "accelerate launch --use_fsdp",
+    "fsdp_config": "the --fsdp_ flags of accelerate launch",
     "task_type": "nothing; it is CAUSAL_LM",
     "peft_type": "nothing; it is LORA",
     "base_model_name_or_path": "--model",
@@ -68,7 +74,7 @@ class DatasetSpec:
     """Share of the rows held out for evaluation. A larger share gives more precise scores and less to train on."""
 
     demo: str | None = None
-    """Name of the bundled rows of the same shape, which `--demo` reads instead."""
+    """Name of the bundled rows of the same shape, which `--demo` reads where `source` is no file that is here."""
 
 
 class Recipe:
@@ -140,7 +146,12 @@ class Recipe:
 
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> None:
-        """Train this recipe with these command-line arguments (default: those of the process)."""
+        """Train this recipe with these command-line arguments (default: those of the process).
+
+        Does nothing while `load_recipe` reads the file that calls it: with and without `if __name__ == "__main__"`.
+        """
+        if _loading:
+            return
         from qlora_recipes.commands.recipe_cli import main  # late, since the command line imports this module
 
         main(cls, arguments)
@@ -209,19 +220,49 @@ def check_field(config: str, name: str, value: object) -> object:
     return fields[name].check(value)
 
 
+def _is_multiple(value: Any) -> bool:
+    return value in (None, "auto") or (str(value).isdecimal() and int(value) >= 1)
+
+
+def _is_mapping(value: Any) -> bool:
+    every = value.get("every_n_layers", 1) if isinstance(value, Mapping) else 0
+    return value is None or (isinstance(every, int) and every >= 1)
+
+
+_STARTS = (True, False, "gaussian", "orthogonal", "mica")
+"""Ways to start an adapter that leave the base as it is and need no rows."""
+_BEST = (None, "loss", "eval_loss")
+
 # Section, field, test, what is expected: for values that the libraries accept, and then fail or train nothing with.
 _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
     ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
-    ("training", "learning_rate", lambda value: value > 0, "a positive number"),
+    ("lora", "init_lora_weights", lambda value: value in _STARTS, f"one of {_STARTS}; others rewrite the base"),
+    ("training", "seed", lambda value: 0 <= value < 2**32, "a whole number from 0 up, below 2**32"),
+    ("training", "data_seed", lambda value: value is None or 0 <= value < 2**32, "a whole number from 0 up"),
+    ("training", "neftune_noise_alpha", lambda value: value is None or 0 < value < math.inf, "a positive number"),
+    ("training", "learning_rate", lambda value: 0 < value < math.inf, "a positive number"),
     ("training", "max_length", lambda value: value is not None and value >= 8, "at least 8 tokens"),
     ("training", "max_steps", lambda value: value == -1 or value >= 1, "at least 1, or -1 for whole epochs"),
-    ("training", "num_train_epochs", lambda value: value > 0, "a positive number"),
+    ("training", "num_train_epochs", lambda value: 0 < value < math.inf, "a positive number"),
     ("training", "per_device_train_batch_size", lambda value: value >= 1, "at least 1"),
     ("training", "gradient_accumulation_steps", lambda value: value >= 1, "at least 1"),
     ("training", "save_steps", lambda value: value > 0, "a number of steps, or a share of them below 1"),
     ("training", "save_total_limit", lambda value: value is None or value >= 1, "at least 1 checkpoint"),
+    ("training", "weight_decay", lambda value: 0 <= value < math.inf, "0 or a positive number"),
+    ("training", "label_smoothing_factor", lambda value: 0 <= value < 1, "a share from 0 up to 1"),
+    ("training", "logging_steps", lambda value: value > 0, "a number of steps, or a share of them below 1"),
+    ("training", "eval_steps", lambda value: value is None or value > 0, "a number of steps, or a share of them"),
+    ("training", "eval_delay", lambda value: value >= 0, "0 or a number of steps or epochs"),
+    ("training", "per_device_eval_batch_size", lambda value: value >= 1, "at least 1"),
+    ("training", "eval_accumulation_steps", lambda value: value is None or value >= 1, "at least 1"),
+    ("training", "pad_to_multiple_of", _is_multiple, "auto, or at least 1"),
+    ("training", "lr_scheduler_kwargs", _is_mapping, "a mapping"),
+    ("training", "gradient_checkpointing_kwargs", _is_mapping, "a mapping, every_n_layers in it at least 1"),
+    ("training", "dataset_num_proc", lambda value: value is None or value >= 1, "at least 1"),
+    ("training", "ddp_timeout", lambda value: value >= 1, "at least 1 second"),
+    ("training", "metric_for_best_model", lambda value: value in _BEST, "loss"),
     ("training", "early_stopping_patience", lambda value: value is None or value >= 1, "at least 1 evaluation"),
     ("training", "max_grad_norm", lambda value: value >= 0, "0 (no clipping) or a positive number"),
 )
@@ -235,27 +276,49 @@ def bound_faults(lora: Mapping[str, Any], training: Mapping[str, Any]) -> Iterab
             yield f"{section}: {name}: got {sections[section][name]!r}, expected {expected}"
 
 
+_PACKAGE = Path(__file__).parent
+# Inside the package where it is installed, and beside it in a checkout.
+SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+"""The folder of the recipes that ship with the package."""
+_EXPECTED = "expected a Python file that declares a subclass of qlora_recipes.Recipe"
+_loading = False
+
+
+def find_recipe(name: str) -> Path:
+    """Return a recipe's file: the one at this path, that of this name here, or the one that ships under this name.
+
+    Raises:
+        UsageError: when there is none, naming the nearest of those that ship.
+    """
+    for file in (Path(name), Path(f"{name}.py"), SHIPPED / f"{name}.py"):
+        with suppress(OSError):  # a name that is too long for a file
+            if file.is_file():
+                return file
+    shipped = sorted(file.stem for file in SHIPPED.glob("*.py"))
+    raise UsageError(f"no recipe at {name}; {_EXPECTED}, or one of {', '.join(shipped)}.{nearest(name, shipped)}")
+
+
 def load_recipe(path: str | Path) -> type[Recipe]:
-    """Return the recipe declared in a Python file.
+    """Return the recipe declared in a Python file, which is not run as a program.
 
     Raises:
         UsageError: when the file is missing, fails, or does not declare exactly one recipe besides its bases.
     """
     path = Path(path)
-    expected = "declares a subclass of qlora_recipes.Recipe"
     if not path.is_file():
-        raise UsageError(f"no recipe at {path}; expected a Python file that {expected}")
+        raise UsageError(f"no recipe at {path}; {_EXPECTED}")
     name = f"qlora_recipes_loaded_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file; expected one that {expected}")
+        raise UsageError(f"{path} is not a Python file; {_EXPECTED}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _only_declaring(path):
+            spec.loader.exec_module(module)
     except RecipesError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _located(error, path) from error
     classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == name]
     declared = [cls for cls in classes if issubclass(cls, Recipe)]
@@ -266,9 +329,29 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     return leaves[0]
 
 
-def _located(error: Exception, path: Path) -> UsageError:
+@contextmanager
+def _only_declaring(path: Path) -> Iterator[None]:
+    """Let a file import its neighbors, as a program can, but train nothing and read no flags or keys of ours."""
+    global _loading
+    before, argv, keys = _loading, sys.argv, sys.stdin
+    _loading, sys.argv, sys.stdin = True, [str(path)], io.StringIO()
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
+    try:
+        with redirect_stdout(sys.stderr):  # what it prints is no part of a command's output
+            yield
+    finally:
+        _loading, sys.argv, sys.stdin = before, argv, keys
+        with suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _located(error: BaseException, path: Path) -> UsageError:
     """Return an error that names the line of the recipe's file."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
     line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
     where = f"{path}, line {line}" if line else str(path)
+    if isinstance(error, SystemExit):
+        fix = 'Put what only a program does under: if __name__ == "__main__"'
+        return UsageError(f"{where}: the recipe's file exits (with {error.code!r}) while it is read. {fix}")
     return UsageError(f"{where}: the recipe's file fails with {type(error).__name__}: {error}. Fix it there")

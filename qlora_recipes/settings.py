@@ -119,7 +119,7 @@ def resolve(
     The recipe overrides the library, the stand-in (with `demo`) the recipe, and the command line all of them.
 
     Raises:
-        UsageError: for an unknown or contradictory choice, or a demo without bundled rows.
+        UsageError: for an unknown or contradictory choice, or a demo without rows.
     """
     stored = precision_named(precision)
     check_storage(storage, stored)
@@ -140,7 +140,7 @@ def resolve(
         recipe=recipe,
         model=source,
         revision=revision,
-        dataset=dataset or (_bundled_rows(recipe) if demo else recipe.dataset.source),
+        dataset=dataset or (_demo_rows(recipe) if demo else recipe.dataset.source),
         precision=stored,
         dtype=resolve_dtype(stored, dtype),
         lora=lora,
@@ -180,11 +180,17 @@ def public(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: masked(value) for name, value in fields.items() if not names_secret(name)}
 
 
-def _bundled_rows(recipe: type[Recipe]) -> str:
-    if recipe.dataset.demo in ROWS:
-        return str(ROWS[recipe.dataset.demo])
-    choice = f"give --dataset FILE, or set DatasetSpec(demo=...) to one of {', '.join(ROWS)}"
-    raise UsageError(f"--demo has no bundled rows for {recipe_name(recipe)}; {choice}")
+def _demo_rows(recipe: type[Recipe]) -> str:
+    """Return the file that a recipe declares where it is there, and otherwise bundled rows of its shape."""
+    source, bundled = recipe.dataset.source, recipe.dataset.demo
+    if Path(source).is_file():
+        return source
+    if bundled in ROWS:
+        return str(ROWS[bundled])
+    raise UsageError(
+        f"--demo has no bundled rows for {recipe_name(recipe)}, and there is no file {source}; give --dataset FILE, or "
+        f"set DatasetSpec(demo=...) to one of {', '.join(ROWS)}"
+    )
 
 
 def model_location(model: str) -> str:

@@ -22,7 +22,7 @@ from qlora_recipes.standins import ROWS, STANDINS
 
 FAMILIES = {"llama2": LLAMA_2_7B_CHAT, "falcon": FALCON_7B}
 torch.set_num_threads(1)  # two test processes share two cores
-environment.share_threads = lambda processes: None  # which would take them all
+environment.share_threads = lambda: None  # which would take them all
 
 
 @pytest.fixture(scope="session")

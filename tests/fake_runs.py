@@ -26,6 +26,13 @@ from qlora_recipes.run.receipt import (
 )
 from qlora_recipes.run.weights import weights_sha256
 
+# What the demo's receipts count.
+STORED = {
+    "nf4": {"bfloat16": 788736, "uint8": 439296, "float32": 31040},
+    "nf4-single": {"bfloat16": 788736, "uint8": 425984, "float32": 55296},
+    "int8": {"bfloat16": 788736, "int8": 851968, "float32": 23808},
+    "bf16": {"bfloat16": 2492672, "float32": 256},
+}
 RESULT = TaskResult(
     task="standin_choice",
     kind="accuracy",
@@ -110,7 +117,7 @@ def receipt(precision: str, seed: int, **changes: Any) -> Receipt:
             quantized=QuantizedReceipt(expected=quantized, found=quantized),
             parameters=1246336,
             bytes=1259072 if quantized else 2492928,
-            bytes_by_storage={},
+            bytes_by_storage=STORED.get(precision, STORED["nf4" if quantized else "bf16"]),
             sha256=f"base-{precision}",
         ),
         adapter=AdapterReceipt(

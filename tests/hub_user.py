@@ -55,7 +55,7 @@ if __name__ == "__main__":
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
     torch.set_num_threads(1)  # two test processes share two cores
-    environment.share_threads = lambda processes: None
+    environment.share_threads = lambda: None
     time.sleep = lambda seconds: None
     answers = sys.stdout
     for line in sys.stdin:

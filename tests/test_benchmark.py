@@ -19,11 +19,14 @@ import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
 
 from qlora_recipes import load_recipe
+from qlora_recipes.commands import compare
 from qlora_recipes.commands.recipe_cli import parse, settings_from
+from qlora_recipes.comparison.preregistration import departures
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import Divergence, TaskResult, finished_tasks, read_divergence, write_divergence
-from qlora_recipes.experiments.benchmark import command, scoring, training
+from qlora_recipes.experiments.benchmark import command, plan, scoring, training
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
+from qlora_recipes.report.page import read_report
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import SettingsReceipt
 from qlora_recipes.run.signals import Stopped
@@ -35,7 +38,7 @@ ROOT = RECIPES.parent
 
 
 def plan_of(output: Path, precisions: tuple[str, ...] = ("nf4", "bf16"), **options: Any) -> Plan:
-    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "output": output}
+    given = {"precisions": precisions, "seeds": [0, 1], "margin": 1.0, "tasks": ["standin_choice"], "output": output}
     flags = {"demo": True, **options.pop("flags", {})}
     return plan_benchmark(RECIPE, flags=flags, **given | options)
 
@@ -186,6 +189,7 @@ class Laboratory:
 @pytest.fixture
 def laboratory(monkeypatch: pytest.MonkeyPatch) -> Laboratory:
     fake = Laboratory()
+    monkeypatch.setattr(plan, "_now", lambda: f"2026-01-{len(fake.done) + 1:02}T10:00:00+00:00")
     monkeypatch.setattr(training, "_train", fake.train)
     monkeypatch.setattr(scoring, "evaluate_many", fake.evaluate)
     monkeypatch.setattr(scoring, "measure", fake.measure)
@@ -265,6 +269,87 @@ def test_a_margin_that_was_changed_is_told(tmp_path: Path, laboratory: Laborator
     command.run(plan_of(tmp_path, margin=3.0))
     assert json.loads((tmp_path / "benchmark.json").read_text())["margins"] == [0.5, 3.0]
     assert "±0.5 points before" in (tmp_path / "report" / "report.md").read_text()
+
+
+def exploratory(output: Path) -> list[str]:
+    """What a report says of its departures; the evidence says the same."""
+    found = read_report(output)
+    assert found is not None
+    (fact,) = (fact for fact in found.validity if fact.name == "fixed beforehand")
+    assert (fact.verdict == "warn") == bool(found.exploratory)
+    return found.exploratory
+
+
+def test_what_is_done_as_it_was_fixed_is_confirmatory(
+    tmp_path: Path, laboratory: Laboratory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run(plan_of(tmp_path))
+    said = capsys.readouterr()
+    for line in ("arms    bf16 (baseline), nf4", "tasks   standin_choice", "margin  ±1 points", "seeds   0, 1: 4 runs"):
+        assert line in said.err
+    assert "Exploratory" not in said.out and exploratory(tmp_path / "report") == []
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["fixed"] == "2026-01-01T10:00:00+00:00" and written["scored_before"] == []
+    command.run(plan_of(tmp_path))  # days later
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == written
+    assert exploratory(tmp_path / "report") == []
+
+
+def test_a_departure_from_what_was_fixed_is_told_everywhere(
+    tmp_path: Path, laboratory: Laboratory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run(plan_of(tmp_path))
+    runs = [str(tmp_path / f"{precision}-seed0") for precision in ("nf4", "bf16")]
+    capsys.readouterr()
+    compare.main([*runs, "--margin", "2", "--baseline", "nf4", "--output", str(tmp_path / "elsewhere")])
+    told = exploratory(tmp_path / "elsewhere")
+    assert told == [
+        "the margin is ±2 where ±1 was fixed on 2026-01-01 10:00 UTC before the first score",
+        "the baseline is nf4 where bf16 was fixed on 2026-01-01 10:00 UTC before the first score",
+        "seeds left out of those fixed on 2026-01-01 10:00 UTC: 1",
+    ]
+    assert f"Exploratory: {told[0]}; " in capsys.readouterr().out
+    for page in ("index.html", "report.md"):
+        assert told[0] in (tmp_path / "elsewhere" / page).read_text()
+    command.run(plan_of(tmp_path, seeds=[0, 1, 2]))
+    assert exploratory(tmp_path / "report") == ["seeds added to those fixed on 2026-01-01 10:00 UTC: 2"]
+    assert json.loads((tmp_path / "benchmark.json").read_text())["seeds"] == [0, 1]
+
+
+def test_every_choice_after_the_fact_is_named(tmp_path: Path) -> None:
+    fixed, _ = plan.preregister(plan_of(tmp_path, ("bf16", "nf4", "int8")), ["mmlu", "held_out"])
+    kept = {"recipe": fixed.recipe, "margin": 1.0, "precisions": ["bf16", "nf4", "int8"], "seeds": [0, 1]}
+    kept["tasks"] = ["held_out", "mmlu"]
+    assert departures(fixed, **kept) == []
+    when = fixed.time
+    for change, told in (
+        ({"recipe": "other"}, f"the recipe is other where {fixed.recipe} was fixed on {when} before the first score"),
+        ({"precisions": ["bf16", "nf4"]}, f"precisions left out of those fixed on {when}: int8"),
+        ({"precisions": [*kept["precisions"], "fp4"]}, f"precisions added to those fixed on {when}: fp4"),
+        ({"tasks": ["held_out"]}, f"tasks left out of those fixed on {when}: mmlu"),
+        ({"tasks": ["held_out", "mmlu", "gsm8k"]}, f"tasks added to those fixed on {when}: gsm8k"),
+    ):
+        assert departures(fixed, **kept | change) == [told]
+
+
+def test_until_the_first_score_a_plan_may_change(
+    tmp_path: Path, laboratory: Laboratory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laboratory.interrupt_at = 2  # one run is trained
+    with pytest.raises(KeyboardInterrupt):
+        command.run(plan_of(tmp_path))
+    laboratory.interrupt_at = -1
+    command.run(plan_of(tmp_path, margin=2.0))
+    assert "in place of what was fixed on 2026-01-01 10:00 UTC: nothing is scored yet" in capsys.readouterr().err
+    assert exploratory(tmp_path / "report") == []
+
+
+def test_what_is_fixed_after_a_score_is_exploratory(tmp_path: Path, laboratory: Laboratory) -> None:
+    command.run(plan_of(tmp_path))
+    (tmp_path / "benchmark.json").unlink()
+    command.run(plan_of(tmp_path, margin=2.0))
+    told = exploratory(tmp_path / "report")
+    assert len(told) == 4 and all("was scored already when the plan was fixed" in one for one in told)
 
 
 def test_a_trial_gives_way_to_the_whole(tmp_path: Path, laboratory: Laboratory) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qlora_recipes.comparison.findings import Report
-from qlora_recipes.comparison.report import read_report
 from qlora_recipes.experiments.benchmark import command, training
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
+from qlora_recipes.report.page import read_report
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 

@@ -45,6 +45,11 @@ def verb(name: str) -> Callable[[Sequence[str]], None]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, str, str, str]] = {
     "recipe": (lambda argv: main(load_recipe(RECIPE), argv), [], "precison", "precision", "r", "big", "int"),
     "list": (verb("list"), ["recipes"], "debugg", "", "", "", ""),
+    "train": (verb("train"), ["falcon_faq"], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
+    "new": (verb("new"), ["mine"], "modle", "model", "model", "gpt2", "one of LLAMA_2_7B_CHAT"),
+    "demo": (verb("demo"), [], "margn", "margin", "margin", "100", "points above 0"),
+    "benchmark": (verb("benchmark"), ["falcon_faq"], "precision_s", "precisions", "seeds", "1.5", "int"),
+    "throughput": (verb("throughput"), [], "hiden_size", "hidden_size", "dtype", "float32", "one of bfloat16"),
     "plan": (verb("plan"), [RECIPE], "gpuu", "gpu", "gpu", "big", "float"),
     "plan, the recipe's": (verb("plan"), [RECIPE], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
     "inspect": (
@@ -118,7 +123,14 @@ def test_every_command_refuses_alike(refused: Callable[[Callable[[], None]], str
         assert f"--{flag}: got {bad!r}, expected {expected}" in message
         if flag not in ("packing", "trust_remote_code"):  # which need no value
             assert f"--{flag}: got no value, expected " in refused(lambda: call([*words, f"--{flag}"]))
-        again = {"html": "a.html", "margin": "1", "limit": "2", "dtype": "float16", "bias": "all"}.get(flag, "16")
+        again = {
+            "html": "a.html",
+            "margin": "1",
+            "limit": "2",
+            "dtype": "float16",
+            "bias": "all",
+            "model": "FALCON_7B",
+        }.get(flag, "16")
         again = "true" if flag in ("packing", "trust_remote_code") else again
         assert f"--{flag} is given twice" in refused(lambda: call([*words, f"--{flag}={again}", f"--{flag}", again]))
 
@@ -513,3 +525,24 @@ def test_help_names_every_flag() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for flag in ("--precision", "--dtype", "--demo", "--plan", "--resume", "--learning_rate", "--r", "--packing"):
         assert flag in text
+
+
+def test_help_is_short_and_has_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for asked in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit):
+            main(load_recipe(RECIPE), asked)
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    assert len(short.splitlines()) <= 60 and "--help all lists" in short
+    assert "--max_length N" in short and "(here: 512)" in short and "(here: fitted to the machine)" in short
+    assert "--dora" not in short and "--use_dora true|false" in whole and "--bias none|all|lora_only" in whole
+    assert not [word for word in ("Optional[", "| None", "|None", "Literal", "<a") if word in whole]
+
+
+def test_list_cuts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    verb("list")([str(RECIPES)])
+    said = capsys.readouterr().out
+    assert "NousResearch/Llama-2-7b-chat-hf" in said and "timdettmers/openassistant-guanaco" in said
+    assert "…" not in said

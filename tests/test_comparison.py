@@ -439,7 +439,16 @@ def test_the_command_writes_a_report_beside_the_runs(tmp_path: Path, capsys: pyt
     main([*map(str, pair(tmp_path)), "--margin", "2"])
     said = capsys.readouterr().out
     assert "nf4 matches bf16" in said and str(tmp_path / "report" / "index.html") in said
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["index.html", "report.json", "report.md"]
+    expected = ["figures", "index.html", "report.json", "report.md", "tables"]
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == expected
+
+
+def test_without_anything_fixed_beforehand_it_is_exploratory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*map(str, pair(tmp_path))])
+    assert "Exploratory: no margin, tasks, seeds and precisions were fixed before" in capsys.readouterr().out
+    assert "<strong>Exploratory</strong>" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_another_margin_is_told(tmp_path: Path) -> None:
@@ -457,6 +466,7 @@ def test_another_margin_is_told(tmp_path: Path) -> None:
         (["--margin", "none"], "expected points above 0"),
         (["--margn", "1"], "unknown flag --margn. Did you mean 'margin'"),
         (["--baseline", "int8"], "no run has the precision int8"),
+        (["--baseline", "int8", "--divergence"], "no run has the precision int8"),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, words: list[str], said: str) -> None:

@@ -21,7 +21,7 @@ from qlora_recipes.evaluation import harness, loaded
 from qlora_recipes.evaluation.loaded import RestoredBase
 from qlora_recipes.evaluation.records import Divergence, LayerError, sha256, write_divergence, write_quantization_error
 from qlora_recipes.experiments.benchmark import command as benchmark
-from qlora_recipes.experiments.benchmark.plan import plan_benchmark, record_margin
+from qlora_recipes.experiments.benchmark.plan import plan_benchmark, preregister
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.training.journal import restore_batch
@@ -61,7 +61,7 @@ READERS = {
     DIVERGENCE: ["compare"],
     ERRORS: ["compare"],
     REPORT: ["compare"],
-    BENCHMARK: ["benchmark"],
+    BENCHMARK: ["benchmark", "compare"],
 }
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
@@ -135,6 +135,7 @@ EDITS: list[tuple[str, str, Any]] = [
     (BENCHMARK, "margins", MISSING),
     (BENCHMARK, "seeds", ["0"]),
     (BENCHMARK, "limit", "none"),
+    (BENCHMARK, "fixed", MISSING),
 ]
 
 
@@ -142,9 +143,8 @@ EDITS: list[tuple[str, str, Any]] = [
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every file that a command reads, all of them whole."""
     root = tmp_path_factory.mktemp("whole")
-    record_margin(
-        plan_benchmark(RECIPE, precisions=PRECISIONS, seeds=[0], margin=1.0, flags={"demo": True}, output=root)
-    )
+    plan = plan_benchmark(RECIPE, precisions=PRECISIONS, seeds=[0], margin=1.0, flags={"demo": True}, output=root)
+    preregister(plan, plan.tasks)
     runs = [RunFolder(make_run(root, name, scores=answers(40))) for name in PRECISIONS]
     for run in runs:
         run.held_out.write_text(json.dumps([{"place": "line 1", "messages": MESSAGES}]))

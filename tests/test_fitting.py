@@ -26,6 +26,7 @@ from qlora_recipes.settings import AUTO_FIELDS, Settings, resolve
 from qlora_recipes.training import build
 from qlora_recipes.training import train as train_module
 from qlora_recipes.training.build import load_model
+from qlora_recipes.training.configuration import make_sft_config
 from qlora_recipes.training.journal import restore_batch
 from qlora_recipes.training.train import finalize_settings, train
 
@@ -274,10 +275,11 @@ def test_usable_memory_is_a_share_of_all_there_is(monkeypatch: pytest.MonkeyPatc
     assert four == one // 4
     assert environment.usable_bytes("cpu", 1) == one
     for name in ("FSDP", "DEEPSPEED"):
-        assert not environment.is_sharded()
-        for value, sharded in (("true", True), ("True", True), ("false", False)):
+        assert environment.sharding_asked() is None
+        for value, sharded in (("true", True), ("True", True), ("1", True), ("false", False)):
             monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
-            assert environment.is_sharded() == train_module.machine().sharded == sharded
+            assert environment.sharding_asked() == (name if sharded else None)
+            assert train_module.machine().sharded == sharded
 
 
 # ---- Runs ----
@@ -380,10 +382,10 @@ def test_rows_that_are_not_packed_are_not_padded_either(
     max_length: int | None,
 ) -> None:
     run = load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path, training=asked))
-    config = build._sft_config(run, str(tmp_path))
+    config = make_sft_config(run.settings, str(tmp_path), padding_free=build.has_own_attention(run))
     assert (config.padding_free, config.max_length) == (padding_free, max_length)
     run.model.config._attn_implementation = "sdpa"  # which would attend with a mask over all rows
-    config = build._sft_config(run, str(tmp_path))
+    config = make_sft_config(run.settings, str(tmp_path), padding_free=build.has_own_attention(run))
     assert config.padding_free == asked.get("padding_free", False)
 
 

@@ -71,7 +71,7 @@ def trained(
                 training={"seed": seed, "learning_rate": 0.05},
             )
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(environment, "share_threads", lambda processes: None)  # test processes share the cores
+                patch.setattr(environment, "share_threads", lambda: None)  # test processes share the cores
                 made[key] = train(settings)
         return made[key]
 

@@ -134,7 +134,7 @@ def test_a_recipe_trains_from_the_hub_at_its_pinned_commits(user: User) -> None:
     assert done["code"] == 0, done["error"]
     receipt = json.loads((user.folder / "first" / "run.json").read_text())
     assert receipt["base"]["revision"] == LLAMA_2_7B_CHAT.revision
-    assert receipt["base"]["quantized"] == {"expected": 14, "found": 14}
+    assert receipt["base"]["quantized"]["expected"] == receipt["base"]["quantized"]["found"] == 14
     pinned = f"/{LLAMA_2_7B_CHAT.hub_id}/resolve/{LLAMA_2_7B_CHAT.revision}/"
     asked = [request for request in user.hub.requests if LLAMA_2_7B_CHAT.hub_id in request and "/resolve/" in request]
     assert asked and all(pinned in request for request in asked), [r for r in asked if pinned not in r]
@@ -208,8 +208,11 @@ FAULTS: dict[str, tuple[Callable[[Hub], object], str]] = {
     "broken off": (model(broken_after=10_000), "peer closed connection .*received 10000 bytes.* Run the same command"),
     "server error": (model(failures=[500] * 99), "the hub answers 500"),
     "too many requests": (model(failures=[429] * 99), "the hub answers 429"),
-    "no answer": (lambda hub: setattr(hub, "silent", True), "the connection to the hub failed"),
-    "no network, no cache": (lambda hub: hub.__exit__(), "the connection to the hub failed .*refused"),
+    "no answer": (lambda hub: setattr(hub, "silent", True), "the hub .* cannot be reached"),
+    "no network, no cache": (
+        lambda hub: hub.__exit__(),
+        "the hub .* cannot be reached",
+    ),
 }
 
 

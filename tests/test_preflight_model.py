@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from preflight_runs import changed, ready, verdict_of, with_data
 from torch import nn
@@ -73,12 +74,13 @@ def test_probes_leave_the_run_as_it_was(run: Run) -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in run.model.named_parameters())
 
 
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_a_leak_between_packed_conversations_is_refused(
-    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.falcon import modeling_falcon
 
-    run = ready(recipe_for("falcon"), tiny("falcon"), tmp_path / "run", training=PACKED)
+    run = ready(recipe_for("falcon"), tiny("falcon"), tmp_path / "run", precision=precision, training=PACKED)
     mended = verdict_of(gradient.packing_leak, run)
     assert mended.verdict == "pass"
     assert mended.figure.startswith("0 in the next") and "separate_packed_falcon" in mended.figure
@@ -91,6 +93,20 @@ def test_a_leak_between_packed_conversations_is_refused(
     check = verdict_of(gradient.packing_leak, run)
     assert check.verdict == "fail"
     assert "--packing false" in check.advice
+
+
+def test_outlier_columns_of_int8_are_not_taken_for_a_leak_of_the_mask(
+    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    run = ready(recipe_for("llama2"), tiny("llama2"), tmp_path / "run", precision="int8", training=PACKED)
+    layers = [module for module in run.model.modules() if isinstance(module, Linear8bitLt)]
+    assert {layer.state.threshold for layer in layers} == {6.0} == {run.base.quantized.outlier_threshold}
+    for layer in layers:
+        layer.state.threshold = 3.5  # random weights have no activation of 6
+    check = verdict_of(gradient.packing_leak, run)
+    assert check.verdict == "warn"
+    assert check.figure.startswith("0 in the next") and "through the outlier columns of LLM.int8" in check.figure
+    assert {layer.state.threshold for layer in layers} == {3.5}
 
 
 def test_packing_without_a_mask_is_warned_of(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:

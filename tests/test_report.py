@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import csv
+import html as entities
+import io
 import json
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from fake_runs import answers, flipped, make_run
 
 from qlora_recipes.commands.compare import compare_folders
-from qlora_recipes.comparison.escape import markdown, plain
-from qlora_recipes.comparison.findings import Report
-from qlora_recipes.comparison.report import read_report, render_html, render_json, render_markdown, write_report
+from qlora_recipes.comparison.findings import ChangedAnswer, Report
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.evaluation.records import Divergence, DocRecord, LayerError
+from qlora_recipes.report.escape import latex, markdown, plain
+from qlora_recipes.report.page import (
+    SHOWN,
+    check_report_folder,
+    read_report,
+    render_html,
+    render_json,
+    render_markdown,
+    write_report,
+)
+from qlora_recipes.report.plots import pictures
+from qlora_recipes.report.tables import as_csv, as_latex, tables
 
 HOSTILE = [
     "<script>alert('answer')</script>",
@@ -125,12 +143,13 @@ def test_text_that_turns_is_isolated(page: Page) -> None:
 
 def test_the_sections_stand_in_order(page: Page) -> None:
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert sections == ["verdict", "differences", "flips", "bits", "cost", "losses", "controls", "validity"]
+    expected = "verdict arms controls differences cost flips bits losses validity citation"
+    assert sections == expected.split()
 
 
 def test_plots_follow_the_colors_of_the_page(report: Report) -> None:
     html = render_html(report)
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == len(pictures(report)) == 7
     assert "var(--ink, #1b1f24)" in html and "prefers-color-scheme: dark" in html and "@media print" in html
 
 
@@ -200,3 +219,215 @@ def test_a_written_report_is_read_again(report: Report, tmp_path: Path) -> None:
     (folder / "report.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"report\.json, key recipe: it is missing \(and \d+ more\)"):
         read_report(folder)  # it may have stated another margin
+
+
+# The head
+
+
+def test_the_head_says_when_with_what_and_by_which_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/compare.py", "a", "--token", "hf_abcdefghijklmnopqrstuvwxyz012345"])
+    changes = {"nf4": "2026-01-02T03:04:05+00:00", "bf16": "2026-01-02T05:06:07+00:00"}
+    runs = [make_run(tmp_path, name, scores=SCORES, receipt={"started": at}) for name, at in changes.items()]
+    found = compare_folders(runs, 1.0)
+    text = Page(render_html(found)).text
+    assert "2026-01-02 03:04 to 2026-01-02 05:06 UTC" in text
+    assert "compare.py a --token ***" in text and "hf_abc" not in render_json(found)
+    assert "trl 1.16.0, torch 2.13.0" in text
+    assert "2305.14314" in text and "@software{qlora_recipes" in text
+    assert '  year    = "2026"' in render_markdown(found)
+
+
+# Changed answers
+
+
+@pytest.mark.parametrize(
+    ("arm", "baseline", "target", "who"),
+    [
+        ("In Krairmeal, which lies in Graifeand.", "In Krairmeal.", "In Krairmeal.", "arm"),
+        ("In Lostim.", "In Wairher. It is a town.", "In Wairher.", "baseline"),
+        ("A pilot.", "A binder.", "A binder.", None),
+        ("Not a binder.", "A binder.", "A binder.", None),
+        ("In Kropa, a town.", "In Kropa, a city.", "In Kropa.", None),
+        ("In Kropafeld is it.", "In Kropa.", "In Kropa.", None),
+        ("", "A binder.", "A binder.", None),
+    ],
+)
+def test_an_answer_that_only_says_more_is_known(arm: str, baseline: str, target: str, who: str | None) -> None:
+    assert ChangedAnswer("t", None, "0", 0, "right to wrong", "", target, baseline, arm).goes_on == who
+
+
+def test_five_changed_answers_are_shown_and_the_others_folded(report: Report) -> None:
+    change = replace(report.contrasts[0].changed[0], answer="In Kropa.", baseline_answer="In Kropa. It is a town.")
+    contrast = replace(report.contrasts[0], changed=[change] * 7 + [replace(change, change="another kind")])
+    html = render_html(replace(report, contrasts=[contrast]))
+    open_ones, folded = html.split("<details>")
+    assert open_ones.count('class="changed"') == SHOWN and folded.count('class="changed"') == 3
+    assert "another kind" in open_ones  # every kind of change is among those shown
+    assert html.count("bf16 only says more") == 8
+
+
+# Files beside the page
+
+
+def test_every_picture_and_table_is_a_file(report: Report, tmp_path: Path) -> None:
+    report = encodable(report)
+    write_report(report, tmp_path / "report")
+    names = {file.stem for file in (tmp_path / "report" / "figures").iterdir()}
+    assert names == set(pictures(report)) and len(names) == 7
+    for file in (tmp_path / "report" / "figures").iterdir():
+        assert ElementTree.parse(file).getroot().get("width")
+        assert "var(" not in file.read_text()  # the page's variables are not there
+    for end in (".csv", ".tex"):
+        assert {file.stem for file in (tmp_path / "report" / "tables").glob(f"*{end}")} == set(tables(report))
+
+
+def test_csv_holds_the_record_unrounded(report: Report) -> None:
+    overall = report.contrasts[0].overall
+    rows = list(csv.DictReader(io.StringIO(as_csv(tables(report)["differences"]))))
+    assert rows[-1]["task"] == "overall" and rows[-1]["metric"] == ""
+    found = [float(rows[-1][name]) for name in ("difference", "90 % interval low", "95 % interval high", "p differ")]
+    assert found == [overall.difference, overall.interval[0], overall.interval_95[1], overall.p_difference]
+
+
+def test_text_in_a_csv_is_no_formula(report: Report) -> None:
+    change = replace(report.contrasts[0].changed[0], answer="=1+1", prompt="-2\x1b")
+    contrast = replace(report.contrasts[0], changed=[change])
+    (row,) = csv.DictReader(io.StringIO(as_csv(tables(replace(report, contrasts=[contrast]))["changed_answers"])))
+    assert (row["answer of the arm"], row["prompt"]) == ("'=1+1", "'-2␛")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b & 5 %", r"a\_b \& 5 \%"),
+        ("{$x^2$}", r"\{\$x\textasciicircum{}2\$\}"),
+        ("\\end{document}\n%", r"\textbackslash{}end\{document\} \%"),
+        ("−1 ±2", r"$-$1 $\pm$2"),  # noqa: RUF001
+    ],
+)
+def test_latex_escapes(text: str, shown: str) -> None:
+    assert latex(text) == shown
+
+
+def test_a_latex_table_has_its_cells_and_no_more(report: Report) -> None:
+    for table in tables(report).values():
+        lines = as_latex(table).splitlines()
+        assert [line for line in lines if line.startswith("\\begin")] == [lines[1]]
+        for line in lines[3:]:
+            if line.endswith(r"\\") or line.endswith(r"\\ \hline"):
+                assert len(re.findall(r"(?<!\\)&", line)) == len(table.columns) - 1
+
+
+def test_what_an_earlier_report_left_is_removed(report: Report, tmp_path: Path) -> None:
+    write_report(encodable(report), tmp_path)
+    (tmp_path / "tables" / "ladder.csv").write_text("of another report")
+    write_report(encodable(report), tmp_path)
+    assert not (tmp_path / "tables" / "ladder.csv").exists()
+    (tmp_path / "tables" / "mine.csv").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"tables holds mine\.csv, which is no report"):
+        check_report_folder(tmp_path)
+
+
+# The ladder
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    root = tmp_path_factory.mktemp("ladder")
+    lost = {"bf16": (0, 0), "int8": (1, 1), "nf4": (2, 2), "nf4-single": (1, 2), "fp4": (90, 5)}
+    scores = answers(4000)
+    runs = [make_run(root, name, scores=flipped(scores, *each)) for name, each in lost.items()]
+    return compare_folders(runs, 1.0)
+
+
+def test_two_arms_are_no_ladder(report: Report) -> None:
+    assert report.claims == [] and "ladder" not in tables(report)
+
+
+def test_the_ladder_shows_every_arm_against_the_baseline(ladder: Report) -> None:
+    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(as_csv(tables(ladder)["ladder"])))}
+    assert list(rows) == ["bf16", "int8", "nf4", "nf4-single", "fp4"]
+    # 851,968 weights: 4 bits, constants of 13,312 blocks, code tables of 28 layers, 256 bytes of rotary embedding
+    assert float(rows["nf4"]["bits a weight"]) == 8 * (439_296 + 31_040) / 851_968
+    assert float(rows["nf4"]["of which tables"]) == 28 * 32 * 273 / 851_968
+    assert float(rows["bf16"]["bits a weight"]) == 16.0
+    assert float(rows["int8"]["bits a weight"]) == pytest.approx(8.22, abs=0.01)
+    difference = {contrast.name: contrast.overall.difference for contrast in ladder.contrasts}
+    assert float(rows["fp4"]["difference"]) == difference["fp4"]
+    assert rows["bf16"]["difference"] == "" and rows["bf16"]["verdict"] == "baseline"
+    sections = [attributes["id"] for tag, attributes in Page(render_html(ladder)).tags if tag == "section"]
+    assert sections[:4] == ["verdict", "arms", "ladder", "controls"]
+    assert {"ladder_score", "ladder_bits"} <= set(pictures(ladder))
+
+
+def test_the_papers_claims_stand_beside_what_was_found(ladder: Report) -> None:
+    found = {claim.claim: claim for claim in ladder.claims}
+    assert {claim: each.verdict for claim, each in found.items()} == {
+        "NF4 with double quantization scores as 16 bits do": "found",
+        "8-bit integers score as 16 bits do": "found",
+        "FP4 scores below 16 bits (there by about a point)": "found",
+        "NF4 scores above FP4": "found",
+        "Double quantization costs no score": "found",
+        "Double quantization takes the constants from 0.5 to 0.127 bits a weight": "found",
+    }
+    saved = found["Double quantization takes the constants from 0.5 to 0.127 bits a weight"]
+    assert saved.figure.startswith("0.373 bits a weight without") and "0.103 with them" in saved.figure
+    assert "nf4 against fp4: +2.12 points" in found["NF4 scores above FP4"].figure
+
+
+def test_what_the_arms_do_not_decide_cannot_be_said(tmp_path: Path) -> None:
+    scores = answers(400)
+    lost = {"bf16": (0, 0), "nf4": (30, 25), "fp4": (31, 25)}
+    runs = [make_run(tmp_path, name, scores=flipped(scores, *each)) for name, each in lost.items()]
+    assert {claim.verdict for claim in compare_folders(runs, 1.0).claims} == {"cannot be said here"}
+
+
+# In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --window-size=1300,900 --dump-dom""".split()
+MEASURE = """
+<body><pre id="found"></pre><iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{page}"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  const color = (place, what) => getComputedStyle(page.querySelector(place))[what];
+  document.querySelector("#found").textContent = JSON.stringify({{
+    width: root.scrollWidth, verdict: page.querySelector(".verdict").getBoundingClientRect(),
+    background: color("body", "backgroundColor"), text: color("body", "color"),
+    drawn: color("svg text", "fill"), toned: color(".verdict strong", "color"),
+  }});
+}};
+</script></body>"""
+
+
+def luminance(color: str) -> float:
+    """WCAG 2's relative luminance of a color such as rgb(1, 2, 3)."""
+    shares = (int(part) / 255 for part in re.findall(r"\d+", color)[:3])
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return sum(weight * share for weight, share in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_it(report: Report, ladder: Report, tmp_path: Path, width: int, scheme: str) -> None:
+    page = entities.escape(render_html(report if scheme == "light" else ladder))
+    (tmp_path / "measure.html").write_text(MEASURE.format(width=width, page=page), encoding="utf-8")
+    shown = [
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}",
+        f"--user-data-dir={tmp_path}/b",
+    ]
+    command = [str(BROWSER), *FLAGS, *shown, (tmp_path / "measure.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = json.loads(entities.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom)[1]))
+    assert found["width"] <= width  # nothing is scrolled sideways
+    assert (
+        found["verdict"]["right"] <= width and found["verdict"]["bottom"] <= 900
+    )  # the first screen holds the verdict
+    background = luminance(found["background"])
+    assert background > 0.9 if scheme == "light" else background < 0.02
+    for part in ("text", "drawn", "toned"):
+        darker, lighter = sorted([background, luminance(found[part])])
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, part  # WCAG 2, level AA

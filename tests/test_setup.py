@@ -145,7 +145,8 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_file_of_the_library_is_shipped(setup_cfg: ConfigParser) -> None:
-    shipped = {path for path in LIBRARY.rglob("*.py") if (path.parent / "__init__.py").exists()}
+    listed = {Path(ROOT, *name.split(".")) for name in lines_of(setup_cfg["options"]["packages"])}
+    shipped = {path for path in LIBRARY.rglob("*.py") if path.parent in listed}
     for pattern in lines_of(setup_cfg["options.package_data"][LIBRARY.name]):
         shipped |= set(LIBRARY.glob(pattern))
     files = {path for path in LIBRARY.rglob("*") if path.is_file() and "__pycache__" not in path.parts}

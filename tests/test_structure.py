@@ -31,6 +31,7 @@ ORDER = [
     "stages",
     "evaluation",
     "comparison",
+    "report",
     "preflight",
     "training",
     "commands",

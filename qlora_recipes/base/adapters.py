@@ -31,9 +31,9 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     are rounded, on a 4-bit base they are not. Here they are drawn again in float32, right after seeding.
 
     Raises:
-        RecipeError: when a target module is not in the model.
+        RecipeError: when a module or a layer that is named is not in the model.
     """
-    _check_targets(base, lora)
+    _check_names(base, lora)
     set_seed(seed)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
     initialization = lora.get("init_lora_weights", True)
@@ -45,19 +45,22 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     return model
 
 
-def _check_targets(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
-    """Refuse unknown names; PEFT accepts a list if one name matches and silently ignores the others."""
-    targets = lora.get("target_modules")
-    if not isinstance(targets, (list, tuple)):
-        return
-    linears = sorted({name.rsplit(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
-    names = [name for name, _ in base.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise RecipeError(
-                f"lora: target_modules names {target!r}, which {type(base).__name__} does not have; its linear "
-                f"layers are {', '.join(linears)}.{nearest(str(target), linears)}"
-            )
+def _check_names(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
+    """Refuse unknown modules and layers; PEFT accepts a list if one name matches and silently ignores the others."""
+    modules = dict(base.named_modules())
+    linears = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    for field in ("target_modules", "modules_to_save", "exclude_modules"):
+        names = lora.get(field) or ()
+        for name in () if isinstance(names, str) else names:
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
+                raise RecipeError(
+                    f"lora: {field} names {name!r}, which {type(base).__name__} does not have; its linear "
+                    f"layers are {', '.join(linears)}.{nearest(str(name), linears)}"
+                )
+    layers, count = lora.get("layers_to_transform"), base.config.num_hidden_layers
+    for layer in layers if isinstance(layers, (list, tuple)) else () if layers is None else (layers,):
+        if not 0 <= layer < count:
+            raise RecipeError(f"lora: layers_to_transform: got {layer}, expected layers from 0 to {count - 1}")
 
 
 def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:

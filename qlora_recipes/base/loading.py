@@ -11,19 +11,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError, TemplateError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
-from qlora_recipes.kernels.dequantize import row_scales
+from qlora_recipes.kernels.dequantize import outlier_threshold, row_scales
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, quantization_config
 from qlora_recipes.run.receipt import BaseReceipt, QuantizedReceipt
@@ -130,6 +133,35 @@ def _check_unused(model: str, names: Iterable[str]) -> None:
         )
 
 
+def check_reachable(model: str, revision: str | None) -> None:
+    """Refuse a hub model that is not in the cache while the hub does not answer; the libraries try for a minute.
+
+    Raises:
+        ModelError: saying so.
+    """
+    location = model_location(model)
+    if Path(location).exists() or constants.HF_HUB_OFFLINE:  # whose errors come at once
+        return
+    cached = try_to_load_from_cache(location, "config.json", revision=revision or "main")
+    if not isinstance(cached, str) and not environment.hub_answers():
+        raise ModelError(
+            f"cannot load {location}: the hub ({constants.ENDPOINT}) cannot be reached, and the cache does not have "
+            "it. Check the network, or give a folder (--model)"
+        )
+
+
+def load_outline(model: str, revision: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """Return the base without its weights, which takes no memory; None where `load_base` would say why it cannot be."""
+    location = model_location(model)
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # a damaged configuration may raise anything
+        return None
+    return cast("PreTrainedModel", outline)
+
+
 def _repair_architecture(config: PretrainedConfig) -> list[str]:
     """Make the repairs that the family of a model asks for, and return those that a receipt names."""
     family = FAMILIES.get(config.model_type)
@@ -201,7 +233,7 @@ def _describe_base(
         revision=getattr(base.config, "_commit_hash", None) or revision,
         dtype=dtype,
         linears=dict(Counter(type(module).__name__ for module in linears)),
-        quantized=QuantizedReceipt(expected=expected, found=found),
+        quantized=QuantizedReceipt(expected, found, max(filter(None, map(outlier_threshold, linears)), default=None)),
         parameters=sum(parameter.numel() for parameter in blueprint.parameters()),
         bytes=storage.total(),
         bytes_by_storage=dict(storage),

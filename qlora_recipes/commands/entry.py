@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
+from qlora_recipes.environment import check_launch
 from qlora_recipes.errors import EXIT_CODE, RecipesError
 
 
@@ -22,12 +23,15 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
+    speaks = True
     try:
+        check_launch()
+        speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0  # one message, not one for each process
         main(argv)
     except RecipesError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one message, not one for each process
+        if speaks:
             message = f"error: {error}".encode("utf-8", "backslashreplace").decode()  # it may quote half a character
             print(message, file=sys.stderr)
         sys.exit(EXIT_CODE)

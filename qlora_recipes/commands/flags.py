@@ -54,29 +54,31 @@ class Parser:
         *,
         words: Field | None = None,
         hidden: Iterable[Field] = (),
+        more: Mapping[str, Iterable[Field]] | None = None,
         derived: Mapping[str, str] | None = None,
     ) -> None:
         """Declare a command: its flags under the headings that `--help` shows, and those that it does not list.
 
-        `words` is what stands without a flag, such as run folders. `derived` are names that are no flags, with what to
-        give in their place.
+        `words` is what stands without a flag, such as run folders. `more` are the headings that `--help all` adds.
+        `derived` are names that are no flags, with what to give in their place.
         """
         self.prog, self.about, self.words = prog, about, words
         self._sections = {title: list(flags) for title, flags in sections.items()}
-        shown = [flag for flags in self._sections.values() for flag in flags]
+        self._more = {title: list(flags) for title, flags in (more or {}).items()}
+        shown = [flag for flags in (*self._more.values(), *self._sections.values()) for flag in flags]
         self._flags = {flag.name: flag for flag in (*hidden, *shown)}
         self._derived = derived or {}
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return name to value for what was given, and for flags that have a default.
 
-        `--help` prints and ends the program. A bare `--debug` is left to `run_command`.
+        `--help` and `--help all` print and end the program. A bare `--debug` is left to `run_command`.
 
         Raises:
             UsageError: for what is unknown, given twice, missing, or of another type.
         """
         if {"-h", "--help"} & set(argv):
-            print(self.help())
+            print(self.help(all="all" in argv))
             sys.exit(0)
         given: dict[str, Any] = {}
         loose, rest = [], list(argv)
@@ -124,14 +126,17 @@ class Parser:
             raise UsageError(f"{words.metavar} is missing: {words.help}. {self.prog} --help says more")
         return {words.name: list(loose) if list in words.kinds else [*loose, words.default][0]}
 
-    def help(self) -> str:
-        """Return what `--help` prints."""
+    def help(self, *, all: bool = False) -> str:
+        """Return what `--help` prints, or `--help all`."""
         word = f" {self.words.metavar}{' ...' if list in self.words.kinds else ''}" if self.words else ""
         lines = [f"usage: {self.prog}{word} [--flag value ...]", "", *textwrap.wrap(self.about, _WIDTH)]
         lines += ["", *_described(self.words.metavar, self.words.help)] if self.words else []
-        for title, flags in self._sections.items():
+        for title, flags in (self._sections | (self._more if all else {})).items():
             lines += ["", f"{title}:", *(line for flag in flags for line in _described(_with_value(flag), flag.help))]
-        return "\n".join([*lines, *_described("--debug", "show the traceback of an error")])
+        lines += _described("--debug", "show the traceback of an error")
+        if self._more and not all:
+            lines += ["", "--help all lists the other settings."]
+        return "\n".join(lines)
 
 
 def _with_value(flag: Field) -> str:

@@ -5,9 +5,11 @@ Imports nothing heavy before the flags are right.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +22,9 @@ from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field, fields_of
 from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.precision import DTYPES, PRECISIONS
-from qlora_recipes.recipe import DERIVED, Recipe
+from qlora_recipes.recipe import DERIVED, Recipe, find_recipe
 from qlora_recipes.run.display import say
-from qlora_recipes.settings import Settings, recipe_name, resolve
+from qlora_recipes.settings import AUTO_FIELDS, STANDIN, Settings, recipe_name, resolve
 
 _OWN_FLAGS = (
     Field("precision", "str", "how the frozen base is stored (default: nf4)", "|".join(PRECISIONS)),
@@ -39,21 +41,48 @@ _OWN_FLAGS = (
     Field("overwrite", "bool", "replace the run that is in the run folder, when the new one is finished"),
     Field("config", "str", "flags from a file; those on the command line win", "FILE.yaml"),
 )
+# The settings that are changed most, in the order and the words of `--help`.
+_COMMON = {
+    "learning_rate": "step size of the optimizer",
+    "num_train_epochs": "passes over the rows",
+    "max_steps": "optimizer steps, in place of epochs",
+    "max_length": "tokens of a row; the rest of a longer one is cut off",
+    "per_device_train_batch_size": "rows of one forward pass on each device",
+    "gradient_accumulation_steps": "forward passes of one optimizer step",
+    "packing": "fill rows up to max_length with several conversations",
+    "r": "rank of the adapter; a larger one fits more and takes more memory",
+    "lora_alpha": "scale of the adapter: its update is multiplied by lora_alpha / r",
+    "target_modules": "linear layers that carry the adapter, or all-linear, or a pattern",
+    "seed": "of the adapter's first weights, the order of the rows and dropout",
+    "save_steps": "steps between two checkpoints, or their share of all steps",
+    "eval_strategy": "when the loss of the held-out rows is taken: no, steps or epoch",
+    "eval_steps": "steps between two such losses, or their share of all steps",
+    "report_to": "tracker that gets the loss, such as tensorboard",
+}
 _SETTINGS = ("precision", "dtype", "storage", "demo", "model", "dataset", "output_dir")
 _CONFIGS = ("SFTConfig", "LoraConfig")
+_TYPES = {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", dict: "JSON"}
+_MANY = 8  # words that `--help` does not list
 
 
 def main(recipe: type[Recipe], argv: Sequence[str] | None = None) -> None:
     """Run a recipe's command line; exits with 2 and one message when a user can fix what is wrong."""
-    run_command(lambda given: _run(recipe, given), argv)
+    run_command(lambda given: run(recipe, parse(recipe, given), [recipe_name(recipe), *given]), argv)
 
 
-def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
-    flags = parse(recipe, argv)
+def run(recipe: type[Recipe], flags: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Train a recipe with these flags, or only plan it; the receipt keeps the command.
+
+    Raises:
+        RecipesError: for what a user can fix.
+    """
     settings = settings_from(recipe, flags)
-    skip_checks, all_checks = flags.get("skip_checks", ()), flags.get("checks") == "all"
-    if os.environ.get("RANK", "0") == "0":
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    if is_first_process:
+        if settings.model.startswith(STANDIN):
+            print(f"{settings.model} knows only its own invented world: a demo shows that a recipe works, not how well")
         say(f"{settings.name}, {settings.precision.name}: starting PyTorch, Transformers and TRL", Console())
+    skip_checks, all_checks = flags.get("skip_checks", ()), flags.get("checks") == "all"
     if flags.get("plan"):
         from qlora_recipes.memory.table import print_plan
         from qlora_recipes.training.train import finalize_settings, prepare_run
@@ -67,13 +96,13 @@ def _run(recipe: type[Recipe], argv: Sequence[str]) -> None:
 
     folder = train(
         settings,
-        command=without_secrets([recipe_name(recipe), *argv]),
+        command=without_secrets(command),
         overwrite=flags.get("overwrite", False),
         resume=flags.get("resume", False),
         skip_checks=skip_checks,
         all_checks=all_checks,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process:
         print_summary(folder)
 
 
@@ -84,7 +113,9 @@ def parse(recipe: type[Recipe], argv: Sequence[str]) -> dict[str, Any]:
         UsageError: for a flag that is unknown (naming the nearest), given twice, or of another type.
     """
     about = (recipe.__doc__ or sys.modules[recipe.__module__].__doc__ or "").strip()
-    return _with_config(Parser(f"{recipe_name(recipe)}.py", about, _sections(), derived=DERIVED).parse(argv))
+    ours, *_ = sections = _sections()
+    shown = {ours: sections.pop(ours), "most used, with the values of this recipe": _common(recipe)}
+    return _with_config(Parser(f"{recipe_name(recipe)}.py", about, shown, more=sections, derived=DERIVED).parse(argv))
 
 
 def parse_with_recipe(prog: str, about: str, flags: Iterable[Field], argv: Sequence[str]) -> dict[str, Any]:
@@ -93,11 +124,12 @@ def parse_with_recipe(prog: str, about: str, flags: Iterable[Field], argv: Seque
     Raises:
         UsageError: as for `parse`.
     """
-    about = f"{about} Any flag of the recipe can follow; RECIPE --help lists them."
-    recipe = Field("recipe", "str", "a recipe's file, such as recipes/llama2_guanaco.py", "RECIPE")
+    about = f"{about} Any flag of the recipe can follow; qlora-recipes train RECIPE --help all lists them."
+    recipe = Field("recipe", "str", "a recipe's file, or the name of one that ships, such as llama2_guanaco", "RECIPE")
     hidden = [flag for section in _sections().values() for flag in section]
     parser = Parser(prog, about, {"flags": flags}, words=recipe, hidden=hidden, derived=DERIVED)
-    return _with_config(parser.parse(argv))
+    given = parser.parse(argv)
+    return _with_config(given | {"recipe": str(find_recipe(given["recipe"]))})
 
 
 def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
@@ -112,12 +144,36 @@ def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
     return resolve(recipe, lora=lora, training=training, **{name: flags[name] for name in _SETTINGS if name in flags})
 
 
+def _common(recipe: type[Recipe]) -> list[Field]:
+    """Return the flags that are used most, each with its value in the recipe."""
+    fields = {**fields_of("SFTConfig"), **fields_of("LoraConfig")}
+    values = {"target_modules": recipe.model.linear_layers, **recipe.lora, **recipe.training}
+    if not AUTO_FIELDS["batch"] & recipe.explicit_fields:
+        values |= dict.fromkeys(AUTO_FIELDS["batch"], "fitted to the machine")
+    shown = {name: f" (here: {_in_words(values[name])})" if name in values else "" for name in _COMMON}
+    return [_readable(replace(fields[name], help=help + shown[name])) for name, help in _COMMON.items()]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _readable(field: Field) -> Field:
+    """Return the field with its type in words, for `--help`."""
+    types = {**_TYPES, list: "N" if field.item == "int" else "NAME"}
+    words = field.allowed if 0 < len(field.allowed) < _MANY else [types[kind] for kind in field.kinds]
+    nested = {bool, dict} <= set(field.kinds)  # a configuration of its own
+    return replace(field, metavar="JSON" if nested else "|".join(dict.fromkeys(words)))
+
+
 def _sections() -> dict[str, list[Field]]:
     """Every flag of a recipe under the heading that `--help` shows."""
     taken = {*DERIVED, *(flag.name for flag in _OWN_FLAGS)}
+    fields = {config: [f for name, f in fields_of(config).items() if name not in taken] for config in _CONFIGS}
     return {"this package": list(_OWN_FLAGS)} | {
-        f"{config}, every field under its own name": [f for name, f in fields_of(config).items() if name not in taken]
-        for config in _CONFIGS
+        f"{config}, every field under its own name": list(map(_readable, fields[config])) for config in _CONFIGS
     }
 
 

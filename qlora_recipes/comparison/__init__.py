@@ -1,1 +1,1 @@
-"""From the scores of evaluated runs to a verdict and its page. Files in, page out; imports no torch."""
+"""From the scores of evaluated runs to a verdict. Files in, one record out; imports no torch."""

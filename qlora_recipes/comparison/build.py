@@ -7,11 +7,24 @@ from dataclasses import replace
 
 import numpy as np
 
+from qlora_recipes.comparison.arms import overall_score, stored_weights
+from qlora_recipes.comparison.claims import paper_claims
 from qlora_recipes.comparison.contrasts import Criteria, contrast, criteria_for, mean_scores, overall_difference
 from qlora_recipes.comparison.controls import NOISE, Controls
 from qlora_recipes.comparison.evaluated import AlignedScores, Arms, Results, Run, align_runs
-from qlora_recipes.comparison.findings import Arm, BitsContrast, Contrast, Control, Effect, LossCurve, Report
+from qlora_recipes.comparison.findings import (
+    Arm,
+    BitsContrast,
+    Contrast,
+    Control,
+    Effect,
+    Fact,
+    LossCurve,
+    Report,
+    before_tuning,
+)
 from qlora_recipes.comparison.informative import doubts
+from qlora_recipes.comparison.preregistration import Preregistration, departures
 from qlora_recipes.comparison.sentences import interval, points
 from qlora_recipes.comparison.validity import validity
 from qlora_recipes.precision import PRECISIONS
@@ -28,8 +41,18 @@ def choose_baseline(precisions: Sequence[str]) -> str:
     return full[0] if len(full) == 1 else precisions[-1]
 
 
-def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margins: Sequence[float] = ()) -> Report:
+def build_report(
+    arms: Arms,
+    *,
+    margin: float,
+    controls: Controls,
+    earlier_margins: Sequence[float] = (),
+    plan: Preregistration | None = None,
+    command: Sequence[str] = (),
+) -> Report:
     """Compare every arm with the first one, the baseline; `margin` is in points.
+
+    `plan` is what was fixed beforehand, `command` what was called.
 
     Raises:
         ComparisonError: when the runs cannot be aligned, or have too few scores for a verdict.
@@ -41,7 +64,7 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         return align_runs(name, results, runs[0].results)
 
     scores = {name: aligned(name, [run.results for run in by_seed.values()]) for name, by_seed in arms.items()}
-    bases = {name: aligned(f"{name} base before tuning", [results]) for name, results in controls.bases.items()}
+    bases = {name: aligned(before_tuning(name), [results]) for name, results in controls.bases.items()}
     cross_base = {
         name: aligned(f"{first.precision} adapter on the {name} base", results)
         for name, results in controls.cross_base.items()
@@ -63,8 +86,16 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         contrast(one, baseline, seeds, criteria, controls.divergences.get(one.name), errors.get(one.name, ()))
         for one in others
     ]
+    exploratory = departures(
+        plan, recipe=first.recipe, margin=margin, precisions=list(arms), seeds=seeds, tasks=list(runs[0].results.tasks)
+    )
+    described = [_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()]
+    started = sorted(run.receipt.started for run in runs)
     return Report(
         recipe=first.recipe,
+        trained=(started[0], started[-1]),
+        command=list(command),
+        versions=first.versions,
         demo=first.demo,
         model=first.base.model,
         dtype=first.dtype,
@@ -72,16 +103,26 @@ def build_report(arms: Arms, *, margin: float, controls: Controls, earlier_margi
         seeds=seeds,
         margin=margin,
         earlier_margins=list(earlier_margins),
+        exploratory=exploratory,
         limit=criteria.limit,
-        arms=[_arm(list(arms[one.name].values()), one, criteria) for one in scores.values()],
+        arms=described,
         contrasts=contrasts,
         noise=noise,
-        controls=[Control(one.name, mean_scores(one, criteria)) for one in (*bases.values(), *cross_base.values())],
+        controls=[
+            Control(one.name, mean_scores(one, criteria), overall_score(one, criteria))
+            for one in (*bases.values(), *cross_base.values())
+        ],
         effects=effects,
+        claims=list(paper_claims(described, scores, seeds, criteria, errors)) if len(scores) > 2 else [],
         losses=[_loss_curve(run) for run in runs],
-        validity=validity(runs),
-        caveats=list(_caveats(contrasts, earlier_margins)),
+        validity=[*validity(runs), *([_fixed(plan, exploratory)] if plan else [])],
+        caveats=[*_caveats(contrasts, earlier_margins), *_coupled_rows(runs)],
     )
+
+
+def _fixed(plan: Preregistration, exploratory: Sequence[str]) -> Fact:
+    kept = f"margin, tasks, seeds and precisions on {plan.time}, before the first score"
+    return Fact("fixed beforehand", "warn" if exploratory else "pass", "; ".join(exploratory) or kept)
 
 
 def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:
@@ -97,6 +138,8 @@ def _arm(runs: Sequence[Run], scores: AlignedScores, criteria: Criteria) -> Arm:
         tokens_per_second=float(np.mean([part.tokens_per_second for part in training])),
         seconds=float(np.mean([part.seconds for part in training])),
         final_loss=float(np.mean([part.final_loss for part in training])),
+        overall=overall_score(scores, criteria),
+        weights=stored_weights(receipts[0].base, PRECISIONS[scores.name]),
     )
 
 
@@ -145,6 +188,17 @@ def _other_way(found: Contrast, bits: BitsContrast) -> Iterator[str]:
             f"{abs(bits.a - bits.b):.4f} bits a byte {more} than {found.baseline} (95 % interval "
             f"{interval((low, high), 4)}), and its score differs by {points(found.overall.difference)}. They measure "
             "how likely a text is, not whether an answer is right; the verdict is about answers."
+        )
+
+
+def _coupled_rows(runs: Sequence[Run]) -> Iterator[str]:
+    """LLM.int8 multiplies in 16 bits the columns in which any token of a batch has an outlier."""
+    coupled = [run for run in runs if run.receipt.base.quantized.outlier_threshold]
+    if coupled:
+        rows = max(result.batch_size for result in coupled[0].results.tasks.values())
+        yield (
+            f"In {coupled[0].precision} a document's score depends a little on the others in its batch, through the "
+            f"outlier columns of LLM.int8; every arm was scored on the same batches, of up to {rows} rows."
         )
 
 

@@ -46,13 +46,14 @@ def read_controls(arms: Arms) -> Controls:
         RunFolderError: when a file is damaged.
     """
     reference, *more_seeds = next(iter(arms.values())).values()
-    others = {name: next(iter(by_seed.values())).folder for name, by_seed in list(arms.items())[1:]}
+    first = {name: next(iter(by_seed.values())).folder for name, by_seed in arms.items()}
+    others = {name: first[name] for name in list(arms)[1:]}
     pairs = others | ({NOISE: more_seeds[0].folder} if more_seeds else {})
     return Controls(
         bases={name: base for name in arms if (base := _base(name, arms[name]))},
         cross_base={name: results for name in others if (results := _cross_base(name, arms))},
         divergences={name: found for name, run in pairs.items() if (found := read_divergence(reference.folder, run))},
-        quantization_errors={name: errors for name, run in others.items() if (errors := read_quantization_error(run))},
+        quantization_errors={name: errors for name, run in first.items() if (errors := read_quantization_error(run))},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_recipes.comparison.intervals import Interval
 from qlora_recipes.comparison.paired import BitsPerByte, Comparison, Flips
 from qlora_recipes.evaluation.records import Divergence, LayerError
 
@@ -21,6 +22,27 @@ class LossCurve:
     seed: int
     steps: list[int]
     losses: list[float]
+
+
+@dataclass(frozen=True)
+class OverallScore:
+    """The mean score over the tasks of the verdict, in points."""
+
+    mean: float
+    interval_95: Interval
+    """Of this score alone. Arms answer the same documents, so intervals that overlap say nothing of a difference."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What one weight of the linear layers takes; of an arm that quantizes none, what any weight takes."""
+
+    quantized: int
+    """Weights stored in fewer than 16 bits."""
+    bits: float
+    """Bits a weight as stored, quantization constants and code tables included."""
+    table_bits: float
+    """Those of them that are bitsandbytes' code tables: one size for any layer, so they weigh on small layers alone."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,9 @@ class Arm:
     """Mean wall time of the training loop."""
     final_loss: float
     """Mean over seeds of the last tenth of the logged losses."""
+    overall: OverallScore
+    weights: StoredWeights | None
+    """None where the receipt does not tell."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,23 @@ class ChangedAnswer:
     target: str
     baseline_answer: str
     answer: str
+
+    @property
+    def goes_on(self) -> Literal["arm", "baseline"] | None:
+        """Whose answer holds the other's, or the one expected, and goes on: it says more than was asked."""
+        arm, baseline, target = (text.casefold().split() for text in (self.answer, self.baseline_answer, self.target))
+        if _continues(arm, baseline) or (_continues(arm, target) and not _continues(baseline, target)):
+            return "arm"
+        if _continues(baseline, arm) or (_continues(baseline, target) and not _continues(arm, target)):
+            return "baseline"
+        return None
+
+
+def _continues(words: list[str], shorter: list[str]) -> bool:
+    """Whether words hold all of the shorter ones in a row, not at their end; punctuation after a word is no matter."""
+    longer, shorter = ([word.rstrip(".,;:!?") for word in each] for each in (words, shorter))
+    starts = range(len(longer) - len(shorter))
+    return bool(shorter) and any(longer[start : start + len(shorter)] == shorter for start in starts)
 
 
 @dataclass(frozen=True)
@@ -127,6 +169,12 @@ class Control:
     name: str
     scores: dict[str, float]
     """Task to score in points, the mean over seeds."""
+    overall: OverallScore
+
+
+def before_tuning(precision: str) -> str:
+    """Return the name of the control that is a precision's base without an adapter."""
+    return f"{precision} base before tuning"
 
 
 @dataclass(frozen=True)
@@ -136,6 +184,17 @@ class Effect:
     name: str
     meaning: str
     comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a paper found, beside what was found here."""
+
+    claim: str
+    source: str
+    verdict: Literal["found", "not found", "cannot be said here"]
+    figure: str
+    """What was found here, with its number."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +212,12 @@ class Report:
     """Everything that was found."""
 
     recipe: str
+    trained: tuple[str, str]
+    """When the first and the last of the runs were started, UTC, ISO 8601."""
+    command: list[str]
+    """What was called, without secrets."""
+    versions: dict[str, str]
+    """Package to version, while training."""
     demo: bool
     model: str
     dtype: str
@@ -164,6 +229,8 @@ class Report:
     """Points."""
     earlier_margins: list[float]
     """Margins given before this one, the first one first; a verdict under a changed margin is weaker."""
+    exploratory: list[str]
+    """How this departs from what was fixed before the first score, in words; empty where it is confirmatory."""
     limit: int | None
     """Documents per task that the evaluation was limited to; a report with a limit is no result."""
     arms: list[Arm]
@@ -174,6 +241,8 @@ class Report:
     """The baseline's second seed against its first: what differs where the precision does not."""
     controls: list[Control]
     effects: list[Effect]
+    claims: list[Claim]
+    """Of the QLoRA paper, where more than two arms are compared."""
     losses: list[LossCurve]
     validity: list[Fact]
     caveats: list[str]

@@ -30,7 +30,7 @@ from qlora_recipes.evaluation.loaded import (
     restore_run,
 )
 from qlora_recipes.evaluation.records import Scores, TaskResult, disk_faults, finished_tasks, write_task
-from qlora_recipes.evaluation.task_loading import HELD_OUT_TASKS, STANDIN_TASKS, EvalTask, load_tasks
+from qlora_recipes.evaluation.task_loading import EvalTask, load_tasks, usual_tasks
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
@@ -228,11 +228,7 @@ def default_tasks(receipt: Receipt) -> list[str]:
     Raises:
         UsageError: when the recipe declares none and no rows were held out.
     """
-    held_out = list(HELD_OUT_TASKS) if receipt.data.rows_held_out else []
-    tasks = [*STANDIN_TASKS, *held_out[:1]] if receipt.demo else receipt.settings.eval_tasks or held_out
-    if not tasks:
-        raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
-    return tasks
+    return usual_tasks(receipt.demo, receipt.settings.eval_tasks, held_out=receipt.data.rows_held_out > 0)
 
 
 def _take_finished(job: _Job) -> None:

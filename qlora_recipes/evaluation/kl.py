@@ -19,12 +19,11 @@ from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation import records
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredBase, RestoredRun, restore_base, restore_run
-from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 
 
 def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable[[str], None] = lambda _: None) -> None:
-    """Measure how far runs are from the reference, and what quantization did to their layers; skip what is done.
+    """Measure how far runs are from the reference, and every base from its checkpoint; skip what is done.
 
     The figures go into the run folders, see `records`.
 
@@ -38,6 +37,7 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
     with tempfile.TemporaryDirectory(prefix="log-probabilities-") as scratch:
         for key in dict.fromkeys(keys.values()):  # the reference's first
             base = restore_base(key)
+            _measure_quantization(next(one for one in (reference, *todo) if keys[one.path] == key), base, key)
             if keys[reference.path] == key:
                 said(f"log-probabilities of {reference.path.name}")
                 with restore_run(reference, base, key) as run:
@@ -45,7 +45,6 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
                         np.save(Path(scratch, f"{i}.npy"), block.numpy())
             for folder in (folder for folder in todo if keys[folder.path] == key):
                 said(f"divergence of {folder.path.name}")
-                _measure_quantization(folder, base, key)
                 with restore_run(folder, base, key) as run:
                     records.write_divergence(reference, folder, _compare(run, Path(scratch)))
             del base, run  # each holds the model, and the next one needs the room
@@ -87,7 +86,7 @@ def _compare(run: RestoredRun, folder: Path) -> records.Divergence:
 
 
 def _measure_quantization(folder: RunFolder, base: RestoredBase, key: BaseKey) -> None:
-    if precision_named(key.precision).quantized and not records.read_quantization_error(folder):
+    if not records.read_quantization_error(folder):
         files = weight_files(key.model, key.revision)
         errors = layer_errors(base.model, files, getattr(torch, key.dtype))  # of whole layers, not of a sample
         records.write_quantization_error(folder, base.sha256, [records.LayerError(*error) for error in errors])

@@ -83,6 +83,19 @@ class EvalTask:
         return self.chat_template if fixed or asked is None else asked
 
 
+def usual_tasks(demo: bool, declared: Sequence[str], *, held_out: bool) -> list[str]:
+    """Return what is scored unless told otherwise: tasks `declared` by the recipe, a demo's own, or held-out rows.
+
+    Raises:
+        UsageError: when the recipe declares none and no rows are held out.
+    """
+    own = list(HELD_OUT_TASKS) if held_out else []
+    tasks = [*STANDIN_TASKS, *own[:1]] if demo else list(declared) or own
+    if not tasks:
+        raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
+    return tasks
+
+
 def load_tasks(names: Sequence[str]) -> dict[str, list[EvalTask]]:
     """Return, for each name, the tasks that it stands for, loaded and with metrics that lm-eval knows.
 

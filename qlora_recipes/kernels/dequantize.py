@@ -49,6 +49,14 @@ def row_scales(module: nn.Module) -> Any:
     return found if found is not None else getattr(getattr(module, "state", None), "SCB", None)
 
 
+def outlier_threshold(module: nn.Module) -> float | None:
+    """Return LLM.int8's threshold of an int8 layer; None for any other layer.
+
+    A column of a layer's input that reaches it anywhere in the batch is multiplied in 16 bits (arXiv 2208.07339).
+    """
+    return getattr(getattr(module, "state", None), "threshold", None)
+
+
 def weight_of(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight that a layer multiplies by: kept, or dequantized now."""
     kept = getattr(layer, EXPANDED, None)

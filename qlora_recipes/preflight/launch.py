@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from datasets import Dataset
 
+from qlora_recipes import environment
 from qlora_recipes.preflight.checks import fail_unless, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
@@ -45,12 +46,11 @@ def asked_processes() -> str | None:
 def distributed_type(run: Run) -> Check:
     """FSDP that was asked for on a CPU becomes DDP without a word."""
     got = str(run.trainer.accelerator.distributed_type.value)
-    kinds = ("FSDP", "DEEPSPEED")
-    asked = [kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1")]
-    holds = not asked or got in asked
+    asked = environment.sharding_asked()
+    holds = asked in (None, got)
     return fail_unless(
         holds,
-        got.replace("NO", "none") if holds else f"{got}, {asked[0]} was asked for",
+        got.replace("NO", "none") if holds else f"{got}, {asked} was asked for",
         "Sharding needs GPUs here; leave the FSDP or DeepSpeed config out on a CPU.",
     )
 

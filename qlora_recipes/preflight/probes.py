@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qlora_recipes.data.encoding import IGNORED, Encoded
+from qlora_recipes.kernels.dequantize import outlier_threshold
 from qlora_recipes.stages import Run
 
 PROBE_TOKENS = 64  # of each of two rows: a thousandth of a real step's work
@@ -35,6 +36,20 @@ def preserving_state(model: nn.Module | None) -> Iterator[None]:
             module.training = training
         if model is not None:
             model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def without_outlier_columns(model: nn.Module) -> Iterator[bool]:
+    """Let int8 layers quantize every column of their input, outliers included; yield whether there are such layers."""
+    layers: list[Any] = [module for module in model.modules() if outlier_threshold(module)]
+    thresholds = [layer.state.threshold for layer in layers]
+    try:
+        for layer in layers:
+            layer.state.threshold = 0.0
+        yield bool(layers)
+    finally:
+        for layer, threshold in zip(layers, thresholds, strict=True):
+            layer.state.threshold = threshold
 
 
 def probe_batch(run: Run) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class QuantizedReceipt:
 
     expected: int
     found: int
+    outlier_threshold: float | None = None
+    """LLM.int8's: a column of activations that reaches it anywhere in a batch is multiplied in 16 bits; else None."""
 
 
 @dataclass

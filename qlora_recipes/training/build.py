@@ -15,7 +15,6 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
-from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
@@ -33,6 +32,7 @@ from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 from qlora_recipes.stages import Loaded, Prepared, Run
+from qlora_recipes.training.configuration import evaluates_held_out, make_sft_config
 from qlora_recipes.training.trainer import RunTrainer
 
 
@@ -42,7 +42,7 @@ def prepare_rows(settings: Settings, console: Console | None = None) -> Run:
     Raises:
         RecipesError: when the tokenizer or the rows cannot be loaded, or no row can be used.
     """
-    environment.share_threads(PartialState().num_processes)
+    environment.share_threads()
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
     encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
@@ -81,7 +81,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     Raises:
         UsageError: when SFTConfig refuses the settings, or they need held-out rows and none were kept.
     """
-    evaluates, patience = _evaluates(run.settings), run.settings.training.get("early_stopping_patience")
+    evaluates, patience = evaluates_held_out(run.settings), run.settings.training.get("early_stopping_patience")
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
@@ -94,7 +94,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = RunTrainer(
             model=run.model,
-            args=_sft_config(run, aside),
+            args=make_sft_config(run.settings, aside, padding_free=has_own_attention(run)),
             train_dataset=cast(Rows, run.data.train).dataset(),
             eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
             processing_class=run.tokenizer,
@@ -110,35 +110,6 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     return trainer
 
 
-def _evaluates(settings: Settings) -> bool:
-    return bool(settings.training.get("eval_strategy", "no") != "no")
-
-
-def _sft_config(run: Run, folder: str) -> SFTConfig:
-    """Return the recipe's SFTConfig fields, and those that follow from other choices."""
-    settings = run.settings
-    training = dict(settings.training)
-    training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
-    packed = training.get("packing") or training.get("eval_packing")
-    if not packed and training.setdefault("padding_free", run.model.config._attn_implementation == attention.NAME):
-        training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
-    if training.pop("early_stopping_patience", None) is not None:
-        training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
-    if training.get("load_best_model_at_end") and not _evaluates(settings):
-        raise UsageError(
-            "the best checkpoint and early stopping are chosen by the held-out loss: give --eval_strategy steps "
-            "--eval_steps N, and --save_strategy steps with a --save_steps that N divides"
-        )
-    try:
-        return SFTConfig(
-            **training,
-            output_dir=folder,
-            bf16=settings.dtype == "bfloat16",
-            fp16=settings.dtype == "float16",
-            use_cpu=PartialState().device.type == "cpu",
-            disable_tqdm=True,  # the display is ours
-            logging_nan_inf_filter=False,  # or a NaN is logged as a loss of 0.0
-            restore_callback_states_from_checkpoint=True,  # early stopping's patience continues where it was
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"SFTConfig refuses these settings: {error}") from error
+def has_own_attention(run: Run) -> bool:
+    """Whether the base computes attention with the function of this package, which needs no padding."""
+    return bool(run.model.config._attn_implementation == attention.NAME)

@@ -32,6 +32,13 @@ class MemoryExhaustedError(SetupError):
     """The device or the machine has too little memory for a step."""
 
 
+def is_machine_fault(error: Exception) -> bool:
+    """Whether an exception says that memory, a disk or a permission is missing."""
+    return isinstance(error, (OSError, torch.OutOfMemoryError, MemoryError)) or any(
+        pattern.search(str(error)) for pattern in (_NO_MEMORY, _WRITE_FAILED)
+    )
+
+
 @contextmanager
 def machine_faults(settings: Settings) -> Iterator[None]:
     """Turn what libraries raise for a full disk, a folder that takes no files or a lack of memory into our errors.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,9 +27,11 @@ from qlora_recipes.settings import Settings, public
 from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
+from qlora_recipes.training.trackers import add_run_figures
 from qlora_recipes.training.trainer import RunTrainer
 
 
@@ -71,7 +72,12 @@ def train(
 
 
 def finalize_settings(settings: Settings, *, resume: bool = False, console: Console | None = None) -> Settings:
-    """Return the settings with every automatic field set: as the run to resume has it, or fitted to this machine."""
+    """Return the settings with every automatic field set: as the run to resume has it, or fitted to this machine.
+
+    Raises:
+        UsageError: for what a library would refuse once the base is loaded.
+    """
+    check_settings(settings)
     folder = RunFolder(settings.output_dir).to_resume
     if resume and folder.started.exists():
         settings = restore_batch(settings, folder)
@@ -87,9 +93,9 @@ def machine() -> Machine:
     state = PartialState()
     return Machine(
         device=state.device.type,
-        bytes=int(USABLE * environment.usable_bytes(state.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
+        bytes=int(USABLE * environment.usable_bytes(state.device.type, environment.local_processes())),
         processes=state.num_processes,
-        sharded=environment.is_sharded(),
+        sharded=environment.sharding_asked() is not None,
     )
 
 
@@ -168,9 +174,10 @@ def prepare_run(
     _refuse_failed(checks, "Before loading the base", main, all_checks, last=False)  # which takes minutes
 
     say(f"loading {settings.model} in {settings.precision.name}", main)
-    run = load_model(run)
-    say("checking what the first step needs", main)
-    run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
+    with refusals(settings):
+        run = load_model(run)
+        say("checking what the first step needs", main)
+        run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
     checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
     _refuse_failed(checks, "Before training", main, all_checks)
     return run, checks
@@ -221,6 +228,7 @@ def _run_steps(
     trainer, main = cast(RunTrainer, run.trainer), PartialState().is_main_process
     display = ProgressDisplay(launch.console)
     trainer.signals = signals
+    add_run_figures(run)
     if main:
         trainer.add_callback(display)
         trainer.add_callback(MetricsFile(folder.metrics))

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say
+from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say, track
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
-from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark, record_margin
+from qlora_recipes.evaluation.task_loading import load_tasks
+from qlora_recipes.experiments.benchmark.plan import Plan, describe, plan_benchmark, preregister
+from qlora_recipes.experiments.benchmark.power import power_of
 from qlora_recipes.experiments.benchmark.training import train_missing
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
@@ -68,16 +70,17 @@ def main(argv: Sequence[str]) -> None:
 
 def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True) -> None:
     """Do what of a plan is not done yet, and write the report."""
-    from qlora_recipes.comparison.report import check_report_folder, write_report  # scipy: not while flags are read
+    from qlora_recipes.report.page import check_report_folder, write_report  # scipy: not while flags are read
 
     console = Console(stderr=True)
     page_folder = plan.output / "report"
     check_report_folder(page_folder)
-    from qlora_recipes.experiments.benchmark.power import power_of
-
-    found = power_of(plan)  # which refuses an unknown or broken task before anything is trained
-    earlier_margins = record_margin(plan)
-    console.print(found or "", highlight=False)
+    # An unknown or broken task is refused before anything is trained.
+    asked = [task for found in load_tasks(plan.tasks).values() for task in found]
+    names = [task.name for task in asked]
+    fixed, said = preregister(plan, names)
+    told = (describe(plan, names), power_of(asked, plan), said)
+    console.print("\n".join(filter(None, told)), highlight=False, markup=False, soft_wrap=True)
     train_missing(plan, console, launch=launch)
     from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
 
@@ -88,6 +91,9 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
         plan.margin,
         tasks=tasks,
         baseline=plan.baseline,
-        earlier_margins=earlier_margins,
+        earlier_margins=fixed.margins[:-1],
     )
     say(report, write_report(report, page_folder))
+    trackers = plan.flags.get("report_to") or ()
+    trackers = [trackers] if isinstance(trackers, str) else trackers
+    track(report, [name for name in trackers if name != "none"], plan.output)

@@ -5,20 +5,23 @@ Trains nothing and imports no torch.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qlora_recipes.commands.flags import argv_of
 from qlora_recipes.commands.recipe_cli import settings_from, without_secrets
+from qlora_recipes.comparison.preregistration import FILE, Preregistration, read_preregistration
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.evaluation.records import disk_faults
+from qlora_recipes.evaluation.task_loading import usual_tasks
 from qlora_recipes.precision import precision_named
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.differences import MISSING, differences
-from qlora_recipes.run.files import read_record, write_json
+from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 
@@ -66,8 +69,7 @@ class Plan:
     precisions: list[str]
     """The baseline first."""
     seeds: list[int]
-    tasks: list[str] | None
-    """None for the default of the runs."""
+    tasks: list[str]
     margin: float
     """Points."""
     limit: int | None
@@ -78,23 +80,6 @@ class Plan:
     def folders(self, precision: str) -> list[RunFolder]:
         """Return the run folders of a precision, in the order of the seeds."""
         return [arm.folder for arm in self.arms if arm.precision == precision]
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What `benchmark.json` holds."""
-
-    schema_version: Literal[1]
-    recipe: str
-    demo: bool
-    flags: list[str]
-    precisions: list[str]
-    baseline: str
-    seeds: list[int]
-    tasks: list[str] | None
-    limit: int | None
-    margins: list[float]
-    """Points; the last one is the one in force."""
 
 
 def plan_benchmark(
@@ -129,14 +114,14 @@ def plan_benchmark(
             if dtype == "float16" and precision_named(precision).dtype is None:
                 given.setdefault("dtype", dtype)  # the quantized arms compute in the 16-bit arm's dtype
             arms.append(Arm(settings_from(recipe, given), argv_of(given)))
-    declared = None if flags.get("demo") else list(recipe.eval_tasks) or None
+    tasks = tasks or usual_tasks(bool(flags.get("demo")), recipe.eval_tasks, held_out=recipe.dataset.held_out > 0)
     return Plan(
         recipe_file=recipe_file,
         arms=arms,
         baseline=baseline,
         precisions=ordered,
         seeds=list(seeds),
-        tasks=list(tasks) if tasks else declared,
+        tasks=list(tasks),
         margin=margin,
         limit=limit,
         flags=flags,
@@ -184,44 +169,81 @@ def check_trained(arm: Arm) -> None:
             )
 
 
-def record_margin(plan: Plan) -> list[float]:
-    """Record the margin before anything is measured, and return the earlier ones.
+def describe(plan: Plan, tasks: Sequence[str]) -> str:
+    """Return what a benchmark is about to do, for people; `tasks` as results name them."""
+    arms = ", ".join(f"{name} (baseline)" if name == plan.baseline else name for name in plan.precisions)
+    return "\n".join(
+        (
+            f"arms    {arms}",
+            f"seeds   {', '.join(map(str, plan.seeds))}: {len(plan.arms)} runs, in {plan.output}",
+            f"tasks   {', '.join(tasks)}",
+            f"margin  ±{plan.margin:g} points",
+        )
+    )
+
+
+def preregister(plan: Plan, tasks: Sequence[str]) -> tuple[Preregistration, str]:
+    """Write down what is to be measured and judged by; return what is in force, and what was done in words.
+
+    Until the first score a plan may change. From then on what was fixed stays, and another margin is recorded after it.
+    `tasks` as results name them.
 
     Raises:
         RunFolderError: when the folder is another benchmark's.
     """
-    file = plan.output / "benchmark.json"
-    earlier = None
-    try:
-        earlier = read_record(file, _Record, fix=_FIX)
-    except FileNotFoundError:
-        if plan.output.is_dir() and any(plan.output.iterdir()):
-            raise RunFolderError(f"{plan.output} holds other files. {_FIX}") from None
+    earlier = read_preregistration(plan.output, fix=_FIX)
     flags = {name: value for name, value in plan.flags.items() if name != "demo"}
-    record = _Record(
-        schema_version=1,
+    scores = plan.output.glob("*/evaluation/**/*.docs.jsonl")
+    scored = sorted({file.relative_to(plan.output).parts[0] for file in scores})
+    record = Preregistration(
+        fixed=_now(),
         recipe=plan.arms[0].settings.name,
         demo=bool(plan.flags.get("demo")),
         flags=without_secrets(argv_of(flags)),
         precisions=plan.precisions,
         baseline=plan.baseline,
         seeds=plan.seeds,
-        tasks=plan.tasks,
+        tasks=list(tasks),
         limit=plan.limit,
         margins=[plan.margin],
+        scored_before=scored,
     )
     if earlier:
-        for key in ("recipe", "demo", "flags"):
-            was, expected = getattr(earlier, key), getattr(record, key)
-            if was != expected:
-                raise RunFolderError(f"{plan.output} is a benchmark with {key} {was!r}, expected {expected!r}. {_FIX}")
-        if earlier.limit is None and plan.limit is not None:
-            raise RunFolderError(
-                f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)"
-            )
+        _check_same_benchmark(plan, earlier, record)
+    else:
+        _check_folder(plan)
+    said = f"fixed before the first score, {record.time}"
+    if earlier and (scored or record == replace(earlier, fixed=record.fixed)):
         repeated = earlier.margins[-1:] == record.margins
-        record = replace(record, margins=earlier.margins if repeated else [*earlier.margins, plan.margin])
-    with disk_faults(plan.output, _FIX):
-        plan.output.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(record))
-    return record.margins[:-1]
+        margins = earlier.margins if repeated else [*earlier.margins, plan.margin]
+        record = replace(earlier, margins=margins, limit=plan.limit)
+        said = f"fixed on {record.time}"
+    elif earlier:
+        said += f", in place of what was fixed on {earlier.time}: nothing is scored yet"
+    elif scored:
+        said = f"fixed on {record.time}, after {', '.join(scored)} had been scored: what follows is exploratory"
+    if record != earlier:
+        with disk_faults(plan.output, _FIX):
+            plan.output.mkdir(parents=True, exist_ok=True)
+            write_json(plan.output / FILE, asdict(record))
+    return record, said
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _check_same_benchmark(plan: Plan, earlier: Preregistration, record: Preregistration) -> None:
+    for key in ("recipe", "demo", "flags"):
+        was, expected = getattr(earlier, key), getattr(record, key)
+        if was != expected:
+            raise RunFolderError(f"{plan.output} is a benchmark with {key} {was!r}, expected {expected!r}. {_FIX}")
+    if earlier.limit is None and plan.limit is not None:
+        raise RunFolderError(f"{plan.output} holds whole results. Give a trial with --limit another folder (--output)")
+
+
+def _check_folder(plan: Plan) -> None:
+    """Refuse a folder without a plan that holds anything but what a benchmark like this one would have left."""
+    ours = {"logs", "report", *(arm.folder.path.name for arm in plan.arms)}
+    if plan.output.is_dir() and any(file.name not in ours for file in plan.output.iterdir()):
+        raise RunFolderError(f"{plan.output} holds other files. {_FIX}")

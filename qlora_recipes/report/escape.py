@@ -15,6 +15,18 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 _TURNED = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#$])")
 
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "−": "$-$",  # noqa: RUF001
+    "±": r"$\pm$",
+    "‖": r"$\|$",
+}
+
 
 def plain(text: object) -> str:
     """Return text with every invisible character replaced by a symbol; line feeds and tabs stay."""
@@ -35,3 +47,14 @@ def markdown(value: object) -> str:
     text = plain(value).replace("&", "&amp;").replace("\t", "␉").replace("\n", "␊")
     text = _MARKDOWN.sub(r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
     return f"\u2068{text}\u2069" if _TURNED.search(text) else text
+
+
+def spreadsheet(text: str) -> str:
+    """Return text that a spreadsheet takes for text, and never for a formula."""
+    text = plain(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def latex(text: str) -> str:
+    """Escape text for a line of LaTeX; what its default fonts lack in signs is written as mathematics."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(plain(text).split()))
