@@ -304,19 +304,20 @@ def test_too_little_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("changed", "verdict", "told"),
+    ("changed", "found", "verdict", "told"),
     [
-        ("", "warn", ""),
-        ("_attn_implementation", "warn", "PreTrainedConfig, which training/build.py reads, has changed"),
-        ("_save", "fail", "_save of transformers.trainer.Trainer, which training/trainer.py replaces, has changed"),
+        ("", "", "warn", ""),
+        ("_attn_implementation", "0000", "warn", "PreTrainedConfig, which training/build.py reads, has changed"),
+        ("_attn_implementation", "absent", "fail", "PreTrainedConfig, which training/build.py reads, has changed"),
+        ("_save", "0000", "fail", "_save of transformers.trainer.Trainer, which training/trainer.py replaces"),
     ],
 )
 def test_a_version_outside_is_a_warning_and_a_fail_where_what_is_replaced_has_changed(
-    run: Run, monkeypatch: pytest.MonkeyPatch, changed: str, verdict: str, told: str
+    run: Run, monkeypatch: pytest.MonkeyPatch, changed: str, found: str, verdict: str, told: str
 ) -> None:
     asked, read = ["transformers>=99", "trl>=1"], machine.upstream.fingerprint
     monkeypatch.setattr(machine.environment.importlib.metadata, "requires", lambda name: asked)
-    monkeypatch.setattr(machine.upstream, "fingerprint", lambda name: "another" if name.name == changed else read(name))
+    monkeypatch.setattr(machine.upstream, "fingerprint", lambda name: found if name.name == changed else read(name))
     check = verdict_of(machine.versions, run)
     assert check.verdict == verdict
     assert check.figure.startswith("outside the tested versions: transformers 5.")

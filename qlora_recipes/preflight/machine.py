@@ -30,22 +30,22 @@ _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a preci
 
 
 def versions(run: Run) -> Check:
-    """A package outside its tested range is a warning, and a fail where a name that is replaced there has changed."""
+    """A package outside its tested range is a warning; a fail where a name of it is gone, or replaced and changed."""
     found, shown = environment.versions(), ("torch", "transformers", "trl", "peft", "bitsandbytes")
     outside = environment.outside_tested()
     if not outside:
         return passed(", ".join(f"{name} {found[name]}" for name in shown))
     changed = [name for need in outside for name in upstream.changed(need.name)]
-    replaced = [name for name in changed if name.is_replaced()]
     figures = [f"{need.name} {version}, expected {need.specifier}" for need, version in outside.items()]
     for name in changed:
-        use = "replaces" if name in replaced else "reads"
+        use = "replaces" if name.is_replaced() else "reads"
         figures.append(f"{name.name} of {name.owner.replace(':', '.')}, which {name.file} {use}, has changed")
     repaired = {need.name: repairs for need in outside if (repairs := upstream.repaired(need.name))}
     advice = [f"Defects of {name} are repaired by {', '.join(repairs)}." for name, repairs in repaired.items()]
+    wrong = any(name.is_replaced() or upstream.fingerprint(name) == upstream.ABSENT for name in changed)
     return Check(
         "",
-        "fail" if replaced else "warn",
+        "fail" if wrong else "warn",
         f"outside the tested versions: {'; '.join(figures)}",
         " ".join([*advice, environment.install(outside)]),
     )
