@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -58,3 +59,30 @@ def test_the_site_builds_and_every_page_is_in_it(tmp_path: Path) -> None:
     built = subprocess.run([*words, "--site-dir", str(tmp_path)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert "Invalid recipes are rejected" in (tmp_path / "api.html").read_text(encoding="utf-8")
+
+
+def test_every_frequent_error_is_quoted_as_the_package_prints_it() -> None:
+    """What stands between the dots is constant: a text of the source, or the name of a check."""
+    quoted = re.findall(r"^```text\n(.+?)\n```$", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.M | re.S)
+    nodes = [
+        node
+        for file in (ROOT / "qlora_recipes").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    said = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    said += [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert len(quoted) > 15
+    for message in quoted:
+        for part in message.split("..."):
+            assert any(part.strip() in text for text in said), f"docs/errors.md quotes {part!r}"
+
+
+def test_every_recipe_is_in_the_gallery_as_it_is() -> None:
+    gallery = ROOT / "docs" / "gallery"
+    recipes = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "recipes").glob("*.py")}
+    assert {page.stem for page in gallery.glob("*.md")} == set(recipes)
+    for name, text in recipes.items():
+        assert f"```python\n{text}```\n" in (gallery / f"{name}.md").read_text(encoding="utf-8")
+    pictures = list(gallery.glob("*.png"))
+    assert len(pictures) == 2 * len(recipes)
+    assert max(picture.stat().st_size for picture in pictures) < 300 * 1024
