@@ -13,13 +13,14 @@ WORKERS ?= 2
 
 BIN     := .venv/bin
 STAMP   := .venv/installed
+OLDEST  := .venv-oldest
 PIP     := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 # "torch" -> "torch==2.13.0": constraints.txt is the only place that knows.
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install hashes demo ladder docs lint test clean
+.PHONY: help install hashes demo ladder docs lint test test-oldest clean
 
 help:
 	@echo 'make install   make .venv with the versions that are tested'
@@ -29,7 +30,8 @@ help:
 	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style, formatting and types'
 	@echo 'make test      lint, then the tests'
-	@echo 'make clean     remove .venv, caches and what was built; runs/ stays'
+	@echo 'make test-oldest  the tests with the oldest versions of the ranges, in .venv-oldest'
+	@echo 'make clean     remove both .venv, caches and what was built; runs/ stays'
 	@echo 'Each installs what it needs first. Another Python than $(PYTHON): make PYTHON=python3.12 install'
 
 install: $(STAMP)
@@ -98,6 +100,16 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+$(OLDEST)/installed: setup.cfg constraints-oldest.txt | $(BIN)/python
+	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check install $(call pin,pip)
+	PYTHONWARNINGS=ignore::UserWarning $(OLDEST)/bin/python -m pip --quiet --disable-pip-version-check \
+	  install --constraint constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv $(OLDEST) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

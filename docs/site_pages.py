@@ -14,6 +14,7 @@ ELSEWHERE = {
     "README.md": "index.md",
     "recipes/README.md": "recipes.md",
     "qlora_recipes/standins/README.md": "standins.md",
+    "qlora_recipes/base/upstream.md": "upstream.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,26 +31,26 @@ _COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"
 _LAUNCHERS = "accelerate launch and torchrun set it; without one of them unset it"
 
 
-def check_versions() -> None:
-    """Refuse packages outside the tested ranges, which setup.cfg states.
+def outside_tested() -> dict[Requirement, str]:
+    """Return each package whose version is outside the tested range, which setup.cfg states, with that version.
 
     Raises:
-        SetupError: naming each package, and the command that fixes it.
+        SetupError: naming each that is missing, and the command that installs it.
     """
     if _version(_DISTRIBUTION) is None:
         raise SetupError(f"{_DISTRIBUTION} is not installed; in its folder run: pip install -c constraints.txt -e .")
-    faults = []
-    for line in importlib.metadata.requires(_DISTRIBUTION) or ():
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        version = _version(requirement.name)
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
-            faults.append((requirement, version))
-    if faults:
-        found = "; ".join(f"{need.name} {got or 'is missing'}, expected {need.specifier}" for need, got in faults)
-        expected = " ".join(f"'{need.name}{need.specifier}'" for need, _ in faults)
-        raise SetupError(f"outside the tested versions: {found}. Run: pip install -c constraints.txt {expected}")
+    asked = map(Requirement, importlib.metadata.requires(_DISTRIBUTION) or ())
+    needed = [need for need in asked if need.marker is None or need.marker.evaluate({"extra": ""})]
+    found = {need: _version(need.name) for need in needed}
+    if missing := [need for need, version in found.items() if version is None]:
+        names = ", ".join(need.name for need in missing)
+        raise SetupError(f"not installed: {names}, expected {', '.join(map(str, missing))}. {install(missing)}")
+    return {need: got for need, got in found.items() if got and not need.specifier.contains(got, prereleases=True)}
+
+
+def install(needs: Iterable[Requirement]) -> str:
+    """Return what to run for a tested version of each."""
+    return f"Run: pip install -c constraints.txt {' '.join(repr(str(need)) for need in needs)}"
 
 
 def versions() -> dict[str, str]:

@@ -308,6 +308,26 @@ def test_a_mask_that_shows_what_comes_is_the_mask_of_sdpa() -> None:
     assert mask[0, 0, 10].nonzero().max() == 11
 
 
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_key_heads_are_repeated_where_pytorchs_kernel_takes_no_groups(
+    monkeypatch: pytest.MonkeyPatch, takes_groups: bool
+) -> None:
+    """With the signatures of PyTorch 2.13 and 2.11; the kernel itself needs a GPU."""
+
+    def kernel(q, k, v, begins, _, longest, __, *, scale, window_size, **grouped):
+        assert (longest, scale, window_size) == (30, 0.25, (-1, 0))
+        assert (grouped, k.shape[1]) == (({"enable_gqa": True}, 2) if takes_groups else ({}, 4))
+        parts = [part.transpose(0, 1)[None] for part in (q, k, v)]
+        return fused(*parts, dense_mask(begins)).squeeze(0)
+
+    monkeypatch.setattr(attention, "_TAKES_GROUPS", takes_groups)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    bounds = bounds_of([30, 20])
+    query, key, value, _ = inputs([30, 20], (4, 2))
+    found = attention._on_gpu(query, key, value, bounds, 30, 0.25)
+    assert torch.allclose(found, fused(query, key, value, dense_mask(bounds)), atol=1e-6)
+
+
 def test_what_the_loop_does_not_know_is_left_to_sdpa() -> None:
     query, key, value, _ = inputs([20], (2, 2))
     both_ways = torch.nn.Identity()
@@ -345,7 +365,9 @@ def test_checkpointed_gradients_are_the_same_bits(tiny: Tiny, models: Callable, 
     found = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            # Transformers before 5.23 has it under its old name alone.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**row, labels=row["input_ids"], use_cache=False).loss

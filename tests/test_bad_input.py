@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qlora_recipes import DatasetSpec, Recipe, cli, environment
+from qlora_recipes.base import upstream
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.commands.recipe_cli import main
 
@@ -390,10 +391,11 @@ def test_an_adapter_of_another_base(tiny: Callable[[str], Path], tmp_path: Path)
 
 
 def test_versions(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.importlib.metadata, "requires", lambda name: ["torch>=99"])
+    monkeypatch.setattr(environment.importlib.metadata, "requires", lambda name: ["transformers>=99"])
+    monkeypatch.setattr(upstream, "fingerprint", lambda name: "another")
     message = refused("--demo")
-    assert "expected >=99" in message
-    assert "pip install -c constraints.txt 'torch>=99'" in message
+    assert "expected >=99" in message and "_save of transformers.trainer.Trainer" in message
+    assert "pip install -c constraints.txt 'transformers>=99'" in message
 
 
 def test_float16_without_cuda(refused: Refused) -> None:

@@ -146,7 +146,7 @@ def peak_of_a_step(
     step, peaks = trainer.training_step, []
 
     def profiled(*args):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             loss = step(*args)
         events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
         alive = [0]

@@ -303,13 +303,27 @@ def test_too_little_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "planned" in check.figure and "--max_length" in check.advice
 
 
-def test_versions_outside_the_tested_ranges_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        machine.environment.importlib.metadata, "requires", lambda name: ["torch>=99", "transformers>=5"]
-    )
+@pytest.mark.parametrize(
+    ("changed", "found", "verdict", "told"),
+    [
+        ("", "", "warn", ""),
+        ("_attn_implementation", "0000", "warn", "PreTrainedConfig, which training/build.py reads, has changed"),
+        ("_attn_implementation", "absent", "fail", "PreTrainedConfig, which training/build.py reads, has changed"),
+        ("_save", "0000", "fail", "_save of transformers.trainer.Trainer, which training/trainer.py replaces"),
+    ],
+)
+def test_a_version_outside_is_a_warning_and_a_fail_where_what_is_replaced_has_changed(
+    run: Run, monkeypatch: pytest.MonkeyPatch, changed: str, found: str, verdict: str, told: str
+) -> None:
+    asked, read = ["transformers>=99", "trl>=1"], machine.upstream.fingerprint
+    monkeypatch.setattr(machine.environment.importlib.metadata, "requires", lambda name: asked)
+    monkeypatch.setattr(machine.upstream, "fingerprint", lambda name: found if name.name == changed else read(name))
     check = verdict_of(machine.versions, run)
-    assert check.verdict == "fail"
-    assert "torch" in check.figure and "pip install" in check.figure and "transformers 5" not in check.figure
+    assert check.verdict == verdict
+    assert check.figure.startswith("outside the tested versions: transformers 5.")
+    assert "expected >=99" in check.figure and told in check.figure and "trl" not in check.figure
+    assert ("has changed" in check.figure) == bool(changed)
+    assert "quantize_falcon_linears (5.23)" in check.advice and "pip install" in check.advice
 
 
 @needs_real

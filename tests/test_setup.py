@@ -47,10 +47,10 @@ def dependencies(config: ConfigParser, python: str, extras: bool = True) -> list
     return [requirement for requirement in map(Requirement, lines) if applies(requirement, python)]
 
 
-def pins(python: str) -> dict[str, Version]:
-    """Name to version of what constraints.txt pins for a Python; each name once, each with one version."""
+def pins(python: str, file: str = "constraints.txt") -> dict[str, Version]:
+    """Name to version of what a file pins for a Python; each name once, each with one version."""
     pinned = {}
-    for requirement in map(Requirement, lines_of((ROOT / "constraints.txt").read_text())):
+    for requirement in map(Requirement, lines_of((ROOT / file).read_text())):
         if applies(requirement, python):
             (specifier,) = requirement.specifier
             assert specifier.operator == "==", f"{requirement} is not a pin"
@@ -77,12 +77,20 @@ def test_every_range_has_two_ends_and_holds_no_known_vulnerability(setup_cfg: Co
         assert ends[">="] >= Version(SAFE_FROM.get(requirement.name, "0")), str(requirement)
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_oldest_versions_are_the_lower_ends(setup_cfg: ConfigParser, python: str) -> None:
+    oldest = pins(python, "constraints-oldest.txt")
+    for requirement in dependencies(setup_cfg, python, extras=False):
+        (lower,) = (specifier.version for specifier in requirement.specifier if specifier.operator == ">=")
+        assert oldest[canonicalize_name(requirement.name)] == Version(lower), requirement
+
+
 def test_the_pinned_versions_are_the_ones_installed(setup_cfg: ConfigParser) -> None:
-    pinned = pins(RUNNING)
-    for requirement in dependencies(setup_cfg, RUNNING, extras=False):
-        # `2.13.0+cpu` is a build of 2.13.0.
-        installed = Version(importlib.metadata.version(requirement.name)).public
-        assert installed == str(pinned[canonicalize_name(requirement.name)]), requirement.name
+    names = [canonicalize_name(requirement.name) for requirement in dependencies(setup_cfg, RUNNING, extras=False)]
+    # `2.13.0+cpu` is a build of 2.13.0.
+    installed = {name: Version(Version(importlib.metadata.version(name)).public) for name in names}
+    ends = [pins(RUNNING, file) for file in ("constraints.txt", "constraints-oldest.txt")]
+    assert installed in [{name: pinned[name] for name in names} for pinned in ends]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -184,6 +192,18 @@ def test_each_target_installs_first(target: str, runs: str) -> None:
     places = [planned.stdout.find(step) for step in steps]
     assert -1 not in places, planned.stdout
     assert places == sorted(places), planned.stdout
+
+
+def test_the_oldest_versions_have_their_own_environment() -> None:
+    planned = make("--dry-run", "--always-make", "test-oldest")
+    assert planned.returncode == 0, planned.stderr
+    steps = [
+        "-m venv .venv-oldest",
+        "--constraint constraints-oldest.txt --editable '.[test]'",
+        ".venv-oldest/bin/python -m pytest",
+    ]
+    places = [planned.stdout.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places), planned.stdout
 
 
 def test_an_installation_by_hash_is_one_command() -> None:

@@ -3,79 +3,74 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
 from trl import SFTTrainer
 
 import qlora_recipes
+from qlora_recipes.base import repairs, upstream
 from qlora_recipes.training.trainer import RunTrainer, _Faults
 
 PACKAGE = Path(qlora_recipes.__path__[0])
 DOCS = PACKAGE.parent / "docs"
-
-
-class Private(NamedTuple):
-    """One row of docs/upstream.md."""
-
-    file: str
-    owner: str
-    name: str
-    reason: str
-    until: str
-    fingerprint: str
-
-
-PAGE = (DOCS / "upstream.md").read_text(encoding="utf-8")
-ENTRIES = [
-    Private(*row.replace("`", "").strip("| ").split(" | ")) for row in PAGE.splitlines() if row.startswith("| `")
-]
-VERSIONS = dict(re.findall(r"([\w-]+) (\d[\d.]*\d)", PAGE.partition("Read in ")[2].partition("\n")[0]))
-LISTED = {private.name for private in ENTRIES}
-LIBRARIES = {*VERSIONS, "lm_eval", "accelerate", "bitsandbytes", "peft"}
+ENTRIES = upstream.names()
+# Of each library, the newest version that was read, and the oldest.
+READ_IN = {
+    library: versions.split(" and ")
+    for library, versions in re.findall(
+        r"([\w-]+) (\d[\d.]*\d(?: and \d[\d.]*\d)?)",
+        " ".join(upstream.TABLE.read_text(encoding="utf-8").partition("Read in ")[2].partition(";")[0].split()),
+    )
+}
+LISTED = {name.name for name in ENTRIES}
+LIBRARIES = {*READ_IN, "lm_eval", "accelerate"}
 STANDARD = {"_actions", "_asdict", "_exit"}
 """Names of Python's standard library."""
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 
 
-def fingerprint(private: Private) -> str:
-    module, _, kind = private.owner.partition(":")
-    owner = importlib.import_module(module)
-    owner = getattr(owner, kind) if kind else owner
-    found = [line.strip() for line in inspect.getsource(owner).splitlines() if re.search(rf"\b{private.name}\b", line)]
-    value = getattr(owner, private.name, None)
-    if (
-        getattr(value, "__module__", None) == module and owner is not torch
-    ):  # neither an instance's nor replaced by ours
-        found.append(inspect.getsource(value))
-    if owner is torch:
-        found.append(str(getattr(torch.ops.aten, private.name).default._schema))
-    assert found, f"{private.owner} no longer has {private.name}"
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:8]
-
-
-@pytest.mark.parametrize("private", ENTRIES, ids=lambda private: private.name)
-def test_a_private_name_is_as_it_was_read(private: Private) -> None:
-    found = fingerprint(private)
-    assert found == private.fingerprint, (
-        f"{private.name} of {private.owner} is not what was read in {VERSIONS}: read it again beside {private.file}, "
-        f"and write {found} into docs/upstream.md"
+@pytest.mark.parametrize("name", ENTRIES, ids=lambda name: name.name)
+def test_a_name_is_as_it_was_read(name: upstream.Name) -> None:
+    found = upstream.fingerprint(name)
+    assert found in name.fingerprints.split(), (
+        f"{name.name} of {name.owner} is not what was read in {READ_IN}: read it again beside {name.file}, "
+        f"and write {found} into upstream.md"
     )
-    assert re.search(rf"\b{private.name}\b", (PACKAGE / private.file).read_text(encoding="utf-8")), "no longer used"
+    assert re.search(rf"\b{name.name}\b", (PACKAGE / name.file).read_text(encoding="utf-8")), "no longer used"
 
 
-def test_the_versions_are_those_that_are_pinned() -> None:
-    text = (PACKAGE.parent / "constraints.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("file", "end"), [("constraints.txt", 0), ("constraints-oldest.txt", -1)])
+def test_the_versions_are_those_that_are_pinned(file: str, end: int) -> None:
+    text = (PACKAGE.parent / file).read_text(encoding="utf-8")
     pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
-    assert {name: pinned[name][: len(version)] for name, version in VERSIONS.items()} == VERSIONS
+    assert len(READ_IN) == 7
+    assert all(pinned[library].startswith(versions[end]) for library, versions in READ_IN.items()), READ_IN
+
+
+def test_a_name_that_another_version_lacks_is_absent() -> None:
+    gone = ENTRIES[0]._replace(name="_no_longer_there")
+    assert upstream.fingerprint(gone) == upstream.ABSENT
+    assert upstream.fingerprint(gone._replace(owner="transformers.trainer:Moved")) == upstream.ABSENT
+    assert upstream.fingerprint(gone._replace(owner="transformers.moved")) == upstream.ABSENT
+
+
+def test_what_is_replaced_is_told_from_what_is_read() -> None:
+    replaced = {name.name for name in ENTRIES if name.is_replaced()}
+    assert replaced >= {"_save", "_use_triton", "_tr_loss", "_model_call", "forward"}
+    assert not replaced & {"_metrics", "_attn_implementation", "_commit_hash", "_split_heads"}
+
+
+def test_every_repair_is_of_a_library_in_a_version() -> None:
+    told = [line for library in READ_IN for line in upstream.repaired(library)]
+    functions = {name for name, each in vars(repairs).items() if inspect.isfunction(each) and not name.startswith("_")}
+    assert {line.partition(" ")[0] for line in told} == functions - {"TYPE_CHECKING"}
+    assert "float32_adapter (1.16)" in upstream.repaired("trl")
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
@@ -136,7 +131,7 @@ def test_no_class_takes_a_private_name_of_its_base_that_is_not_listed() -> None:
         bases = [base for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
         source = "\n".join(inspect.getsource(base) for base in bases if base.__module__ != "torch._C")
         file = kind.__module__.partition(".")[2].replace(".", "/") + ".py"
-        listed = {private.name for private in ENTRIES if private.file == file}
+        listed = {name.name for name in ENTRIES if name.file == file}
         for name in set(re.findall(r"\b(?:self\.|def )(_[a-z]\w*)", inspect.getsource(kind))) - listed:
             assert not re.search(rf"\b(self\.|def ){name}\b", source), f"{kind.__name__}.{name} is its base's, too"
 

@@ -101,6 +101,8 @@ def load_base(
         use_safetensors=True,  # a pickle can run code when it is opened
         attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
         trust_remote_code=trust_remote_code,
+        # Transformers before 5.18 would look for an adapter at the newest commit.
+        adapter_kwargs={"revision": revision} if revision else {},
         output_loading_info=True,
     )
     _check_unused(model, loading["unexpected_keys"])

@@ -9,6 +9,7 @@ Knows nothing about recipes or adapters. Registered as `by_conversation`; where 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, cast
@@ -25,6 +26,7 @@ SHORT = 512
 """Rows of up to this many tokens keep the mask: its scores cost less than the iterations of a loop."""
 BLOCK = 128
 """Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in PyTorch 2.11
 
 
 def conversation_mask(
@@ -73,9 +75,11 @@ def attention(
     query [batch, heads, tokens, size]; key and value [batch, key/value heads, tokens, size]; returns
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
+    if others.get("softcap") is not None:  # which Transformers before 5.21 passes over
+        raise ValueError("attention by conversation knows no softcap, which this model's attention asks for")
     bounds = attention_mask
     # What some models pass to their attention, and `sdpa` handles or refuses.
-    asked = any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    asked = any(others.get(name) is not None for name in ("s_aux", "position_bias"))
     plain = not asked and value.shape[-1] == key.shape[-1] and dropout == 0.0 and getattr(module, "is_causal", True)
     on_cpu = plain and query.device.type == "cpu"
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
@@ -106,10 +110,11 @@ def _on_gpu(
 ) -> torch.Tensor:
     """PyTorch's own FlashAttention (2.13, `torch/nn/attention/varlen.py`), which needs no other package."""
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    output = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
-    )
+    groups = query.shape[1] // key.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": groups > 1} if _TAKES_GROUPS else {}
+    if groups > 1 and not _TAKES_GROUPS:
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
+    output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
     return cast(torch.Tensor, output)[None]  # with what else was asked for it would be a tuple
 
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from qlora_recipes import environment
+from qlora_recipes.base import upstream
 from qlora_recipes.errors import ModelError
 from qlora_recipes.memory import estimate
 from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
@@ -29,10 +30,25 @@ _LOWER = "Lower --per_device_train_batch_size or --max_length, or choose a preci
 
 
 def versions(run: Run) -> Check:
-    """Package versions outside the tested ranges are refused with the command that fixes them."""
-    environment.check_versions()
+    """A package outside its tested range is a warning; a fail where a name of it is gone, or replaced and changed."""
     found, shown = environment.versions(), ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    return passed(", ".join(f"{name} {found[name]}" for name in shown))
+    outside = environment.outside_tested()
+    if not outside:
+        return passed(", ".join(f"{name} {found[name]}" for name in shown))
+    changed = [name for need in outside for name in upstream.changed(need.name)]
+    figures = [f"{need.name} {version}, expected {need.specifier}" for need, version in outside.items()]
+    for name in changed:
+        use = "replaces" if name.is_replaced() else "reads"
+        figures.append(f"{name.name} of {name.owner.replace(':', '.')}, which {name.file} {use}, has changed")
+    repaired = {need.name: repairs for need in outside if (repairs := upstream.repaired(need.name))}
+    advice = [f"Defects of {name} are repaired by {', '.join(repairs)}." for name, repairs in repaired.items()]
+    wrong = any(name.is_replaced() or upstream.fingerprint(name) == upstream.ABSENT for name in changed)
+    return Check(
+        "",
+        "fail" if wrong else "warn",
+        f"outside the tested versions: {'; '.join(figures)}",
+        " ".join([*advice, environment.install(outside)]),
+    )
 
 
 def writable_folder(run: Run) -> Check:

@@ -1,6 +1,6 @@
 """The SFTTrainer of a run: counts its tokens, refuses a NaN, and resumes after a fault as if there had been none.
 
-docs/trainer.md explains every method that replaces one of upstream; docs/upstream.md lists the private names.
+docs/trainer.md explains every method that replaces one of upstream; base/upstream.md lists the private names.
 Knows nothing of recipes.
 """
 
