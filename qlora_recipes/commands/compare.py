@@ -129,15 +129,17 @@ def track(report: Report, trackers: Sequence[str], folder: Path) -> None:
     if not trackers:
         return
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
     known = [str(kind.value) for kind in LoggerType if kind != LoggerType.ALL]
+    installed = [str(kind.value) for kind in get_available_trackers()]
     for tracker in trackers:
         if tracker not in known:
             raise UsageError(f"--report_to: no tracker {tracker!r}.{nearest(tracker, known)} Known: {', '.join(known)}")
+        if tracker not in installed:
+            raise UsageError(f"--report_to {tracker}: it is not installed. Run: pip install {tracker}")
     accelerator = Accelerator(log_with=list(trackers), project_dir=folder, cpu=True)
-    if missing := sorted(set(trackers) - {str(kind.value) for kind in accelerator.log_with}):
-        raise UsageError(f"--report_to {missing[0]}: it is not installed. Run: pip install {missing[0]}")
     accelerator.init_trackers("verdicts")
     for contrast in report.contrasts:
         low, high = contrast.overall.interval_95
