@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, 
     "demo": (verb("demo"), [], "margn", "margin", "margin", "100", "points above 0"),
     "benchmark": (verb("benchmark"), ["falcon_faq"], "precision_s", "precisions", "seeds", "1.5", "int"),
     "throughput": (verb("throughput"), [], "hiden_size", "hidden_size", "dtype", "float32", "one of bfloat16"),
-    "plan": (verb("plan"), [RECIPE], "gpuu", "gpu", "gpu", "big", "float"),
+    "plan": (verb("plan"), [RECIPE], "gpuu", "gpu", "gpu", "nan", "the memory of a GPU"),
     "plan, the recipe's": (verb("plan"), [RECIPE], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
     "inspect": (
         verb("inspect"),
@@ -188,6 +188,7 @@ def test_help_and_refusals_are_quick_and_import_nothing_heavy() -> None:
     code = f"""
 import contextlib, io, sys, time
 begun = time.perf_counter()
+from qlora_recipes.cli import VERBS
 from test_commandline import COMMANDS
 for name, (call, words, *_) in COMMANDS.items():
     for asked, code in (("--help", 0), ("--zzz", 2)):
@@ -196,7 +197,8 @@ for name, (call, words, *_) in COMMANDS.items():
                 call([*words, asked])
             except SystemExit as ended:
                 assert ended.code == code, name
-        assert out.getvalue().startswith("usage: " if code == 0 else ""), name
+        called = f"qlora-recipes {{name}}" if name in VERBS else ""
+        assert out.getvalue().startswith(f"usage: {{called}}" if code == 0 else ""), name
         assert time.perf_counter() - begun < 2, name
         assert not {HEAVY!r} & set(sys.modules), name
         begun = time.perf_counter()
@@ -250,6 +252,8 @@ VALUES: list[tuple[list[str], object]] = [
     (["--bias", "all"], "all"),
     (["--skip_checks", "steps,hub"], ["steps", "hub"]),
     (["--deepspeed", "zero.json"], "zero.json"),
+    (["--output_dir=~/runs"], str(Path.home() / "runs")),
+    (["--run_name=~/runs"], "~/runs"),
 ]
 
 
@@ -407,6 +411,7 @@ def test_a_wrong_config_file_is_refused(resolve: Callable[..., Settings], tmp_pa
         ("packing: true", True),
         ("eval_steps: null", None),
         ("eval_steps: ~", None),
+        ("output_dir: ~/runs", str(Path.home() / "runs")),
         ("target_modules: all-linear", "all-linear"),
         ("target_modules: [q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("layers_to_transform: [1, 2]", [1, 2]),
