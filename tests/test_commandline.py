@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_structure import HEAVY
 
+import qlora_recipes
 from qlora_recipes import Recipe, cli, load_recipe
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import argv_of
@@ -551,3 +552,10 @@ def test_list_cuts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     said = capsys.readouterr().out
     assert "NousResearch/Llama-2-7b-chat-hf" in said and "timdettmers/openassistant-guanaco" in said
     assert "…" not in said
+
+
+def test_version_and_help_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"qlora-recipes {qlora_recipes.__version__}\n"
+    cli.main(["help"])
+    assert capsys.readouterr().out.startswith("usage: qlora-recipes COMMAND")
