@@ -42,7 +42,7 @@ _FLAGS = (
     file_to_read("rows", "a file in the recipe's shape (the bundled rows)"),
     Field("tokenizer", "str", "folder or hub id; the stand-in's by default", "FOLDER", None),
     count("count", "conversations to make (20,000)", 20_000),
-    file_to_write("json", "write the figures here"),
+    file_to_write("json", "write the figures here", ".json"),
 )
 
 

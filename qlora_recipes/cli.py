@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+from qlora_recipes import __version__
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError, nearest
 
@@ -36,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _dispatch(argv: Sequence[str]) -> None:
     verb, *rest = [word for word in argv if word != "--debug"] or ["--help"]
-    if verb in ("-h", "--help"):
+    if verb in ("-h", "--help", "help"):
         print(_usage())
+        return
+    if verb == "--version":
+        print(f"qlora-recipes {__version__}")
         return
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{nearest(verb, VERBS)}\n{_usage()}")

@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -32,6 +33,7 @@ _SOURCES = {
 _PLAIN: dict[str, type] = {"bool": bool, "int": int, "float": float, "list": list, "dict": dict, "str": str}
 _NAMES = re.compile(r"[\w.]+(,[\w.]*)*")
 _INT = re.compile("[-+]?(0|[1-9][0-9]{0,30})")
+_PATHS = ("FILE", "FOLDER", "FILE.yaml", "ID_OR_FILE", "ID_OR_FOLDER")
 _NO_VALUE = object()
 ABSENT = object()
 """The default of a flag that is not in the result when it was not given."""
@@ -104,7 +106,8 @@ class Field:
             if kind is float and (is_number or isinstance(value, str)) and (number := _as_float(value)) is not None:
                 return number
             if kind is str and (is_number or isinstance(value, str)) and self._is_choice(str(value)):
-                return str(value)
+                # A shell leaves the ~ of --name=~/x, and pathlib fails for a user that is not there.
+                return os.path.expanduser(str(value)) if self.metavar in _PATHS else str(value)  # noqa: PTH111
             if kind is list and isinstance(value, (list, tuple)):
                 return [Field(self.name, self.item, "").check(each) if self.item else each for each in value]
             if kind is dict and isinstance(value, Mapping):

@@ -239,6 +239,13 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
     ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
     ("lora", "init_lora_weights", lambda value: value in _STARTS, f"one of {_STARTS}; others rewrite the base"),
+    (
+        "lora",
+        "lora_bias",
+        lambda value: not value,
+        "false; an adapter with biases cannot be merged into a base without",
+    ),
+    ("lora", "bias", lambda value: value == "none", "none; biases are the base's, which stays as it is"),
     ("training", "seed", lambda value: 0 <= value < 2**32, "a whole number from 0 up, below 2**32"),
     ("training", "data_seed", lambda value: value is None or 0 <= value < 2**32, "a whole number from 0 up"),
     ("training", "neftune_noise_alpha", lambda value: value is None or 0 < value < math.inf, "a positive number"),

@@ -288,6 +288,13 @@ def test_config_file(refused: Refused, tmp_path: Path, text: str, part: str) -> 
         (["evaluate", "nowhere", "--limit", "0.5"], "expected a whole number"),
         (["merge", "nowhere"], "nowhere"),
         (["chat", "nowhere"], "nowhere"),
+        (["inspect", "falcon_faq", "--html", "."], "--html: got '.', expected a file in a folder that exists"),
+        (["inspect", "falcon_faq", "--html", "faq.json"], "--html: got 'faq.json'"),
+        (["throughput", "--plot", "rows.jsonl"], "--plot: got 'rows.jsonl'"),
+        (["throughput", "--json", "rows.jsonl"], "--json: got 'rows.jsonl'"),
+        (["throughput", "--tokenizer", "nowhere"], "--tokenizer nowhere: expected a folder with tokenizer.json"),
+        (["plan", "llama2_guanaco", "--gpu", "0"], "--gpu: got '0', expected the memory of a GPU in GiB"),
+        (["plan", "llama2_guanaco", "--gpu", "inf"], "--gpu: got 'inf'"),
     ],
 )
 def test_verbs(refused: Refused, words: list[str], part: str) -> None:

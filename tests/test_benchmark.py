@@ -409,8 +409,10 @@ def quiet() -> Any:
 
 
 def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
-    write = "import sys, pathlib, json\nfolder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
-    write += "folder.mkdir(exist_ok=True)\n(folder / 'run.json').write_text(json.dumps(sys.argv))\n"
+    write = (
+        "import os, sys, pathlib, json\nfolder = pathlib.Path(sys.orig_argv[sys.orig_argv.index('--output_dir') + 1])\n"
+    )
+    write += "folder.mkdir(exist_ok=True)\n(folder / 'run.json').write_text(json.dumps(sys.orig_argv))\nos._exit(0)\n"
     plan = fake_recipe(tmp_path, write)
     for name, file in (("nf4-seed0", "started.json"), ("bf16-seed1", ".started.json.123")):
         (plan.output / name).mkdir()
@@ -426,8 +428,11 @@ def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     }
 
 
-def test_an_unfinished_run_of_other_settings_is_refused_and_kept(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "b", seeds=[0])
+@pytest.mark.parametrize("ending", ["", "Llama2Guanaco.main()"], ids=["never calls main", "calls main"])
+def test_an_unfinished_run_of_other_settings_is_refused_and_kept(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / "llama2_guanaco.py"
+    file.write_text(RECIPE.read_text().partition("if __name__")[0] + ending)
+    plan = replace(plan_of(tmp_path / "b", seeds=[0]), recipe_file=file)
     folder = plan.arms[0].folder
     folder.path.mkdir(parents=True)
     run = settings_identity(plan.arms[0].settings)
@@ -451,12 +456,13 @@ def test_a_training_that_fails_says_its_last_words(tmp_path: Path) -> None:
 
 
 TRAINING = """
-if __name__ == "__main__":
-    import sys, time
+import os, sys
+if "--output_dir" in sys.orig_argv:  # the file trains
+    import time
     from pathlib import Path
-    from qlora_recipes.run.signals import Stopped, StopSignals
+    from qlora_recipes.run.signals import StopSignals
 
-    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder = Path(sys.orig_argv[sys.orig_argv.index("--output_dir") + 1])
     folder.mkdir(parents=True)
     with StopSignals() as signals:
         signals.loop_runs = True
@@ -466,7 +472,7 @@ if __name__ == "__main__":
         (folder / "signalled").touch()
         time.sleep({step})
         (folder / "saved").touch()
-        raise Stopped(signals.received, 1)
+        os._exit(128 + signals.received)
 """
 
 
@@ -530,7 +536,7 @@ def test_a_training_behind_a_launcher_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_training_that_was_stopped_itself_ends_the_benchmark_so(tmp_path: Path) -> None:
-    plan = fake_recipe(tmp_path, "raise SystemExit(143)")
+    plan = fake_recipe(tmp_path, "import os; os._exit(143)")
     with pytest.raises(Stopped) as stopped:
         training.train_missing(plan, quiet())
     assert stopped.value.code == 143

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_structure import HEAVY
 
+import qlora_recipes
 from qlora_recipes import Recipe, cli, load_recipe
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import argv_of
@@ -50,7 +51,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, 
     "demo": (verb("demo"), [], "margn", "margin", "margin", "100", "points above 0"),
     "benchmark": (verb("benchmark"), ["falcon_faq"], "precision_s", "precisions", "seeds", "1.5", "int"),
     "throughput": (verb("throughput"), [], "hiden_size", "hidden_size", "dtype", "float32", "one of bfloat16"),
-    "plan": (verb("plan"), [RECIPE], "gpuu", "gpu", "gpu", "big", "float"),
+    "plan": (verb("plan"), [RECIPE], "gpuu", "gpu", "gpu", "nan", "the memory of a GPU"),
     "plan, the recipe's": (verb("plan"), [RECIPE], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
     "inspect": (
         verb("inspect"),
@@ -188,6 +189,7 @@ def test_help_and_refusals_are_quick_and_import_nothing_heavy() -> None:
     code = f"""
 import contextlib, io, sys, time
 begun = time.perf_counter()
+from qlora_recipes.cli import VERBS
 from test_commandline import COMMANDS
 for name, (call, words, *_) in COMMANDS.items():
     for asked, code in (("--help", 0), ("--zzz", 2)):
@@ -196,7 +198,8 @@ for name, (call, words, *_) in COMMANDS.items():
                 call([*words, asked])
             except SystemExit as ended:
                 assert ended.code == code, name
-        assert out.getvalue().startswith("usage: " if code == 0 else ""), name
+        called = f"qlora-recipes {{name}}" if name in VERBS else ""
+        assert out.getvalue().startswith(f"usage: {{called}}" if code == 0 else ""), name
         assert time.perf_counter() - begun < 2, name
         assert not {HEAVY!r} & set(sys.modules), name
         begun = time.perf_counter()
@@ -250,6 +253,8 @@ VALUES: list[tuple[list[str], object]] = [
     (["--bias", "all"], "all"),
     (["--skip_checks", "steps,hub"], ["steps", "hub"]),
     (["--deepspeed", "zero.json"], "zero.json"),
+    (["--output_dir=~/runs"], str(Path.home() / "runs")),
+    (["--run_name=~/runs"], "~/runs"),
 ]
 
 
@@ -407,6 +412,7 @@ def test_a_wrong_config_file_is_refused(resolve: Callable[..., Settings], tmp_pa
         ("packing: true", True),
         ("eval_steps: null", None),
         ("eval_steps: ~", None),
+        ("output_dir: ~/runs", str(Path.home() / "runs")),
         ("target_modules: all-linear", "all-linear"),
         ("target_modules: [q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("layers_to_transform: [1, 2]", [1, 2]),
@@ -546,3 +552,10 @@ def test_list_cuts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     said = capsys.readouterr().out
     assert "NousResearch/Llama-2-7b-chat-hf" in said and "timdettmers/openassistant-guanaco" in said
     assert "…" not in said
+
+
+def test_version_and_help_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"qlora-recipes {qlora_recipes.__version__}\n"
+    cli.main(["help"])
+    assert capsys.readouterr().out.startswith("usage: qlora-recipes COMMAND")

@@ -28,7 +28,7 @@ def run(request: pytest.FixtureRequest, tiny: Callable[[str], Path], recipe_for:
 
 def test_tokens_read_as_the_row_and_say_what_is_in_the_loss(run: Run) -> None:
     for row in run.data.train[:5]:
-        tokens = list(tokens_of(run.tokenizer, row))
+        tokens = list(tokens_of(run.encoder, row))
         text = run.tokenizer.apply_chat_template(row.messages, tokenize=False)
         assert "".join(token.text for token in tokens).replace(" ", "") == text.replace(" ", "")
         assert sum(len(token.ids) for token in tokens) == len(row.encoded.input_ids)
@@ -39,9 +39,16 @@ def test_tokens_read_as_the_row_and_say_what_is_in_the_loss(run: Run) -> None:
 
 def test_a_character_of_several_tokens_is_one(run: Run) -> None:
     row = with_rows(run, [("Who?", "你好 😊")]).data.train[0]
-    tokens = list(tokens_of(run.tokenizer, row))
+    tokens = list(tokens_of(run.encoder, row))
     assert "😊" in "".join(token.text for token in tokens)
     assert not any("\ufffd" in token.text for token in tokens)
+
+
+def test_an_added_word_is_no_control_token(run: Run) -> None:
+    run.tokenizer.add_tokens(["zebra"])
+    row = with_rows(run, [("Who?", "A zebra.")]).data.train[0]
+    marked = [token.text for token in tokens_of(run.encoder, row) if token.control]
+    assert marked and "zebra" not in " ".join(marked)
 
 
 def test_the_terminal_shows_80_columns_with_and_without_colors(run: Run) -> None:

@@ -35,7 +35,16 @@ FLAGS = """
 --layer_replication [[0,9]]
 --rank_pattern {"q_proj":0}
 --rank_pattern 4
+--rank_pattern {"nothere":4}
+--rank_pattern {"lm_head":4}
+--alpha_pattern {"nothere":4}
+--alpha_pattern {"q_proj(":4}
+--target_parameters nothere
+--target_parameters model.layers.0.mlp.down_proj.weight
 --bias foo
+--lora_bias
+--bias all
+--bias lora_only
 --init_lora_weights foo
 --init_lora_weights pissa
 --init_lora_weights pissa_niter_4
@@ -133,6 +142,8 @@ ACCEPTED = """
 --init_lora_weights mica
 --use_rslora
 --rank_pattern {"q_proj":2}
+--rank_pattern {"layers.[01].*v_proj":2}
+--alpha_pattern {"model.layers.0.self_attn.q_proj":2}
 --optim adafactor
 --optim paged_adamw_8bit
 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":1e-5}

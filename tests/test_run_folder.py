@@ -40,6 +40,17 @@ def finished_replacement(folder: RunFolder) -> dict[str, bytes | None]:
     return contents(folder.replacement.path)
 
 
+@pytest.mark.parametrize("name", ["evaluation", "checkpoints/mine", "sub/deep", "replacement", "link/sub"])
+@pytest.mark.parametrize("left", ["run.json", "started.json"])
+def test_no_run_is_made_inside_another(tmp_path: Path, name: str, left: str) -> None:
+    outer = tmp_path / "nf4"
+    outer.mkdir()
+    (outer / left).write_text("{}")
+    (outer / "link").symlink_to(outer)
+    with pytest.raises(RunFolderError, match="is inside a run"):
+        RunFolder(outer / name).check_free()
+
+
 OTHERS: dict[str, dict[str, str]] = {
     "an adapter": {"adapter/adapter_model.safetensors": "weights"},
     "an evaluation": {"evaluation/mmlu.json": "{}"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
     are rounded, on a 4-bit base they are not. Here they are drawn again in float32, right after seeding.
 
     Raises:
-        RecipeError: when a module or a layer that is named is not in the model.
+        RecipeError: when a module, a parameter or a layer that is named is not in the model, or carries no adapter.
     """
     _check_names(base, lora)
     set_seed(seed)
@@ -42,6 +43,10 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftMod
         # Other initializations (PiSSA, OLoRA, LoftQ, ...) rewrite the base: every precision is another baseline.
         if isinstance(module, LoraLayer) and initialization in (True, "gaussian"):
             module.reset_lora_parameters(ADAPTER, initialization)  # type: ignore[no-untyped-call]  # not annotated
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in lora.get(field) or ():
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in adapted_modules(model)):  # as PEFT does
+                raise RecipeError(f"lora: {field}: got {key!r}, expected the name of a module that carries the adapter")
     return model
 
 
@@ -49,10 +54,11 @@ def _check_names(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
     """Refuse unknown modules and layers; PEFT accepts a list if one name matches and silently ignores the others."""
     modules = dict(base.named_modules())
     linears = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
-    for field in ("target_modules", "modules_to_save", "exclude_modules"):
-        names = lora.get(field) or ()
+    parameters = dict(base.named_parameters())
+    for field in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        names, known = lora.get(field) or (), parameters if field == "target_parameters" else modules
         for name in () if isinstance(names, str) else names:
-            if not any(f".{module}".endswith(f".{name}") for module in modules):
+            if not any(f".{each}".endswith(f".{name}") for each in known):
                 raise RecipeError(
                     f"lora: {field} names {name!r}, which {type(base).__name__} does not have; its linear "
                     f"layers are {', '.join(linears)}.{nearest(str(name), linears)}"

@@ -50,5 +50,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")  # theirs to each other
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs to each other
+    warnings.filterwarnings("ignore", module="peft")  # what it would pass over is refused before
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load ..." of an optional kernel

@@ -37,10 +37,14 @@ def file_to_read(name: str, help: str) -> Field:
     return Field(name, "str", help, "FILE", None, lambda file: Path(file).is_file(), "a file that exists")
 
 
-def file_to_write(name: str, help: str) -> Field:
-    """Return a flag that names a file to write."""
-    folder = "a file in a folder that exists"
-    return Field(name, "str", help, "FILE", None, lambda file: Path(file).absolute().parent.is_dir(), folder)
+def file_to_write(name: str, help: str, suffix: str) -> Field:
+    """Return a flag that names a file to write, with this suffix: a file of another kind is not replaced by it."""
+
+    def valid(file: str) -> bool:
+        path = Path(file).absolute()
+        return path.suffix.lower() == suffix and path.parent.is_dir() and not path.is_dir()
+
+    return Field(name, "str", help, "FILE", None, valid, f"a file in a folder that exists, such as new{suffix}")
 
 
 class Parser:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qlora_recipes.run.receipt import Check
 
 _ABOUT = "Show the shortest, the longest and a random row, with the tokens that are in the loss in another color."
-_FLAGS = (file_to_write("html", "also write a page that shows every token"),)
+_FLAGS = (file_to_write("html", "also write a page that shows every token", ".html"),)
 _SHOWN_TOKENS = 240  # of a long row on the terminal, from its two ends; the page has all
 # Both are readable on a dark and on a light terminal; the shades take turns, so that tokens can be told apart.
 _IN_LOSS = ("black on green", "black on bright_green")
@@ -107,15 +107,15 @@ def _show(encoder: ConversationEncoder, which: str, row: Conversation) -> ShownR
     return ShownRow(
         title=f"The {which} row ({row.place})" if which != "random" else f"A random row ({row.place})",
         figures=f"{tokens:,} tokens, {supervised:,} in the loss ({supervised / tokens:.0%}){cut}",
-        tokens=list(tokens_of(encoder.tokenizer, row)),
+        tokens=list(tokens_of(encoder, row)),
     )
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, row: Conversation) -> Iterator[Token]:
+def tokens_of(encoder: ConversationEncoder, row: Conversation) -> Iterator[Token]:
     """Yield a row's tokens as text; those that hold a part of a character each come as one."""
     from qlora_recipes.data.encoding import IGNORED
 
-    control = set(tokenizer.get_added_vocab().values())
+    tokenizer, control = encoder.tokenizer, encoder.control_tokens(row.encoded.input_ids)
     held: list[int] = []
     for at, (token, label) in enumerate(zip(row.encoded.input_ids, row.encoded.labels, strict=True), 1):
         held.append(token)

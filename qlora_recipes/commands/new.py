@@ -98,7 +98,7 @@ def _shape(rows: Sequence[Mapping[str, Any]], source: str) -> _Shape:
     if len(asks) == len(answers) == 1:
         return _Shape(f"{asks[0]!r} asks and {answers[0]!r} answers.", asks=asks[0], answers=answers[0])
     if len(columns) == 2:
-        order = "taken in the order in which they stand; exchange them in the file if that is wrong"
+        order = "taken in the order in which they stand; swap them in the file if that is wrong"
         return _Shape(f"{columns[0]!r} asks and {columns[1]!r} answers, {order}.", asks=columns[0], answers=columns[1])
     shown = ", ".join(map(repr, columns))
     says = f"say in format_row which column asks and which answers, in place of QUESTION and ANSWER; it has {shown}."

@@ -5,14 +5,19 @@ Loads nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from qlora_recipes.commands.recipe_cli import parse_with_recipe, settings_from
 from qlora_recipes.fields import Field
 from qlora_recipes.memory.table import print_plan
 from qlora_recipes.recipe import load_recipe
 
-_FLAGS = (Field("gpu", "float", "memory of a GPU, to see what fits it", "GIB", None),)
+_IS_MEMORY: dict[str, Any] = dict(
+    valid=lambda gib: 0 < gib < math.inf, expected="the memory of a GPU in GiB, such as 24"
+)
+_FLAGS = (Field("gpu", "float", "memory of a GPU, to see what fits it", "GIB", None, **_IS_MEMORY),)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -106,8 +106,10 @@ def run(recipe: type[Recipe], flags: Mapping[str, Any], command: Sequence[str]) 
         print_summary(folder)
 
 
-def parse(recipe: type[Recipe], argv: Sequence[str]) -> dict[str, Any]:
+def parse(recipe: type[Recipe], argv: Sequence[str], prog: str = "") -> dict[str, Any]:
     """Return flag to value for the flags given, on the command line or in the file that `--config` names.
+
+    `prog` is how the help calls the program, where it is not the recipe's file.
 
     Raises:
         UsageError: for a flag that is unknown (naming the nearest), given twice, or of another type.
@@ -115,7 +117,8 @@ def parse(recipe: type[Recipe], argv: Sequence[str]) -> dict[str, Any]:
     about = (recipe.__doc__ or sys.modules[recipe.__module__].__doc__ or "").strip()
     ours, *_ = sections = _sections()
     shown = {ours: sections.pop(ours), "most used, with the values of this recipe": _common(recipe)}
-    return _with_config(Parser(f"{recipe_name(recipe)}.py", about, shown, more=sections, derived=DERIVED).parse(argv))
+    prog = prog or f"{recipe_name(recipe)}.py"
+    return _with_config(Parser(prog, about, shown, more=sections, derived=DERIVED).parse(argv))
 
 
 def parse_with_recipe(prog: str, about: str, flags: Iterable[Field], argv: Sequence[str]) -> dict[str, Any]:

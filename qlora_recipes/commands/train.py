@@ -15,6 +15,6 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: for what a user can fix.
     """
     if argv[:1] and not argv[0].startswith("-") and {"-h", "--help"} & set(argv):
-        parse(load_recipe(find_recipe(argv[0])), argv[1:])
+        parse(load_recipe(find_recipe(argv[0])), argv[1:], f"qlora-recipes train {argv[0]}")
     flags = parse_with_recipe("qlora-recipes train", "Train a recipe in this process.", (), argv)
     run(load_recipe(flags["recipe"]), flags, ["qlora-recipes", "train", *argv])

@@ -69,7 +69,7 @@ def _run_table(settings: Settings, work: Workload) -> Table:
             f"x {work.processes} process{'' if work.processes == 1 else 'es'}",
             "rows": f"up to {work.length:,} tokens, {'packed' if work.packing else 'padded'}",
             "steps": f"{steps:,}" if steps > 0 else f"{epochs:g} epoch{'' if epochs == 1 else 's'} of the rows",
-            "checkpointing": {0: "off", 1: "every layer"}.get(every, f"every {every}. layer"),
+            "checkpointing": {0: "off", 1: "every layer"}.get(every, f"one layer in {every}"),
             "adapter": f"rank {work.rank} on {', '.join(work.targets)}: {trained:,} weights",
             "run folder": str(settings.output_dir),
         }
@@ -120,8 +120,8 @@ def _remarks(settings: Settings, work: Workload, gpu_gib: float | None) -> Itera
         most = max((size for size in range(1, min(rows, batch) + 1) if batch % size == 0), default=0)
         if rows == 0:
             yield (
-                f"Not one row fits {gpu_gib:g} GiB in {own.precision.name}: lower --max_length or --r, "
-                "or use --precision nf4."
+                f"Not one row fits {gpu_gib:g} GiB in {own.precision.name}: lower --max_length or --r"
+                f"{', or use --precision nf4' * (own.precision.name != 'nf4')}."
             )
         elif most > work.rows:
             yield (

@@ -84,7 +84,9 @@ def adapter_starts_at_base(run: Run) -> Check:
     with run.model.disable_adapter():
         without = logits(run, batch)
     moved = float((with_adapter - without).abs().max())
-    return fail_unless(moved == 0, f"logits moved by {moved:.2g}", "Take init_lora_weights out of the recipe.")
+    return fail_unless(
+        moved == 0, f"logits moved by {moved:.2g}", "Take init_lora_weights and use_dora out of the recipe."
+    )
 
 
 def packing_leak(run: Run) -> Check:

@@ -114,6 +114,9 @@ class RunFolder:
         Raises:
             RunFolderError: naming what is there.
         """
+        for above in () if self.replaces else Path(os.path.realpath(self.path)).parents:
+            if any(os.path.lexists(above / file.name) for file in (self._receipt, self.started)):
+                raise RunFolderError(f"{self.path} is inside a run, {above}, and would go with it. {_ELSEWHERE}")
         if not os.path.lexists(self.path):
             return self
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else ["it is no folder"]

@@ -6,6 +6,7 @@ Changes nothing of the training.
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         f"Upstream defects repaired: {', '.join(run.repairs) or 'none'}.",
         f"The run was resumed after step {resumed}." if resumed else "",
         f"Checks: {tally(run.checks)}.",
-        f"Everything is in {folder.path}. To score it: qlora-recipes evaluate {folder.path}",
+        f"Everything is in {folder.path}. To score it: qlora-recipes evaluate {shlex.quote(str(folder.path))}",
     ]
     console = console or Console()
     for sentence in filter(None, sentences):

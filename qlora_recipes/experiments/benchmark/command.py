@@ -1,4 +1,4 @@
-"""`python eval/benchmark.py RECIPE --precisions nf4 bf16`: train, evaluate, compare, report; again to resume.
+"""`qlora-recipes benchmark RECIPE --precisions nf4 bf16`: train, evaluate, compare, report; again to resume.
 
 Holds no model.
 """
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: for anything a user can fix; what is finished by then is kept.
         Stopped: when SIGTERM or SIGINT came; a training that runs has saved its step by then.
     """
-    given = parse_with_recipe("benchmark.py", _ABOUT, _FLAGS, argv)
+    given = parse_with_recipe("qlora-recipes benchmark", _ABOUT, _FLAGS, argv)
     own = {"recipe", *(flag.name for flag in _FLAGS)} - {"demo"}
     plan = plan_benchmark(
         Path(given["recipe"]),

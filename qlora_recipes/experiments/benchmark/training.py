@@ -52,7 +52,7 @@ def _train(plan: Plan, arm: Arm, console: Console, launch: Sequence[str] | None)
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, *launcher, str(plan.recipe_file), *argv],
+            [sys.executable, *launcher, "-m", "qlora_recipes.cli", "train", str(plan.recipe_file), *argv],
             stdout=stream,
             stderr=subprocess.STDOUT,
             preexec_fn=_end_with_parent,

@@ -10,10 +10,9 @@ where an experienced user would; `recipe` is this package.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +31,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from qlora_recipes import DatasetSpec, Recipe, environment
+from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import UsageError
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import EXPANDED
@@ -262,11 +262,11 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    arm, specification, result = sys.argv[1:]
+def main(argv: Sequence[str]) -> None:
+    arm, specification, result = argv
     spec = Specification(**json.loads(Path(specification).read_text(encoding="utf-8")))
     Path(result).write_text(json.dumps(run(arm, spec)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

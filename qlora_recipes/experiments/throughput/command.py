@@ -1,4 +1,4 @@
-"""`eval/throughput.py`: make a base, let the arms take turns, measure the bound, and tell what came out.
+"""`qlora-recipes throughput`: make a base, let the arms take turns, measure the bound, and tell what came out.
 
 Trains nothing itself.
 """
@@ -51,8 +51,8 @@ _FLAGS = (
     count("steps", "steps of 8 rows; the first is not timed (3)", 3, least=2),
     count("repeats", "turns of every arm (3)", 3),
     count("r", "rank of the adapter on every linear layer (16)", 16),
-    file_to_write("json", "write the figures here"),
-    file_to_write("plot", "draw them here, as PNG"),
+    file_to_write("json", "write the figures here", ".json"),
+    file_to_write("plot", "draw them here, as PNG", ".png"),
 )
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: for what a user can fix.
     """
     about = "Tokens/s, memory and loss of a recipe beside the plain TRL script, in turns on this machine."
-    asked = SimpleNamespace(**Parser("throughput.py", about, {"flags": _FLAGS}).parse(argv))
+    asked = SimpleNamespace(**Parser("qlora-recipes throughput", about, {"flags": _FLAGS}).parse(argv))
     check_storage(asked.storage, precision_named(asked.precision))
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         spec = _specification(asked, Path(folder))
@@ -107,7 +107,11 @@ def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
     base = standins.STANDINS[asked.family].folder
     if not asked.standin:
         model = SPECS[asked.family]
-        tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer or base, **model.tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer or base, **model.tokenizer)
+        except (OSError, ValueError) as error:
+            expected = "expected a folder with tokenizer.json"
+            raise UsageError(f"--tokenizer {asked.tokenizer}: {expected}; {str(error).splitlines()[0]}") from error
         base, vocab_size = folder / "base", asked.vocab_size or model.sizes.vocab_size
         if vocab_size < len(tokenizer):
             raise UsageError(f"--vocab_size: got {vocab_size}, expected at least the tokenizer's {len(tokenizer):,}")
