@@ -584,19 +584,20 @@ RECIPE = str(ROOT / "recipes" / "llama2_guanaco.py")
 def test_nothing_is_written_and_nothing_raised_where_nothing_can_be(
     runs: Runs, tmp_path: Path, read_only: Callable[..., subprocess.CompletedProcess]
 ) -> None:
-    folder = Path(shutil.copytree(runs.folder / "whole", tmp_path / "run"))
+    folder = tmp_path / "disk"
+    shutil.copytree(runs.folder / "whole", folder / "run")
     before = sorted(folder.rglob("*"))
-    train = [RECIPE, "--demo", "--max_steps", "2", "--output_dir", "run/new"]
+    train = [RECIPE, "--demo", "--max_steps", "2", "--output_dir", "disk/new"]
     train += ["--skip_checks", *SLOW, "writable_folder"]  # which would find it before anything is tried
-    benchmark = [str(ROOT / "eval" / "benchmark.py"), RECIPE, "--precisions", "nf4", "bf16", "--output", "run/b"]
+    benchmark = [str(ROOT / "eval" / "benchmark.py"), RECIPE, "--precisions", "nf4", "bf16", "--output", "disk/b"]
     commands = [
         (train, "Read-only file system"),
         (benchmark, "Read-only file system. Give --output another folder"),
         (
-            ["-m", "qlora_recipes.cli", "evaluate", "run", "--tasks", "held_out", "--limit", "2"],
+            ["-m", "qlora_recipes.cli", "evaluate", "disk/run", "--tasks", "held_out", "--limit", "2"],
             "Read-only file system",
         ),
-        (["-m", "qlora_recipes.cli", "merge", "run"], "Read-only file system. Give --output a folder"),
+        (["-m", "qlora_recipes.cli", "merge", "disk/run"], "Read-only file system. Give --output a folder"),
     ]
     for words, said in commands:
         done = read_only(folder, sys.executable, *words)
