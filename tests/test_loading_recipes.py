@@ -88,10 +88,10 @@ def test_what_a_file_does_is_contained_and_told_in_one_message(
     assert "Traceback" not in said.err
 
 
-def test_a_file_sees_no_flags_of_ours_and_prints_beside_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_sees_no_flags_of_ours_and_prints_beside_the_output(capfd: pytest.CaptureFixture[str]) -> None:
     write("", "import argparse, sys\nprint('argv', sys.argv)\nargparse.ArgumentParser().parse_args()")
     cli.main(["list", "."])
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert "argv ['tickets.py']" in said.err and "argv" not in said.out
 
 

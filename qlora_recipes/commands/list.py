@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +20,7 @@ from qlora_recipes.settings import recipe_name
 _FOLDER = Field("folder", "str", "where recipes' files are (default: those that ship)", "FOLDER", default=str(SHIPPED))
 
 _WIDE = 1000  # columns where no terminal has a width
+_SECONDS = 10  # for one file, and for Python to start
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,17 +34,50 @@ def main(argv: Sequence[str]) -> None:
     for title in ("recipe", "model", "template", "dataset"):
         table.add_column(title, overflow="fold")
     faults = []
-    for file in files:
-        try:
-            recipe = load_recipe(file)
-        except RecipesError as error:
-            faults.append(str(error))
-            continue
-        row = (recipe_name(recipe), recipe.model.hub_id, recipe.model.chat_template.path.stem, recipe.dataset.source)
-        table.add_row(*map(Text, row))
+    for found in _described(files):
+        if isinstance(found, str):
+            faults.append(found)
+        else:
+            table.add_row(*map(Text, found))
     if table.row_count == 0:
         raise UsageError("\n".join([f"no file in {folder}/ is a recipe", *faults]))
     console = Console()
     (console if console.is_terminal else Console(width=_WIDE)).print(table)
     for fault in faults:
         print(f"left out: {fault}")
+
+
+def _described(files: Sequence[Path]) -> Iterator[list[str] | str]:
+    """Yield what is listed of each file, or in a sentence why it is not.
+
+    The files are programs: they are read in a process of their own, and in another one after a file that ended it.
+    """
+    spawn, left = multiprocessing.get_context("spawn"), list(files)
+    while left:
+        ours, theirs = spawn.Pipe(duplex=False)
+        reader = spawn.Process(target=_describe, args=(left, theirs), daemon=True)
+        reader.start()
+        theirs.close()  # or its end is not seen when the reader is gone
+        why = f"takes longer than {_SECONDS} seconds to read"
+        try:
+            while left and ours.poll(_SECONDS):
+                found = ours.recv()
+                del left[0]
+                yield found
+        except EOFError:
+            why = "ends the program"
+        reader.kill()
+        reader.join()
+        if left:
+            yield f"{left.pop(0)}: the recipe's file {why}. Fix it there"
+
+
+def _describe(files: Sequence[Path], answers: Connection) -> None:
+    for file in files:
+        try:
+            recipe = load_recipe(file)
+        except RecipesError as error:
+            answers.send(str(error))
+            continue
+        spec = recipe.model
+        answers.send([recipe_name(recipe), spec.hub_id, spec.chat_template.path.stem, recipe.dataset.source])
