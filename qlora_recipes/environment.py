@@ -50,7 +50,7 @@ def outside_tested() -> dict[Requirement, str]:
 
 def install(needs: Iterable[Requirement]) -> str:
     """Return what to run for a tested version of each."""
-    return f"Run: pip install -c constraints.txt {' '.join(repr(str(need)) for need in needs)}"
+    return f"Run: pip install {' '.join(repr(str(need)) for need in needs)}"
 
 
 def versions() -> dict[str, str]:

@@ -223,7 +223,7 @@ def fields_of(config: str) -> Mapping[str, Field]:
     for package, path, class_name in _SOURCES[config]:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise SetupError(f"{package} is not installed; run: pip install -c constraints.txt {package}")
+            raise SetupError(f"{package} is not installed; run: pip install {package}")
         tree = ast.parse(Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8"))
         classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
         for node in classes[class_name]:

@@ -250,7 +250,7 @@ def test_a_missing_package_is_refused_and_a_version_outside_is_named(monkeypatch
     monkeypatch.setattr(environment.importlib.metadata, "requires", lambda name: asked)
     ((need, version),) = environment.outside_tested().items()
     assert need.name == "torch" and version.startswith("2.")
-    assert environment.install([need]) == "Run: pip install -c constraints.txt 'torch>=99'"
+    assert environment.install([need]) == "Run: pip install 'torch>=99'"
     asked.append("nothere>=1")
-    with pytest.raises(SetupError, match=r"nothere, expected nothere>=1. Run: pip install .* 'nothere>=1'"):
+    with pytest.raises(SetupError, match=r"nothere, expected nothere>=1. Run: pip install 'nothere>=1'"):
         environment.outside_tested()
