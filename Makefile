@@ -20,7 +20,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install hashes demo ladder docs lint test test-oldest clean
+.PHONY: help install hashes demo ladder docs lint test test-all test-oldest clean
 
 help:
 	@echo 'make install   make .venv with the versions that are tested'
@@ -30,6 +30,7 @@ help:
 	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style, formatting and types'
 	@echo 'make test      lint, then the tests'
+	@echo 'make test-all     make test, and the tests that take minutes'
 	@echo 'make test-oldest  the tests with the oldest versions of the ranges, in .venv-oldest'
 	@echo 'make clean     remove both .venv, caches and what was built; runs/ stays'
 	@echo 'Each installs what it needs first. Another Python than $(PYTHON): make PYTHON=python3.12 install'
@@ -99,6 +100,10 @@ lint: $(STAMP)
 # A file's tests stay in one process, so that what they share is made once.
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# The same and what takes minutes.
+test-all: lint
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m ''
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
