@@ -179,6 +179,7 @@ def test_scored_tasks_need_no_hub_again(user: User) -> None:
     assert done["code"] == 0, done["error"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_from_the_hub(user: User) -> None:
     output = str(user.folder / "benchmark")
     words = ["--precisions", "nf4", "bf16", "--seeds", "0", "--tasks", "arc_easy", "--output", output, *SHORT]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,11 @@ ALLOWED = 0.065  # of 1,500 repetitions of a true 5 %, 2.7 standard errors
 NO_MARGIN = 1e-6  # nothing is equivalent to within it, so that it hides no false "different"
 
 
+def slow(*cases: object) -> list[Any]:
+    """Leave further cases of the same to `make test-all`."""
+    return [pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow) for case in cases]
+
+
 def rates(verdicts: Iterator[str]) -> dict[str, float]:
     counts = Counter(verdicts)
     return {name: counts[name] / counts.total() for name in ("equivalent", "different", "inconclusive")}
@@ -41,7 +47,7 @@ def flip_rates(n: int, up: float, down: float, margin: float, seed: int, times: 
     return rates(verdict_of_counts(int(row[0]), int(row[1]), n, margin) for row in drawn)
 
 
-@pytest.mark.parametrize(("n", "flipped"), [(3000, 0.05), (1000, 0.02), (300, 0.06), (100, 0.03)])
+@pytest.mark.parametrize(("n", "flipped"), [(3000, 0.05), *slow((1000, 0.02), (300, 0.06), (100, 0.03))])
 def test_no_true_difference_is_seldom_called_different(n: int, flipped: float) -> None:
     assert flip_rates(n, flipped / 2, flipped / 2, NO_MARGIN, 0, 1500)["different"] <= ALLOWED
 
@@ -92,7 +98,7 @@ DESIGNS = {
 }
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", ["6 alike", *slow("30 alike", "57 as in MMLU", "6, one of them 60 %")])
 def test_subjects_that_share_effects_do_not_mislead(design: str) -> None:
     sizes = DESIGNS[design]
     labels = np.repeat(np.arange(len(sizes)), sizes).tolist()
@@ -133,6 +139,7 @@ def test_several_tasks_of_unlike_size_and_spread() -> None:
     assert rates(draw(0.01, 0.02) for _ in range(700))["equivalent"] <= ALLOWED
 
 
+@pytest.mark.slow
 def test_seeds_that_vary_are_seldom_called_equivalent_at_the_margin() -> None:
     rng = np.random.default_rng(11)
 
@@ -190,8 +197,8 @@ def apart(tasks: dict[str, TaskScores]) -> dict[str, TaskScores]:
     }
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("spread", [0.0, 0.05])
+@pytest.mark.parametrize("share", [*slow(0.0, 0.25, 0.5), 1.0])
+@pytest.mark.parametrize("spread", [*slow(0.0), 0.05])
 def test_tasks_that_share_documents_and_subjects_do_not_mislead(share: float, spread: float) -> None:
     draw = two_tasks(share, spread, 13)
     null = rates(overall(draw(0.0), margin=NO_MARGIN).verdict for _ in range(1000))
@@ -207,6 +214,7 @@ def test_taken_for_independent_they_mislead(share: float, spread: float) -> None
     assert rates(overall(apart(draw(0.0)), margin=NO_MARGIN).verdict for _ in range(600))["different"] >= 0.065
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flipped", [0.01, 0.03])
 def test_nor_where_flips_are_rare_and_shared(flipped: float) -> None:
     rng = np.random.default_rng(15)
@@ -225,7 +233,7 @@ def test_nor_where_flips_are_rare_and_shared(flipped: float) -> None:
 # Power: what a benchmark can find
 
 
-@pytest.mark.parametrize(("seeds", "power"), [(1, 0.84), (2, 0.18), (5, 0.9)])
+@pytest.mark.parametrize(("seeds", "power"), [(2, 0.18), *slow((1, 0.84), (5, 0.9))])
 def test_the_power_that_seeds_leave(seeds: int, power: float) -> None:
     """A true difference of 1.2 points, half a point of noise between seeds, 3,000 documents of which 5 % flip."""
     rng = np.random.default_rng(16)
