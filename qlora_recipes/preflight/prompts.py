@@ -32,14 +32,17 @@ def template_agrees(run: Run) -> Check:
     # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
     figures = run.data.figures
     rows = spread(run.data.train, _ROWS, ~figures["truncated"] & ~figures["control_text"])
-    wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
+    wrong = [row for row in rows if not _prompt_agrees(run, row)]
+    advice = "Let add_generation_prompt render exactly what comes before {% generation %} in training."
+    if wrong and _rendered(run, wrong[0].messages[:-1], add_generation_prompt=True).rstrip().endswith("<think>"):
+        advice = "The prompt opens the reasoning, and the rows have none: give rows with it, or a template of your own."
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
-        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0]} first"
+        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0].place} first"
         if wrong
         else f"{len(rows)} prompts, {run.data.template.name} ({run.data.template.origin}), "
         f"sha256 {run.data.template.sha256[:12]}",
-        "Let add_generation_prompt render exactly what comes before {% generation %} in training.",
+        advice,
     )
 
 
