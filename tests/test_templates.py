@@ -293,6 +293,7 @@ def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: Any) -> st
         (["<|reserved_special_token_0|>", "<|image_pad|>"], {}, "<|reserved_special_token_0|>"),
         (["<|fim_prefix|>", "<|fim_pad|>"], {"pad_token": "</s>"}, "<|fim_pad|>"),
         (["<|reserved_0|>"], {"pad_token": "<|im_end|>"}, "<|reserved_0|>"),
+        (["<|reserved_0|>"], {"pad_token": "<s>"}, "<|reserved_0|>"),
         (["<0x00>", "<0xFF>"], {"unk_token": "<unk>"}, "<unk>"),
     ],
 )
