@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
-from qlora_recipes.formatters import FORMATTERS, Message
+from qlora_recipes.formatters import FORMATTERS, Formatted, is_visible
 from qlora_recipes.models import ModelSpec
 
 # Fields that follow from other choices, and what to set instead.
@@ -61,8 +61,8 @@ class DatasetSpec:
     source: str
     """Hub id, or path of a JSON, JSONL, CSV or Parquet file."""
 
-    format_row: Callable[[Mapping[str, Any]], list[Message]] | None = None
-    """Formatter from row to messages; None picks the one that fits the columns."""
+    format_row: Callable[[Mapping[str, Any]], Formatted] | None = None
+    """Formatter from row to messages, or to `{"messages": ..., "tools": ...}`; None picks one by the columns."""
 
     split: str = "train"
     """Split of a hub dataset to read."""
@@ -76,6 +76,12 @@ class DatasetSpec:
     demo: str | None = None
     """Name of the bundled rows of the same shape, which `--demo` reads where `source` is no file that is here."""
 
+    system: str | None = None
+    """A system prompt for the rows that have none of their own, nor a developer's. Chat and tasks do not add it."""
+
+    share: float = 1.0
+    """Share of the rows that is used, drawn by their places in the source: the same rows for every arm and seed."""
+
 
 class Recipe:
     """A model, a dataset and the settings to tune the model on it. Subclass it and set the attributes.
@@ -87,8 +93,8 @@ class Recipe:
 
     model: ClassVar[ModelSpec]
     """The model to tune."""
-    dataset: ClassVar[DatasetSpec]
-    """The rows to tune it on."""
+    dataset: ClassVar[DatasetSpec | Sequence[DatasetSpec]]
+    """The rows to tune it on; several datasets are mixed as their shares say."""
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
@@ -115,7 +121,7 @@ class Recipe:
     """Fields of `trl.SFTConfig`."""
     explicit_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that the recipe or a base class sets itself; some of the others are chosen to fit the machine."""
-    format_row: ClassVar[Callable[..., list[Message]] | None] = None
+    format_row: ClassVar[Callable[..., Formatted] | None] = None
     """For your own data: a function from row to messages, with or without `self`. It overrides the dataset's."""
     eval_tasks: ClassVar[Sequence[str]] = ()
     """lm-eval tasks to score the run on."""
@@ -140,9 +146,14 @@ class Recipe:
             raise RecipeError(message)
 
     @classmethod
-    def formatter(cls) -> Callable[[Mapping[str, Any]], list[Message]] | None:
-        """Return the recipe's `format_row`, or else the dataset's; None if neither is set."""
-        return cls.dataset.format_row if cls.format_row is None else cls().format_row
+    def datasets(cls) -> tuple[DatasetSpec, ...]:
+        """Return the recipe's datasets, of which most have one."""
+        return (cls.dataset,) if isinstance(cls.dataset, DatasetSpec) else tuple(cls.dataset)
+
+    @classmethod
+    def formatter(cls, dataset: DatasetSpec | None = None) -> Callable[[Mapping[str, Any]], Formatted] | None:
+        """Return the recipe's `format_row`, or else the dataset's (the first one's); None if neither is set."""
+        return (dataset or cls.datasets()[0]).format_row if cls.format_row is None else cls().format_row
 
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> None:
@@ -160,19 +171,12 @@ class Recipe:
 def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _unknown_attributes(cls)
     yield from _typed(cls, "model", ModelSpec, "a ModelSpec, such as qlora_recipes.models.LLAMA_2_7B_CHAT")
-    yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl")')
+    yield from _dataset_faults(cls)
     yield from _settings_faults(cls, "lora", "LoraConfig")
     yield from _settings_faults(cls, "training", "SFTConfig")
     with suppress(TypeError, AttributeError):  # a value of the wrong type has been reported above
         yield from bound_faults(cls.lora, cls.training)
-    dataset = getattr(cls, "dataset", None)
-    if isinstance(dataset, DatasetSpec) and not 0 <= dataset.held_out < 1:
-        yield f"dataset.held_out: got {dataset.held_out!r}, expected a share from 0 up to 1"
-    functions = {"format_row": cls.format_row, "dataset.format_row": getattr(dataset, "format_row", None)}
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            known = f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
-            yield f"{name}: got {function!r}, expected a function from row to messages, such as {known}"
+    yield from _function_faults("format_row", cls.format_row)
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
         yield f"eval_tasks: got {cls.eval_tasks!r}, expected a list of lm-eval task names"
     if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):
@@ -185,6 +189,37 @@ def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
     for name, value in vars(cls).items():
         if not (name.startswith("_") or name in valid or callable(value) or isinstance(value, classmethod)):
             yield f"{name}: a recipe has no such attribute.{nearest(name, valid)}"
+
+
+def _dataset_faults(cls: type[Recipe]) -> Iterable[str]:
+    declared = getattr(cls, "dataset", None)
+    specs = list(declared) if isinstance(declared, list | tuple) and declared else [declared]
+    if not all(isinstance(spec, DatasetSpec) for spec in specs):
+        yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl"), or a list')
+        return
+    seen: set[tuple[str, str]] = set()
+    for i, spec in enumerate(specs):
+        name = f"dataset[{i}]" if len(specs) > 1 else "dataset"
+        if not _is_share(spec.held_out) or not 0 <= spec.held_out < 1:
+            yield f"{name}.held_out: got {spec.held_out!r}, expected a share from 0 up to 1"
+        if not _is_share(spec.share) or not 0 < spec.share <= 1:
+            yield f"{name}.share: got {spec.share!r}, expected the share of its rows to use, above 0 and at most 1"
+        if spec.system is not None and not (isinstance(spec.system, str) and is_visible(spec.system)):
+            yield f"{name}.system: got {spec.system!r}, expected the words of a system prompt"
+        if (spec.source, spec.split) in seen:
+            yield f"{name}: {spec.source} (split {spec.split}) is in the list twice; its rows would count twice"
+        seen.add((spec.source, spec.split))
+        yield from _function_faults(f"{name}.format_row", spec.format_row)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _function_faults(name: str, function: object) -> Iterable[str]:
+    if function is not None and not callable(function):
+        known = f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
+        yield f"{name}: got {function!r}, expected a function from row to messages, such as {known}"
 
 
 def _typed(cls: type[Recipe], name: str, kind: type, expected: str) -> Iterable[str]:

@@ -80,4 +80,5 @@ def _describe(files: Sequence[Path], answers: Connection) -> None:
             answers.send(str(error))
             continue
         spec = recipe.model
-        answers.send([recipe_name(recipe), spec.hub_id, spec.chat_template.path.stem, recipe.dataset.source])
+        sources = " + ".join(dataset.source for dataset in recipe.datasets())
+        answers.send([recipe_name(recipe), spec.hub_id, spec.chat_template.path.stem, sources])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG
+from qlora_recipes.formatters import TEXT
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
@@ -39,6 +40,16 @@ def loss_is_the_answers(run: Run) -> Check:
 
 
 def _supervises_answers(run: Run, row: Conversation) -> bool:
+    if run.encoder.fate(row.messages, row.tools).misplaced:
+        return False
+    if row.messages[0]["role"] == TEXT:  # all but its first token, before which there is nothing
+        return row.encoded.labels[1:] == row.encoded.input_ids[1:]
+    if row.tools or any(len(message) > 2 for message in row.messages):
+        # what the template writes around reasoning and calls is in the loss too
+        said = run.encoder.text_in_loss(row.messages, row.tools)
+        expected = _as_text(run, run.tokenizer(said, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        got = _as_text(run, [label for label in row.encoded.labels if label != IGNORED])
+        return expected.startswith(got.rstrip("\ufffd")) if row.truncated else got == expected
     supervised = [label for label in row.encoded.labels if label not in (IGNORED, run.tokenizer.eos_token_id)]
     said = "".join(message["content"] for message in row.messages if message["role"] == "assistant")
     # encoded and decoded again, since some tokenizers normalize what they encode

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.formatters import Message, Reason, RowError, Tools, before_last_answer
 from qlora_recipes.preflight.checks import fail_unless, passed
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
@@ -33,6 +33,7 @@ def template_agrees(run: Run) -> Check:
     # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
     figures = run.data.figures
     rows = spread(run.data.train, _ROWS, ~figures["truncated"] & ~figures["control_text"])
+    rows = [row for row in rows if before_last_answer(row.messages)]  # a plain text has no prompt
     wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
@@ -44,22 +45,29 @@ def template_agrees(run: Run) -> Check:
 
 
 def _prompt_agrees(run: Run, row: Conversation) -> bool:
-    before, trained = row.messages[:-1], row.encoded
-    prompt = run.encoder.encode_prompt(before)
+    before, trained = before_last_answer(row.messages), row.encoded
+    prompt = run.encoder.encode_prompt(before, row.tools)
     # lm-eval and chat render to text and encode it; no BOS is added where the text starts with one
-    text, whole = _rendered(run, before, add_generation_prompt=True), _rendered(run, row.messages)
+    text = _rendered(run, before, row.tools, add_generation_prompt=True)
+    whole = _rendered(run, row.messages, row.tools)
+    is_last = len(before) == len(row.messages) - 1  # turns that are not trained may follow
     return (
         trained.input_ids[: len(prompt)] == prompt
-        and IGNORED not in trained.labels[len(prompt) :]
+        and not (is_last and IGNORED in trained.labels[len(prompt) :])
         and _ids(run, text) == prompt
         and _ids(run, whole) == trained.input_ids
         and whole.startswith(text)
     )
 
 
-def _rendered(run: Run, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+def _rendered(
+    run: Run, messages: Sequence[Message], tools: Tools | None = None, *, add_generation_prompt: bool = False
+) -> str:
     text = run.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        run.encoder.for_template(messages),
+        tools=cast("list[dict[str, object]]", tools),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
     )
     return cast(str, text)
 
@@ -90,7 +98,7 @@ def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
     added = [token for token in run.tokenizer.get_added_vocab() if token.strip()]
     tokens, pieces = [f"words {token} words" for token in added], _template_pieces(run)
-    refused, harmless = None, run.encoder.structure(("user", "assistant"))
+    refused, harmless = None, _controls(run.encoder, "words")
     forged = [text for text in tokens if _controls(run.encoder, text) not in (refused, harmless)]
     # Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
     # text, every piece must be refused.
