@@ -24,8 +24,8 @@ class ModelSpec:
     """Commit to load, so that a run can be repeated after the repository has changed."""
     family: str
     """Name of the stand-in that `--demo` puts in its place; the architecture is `sizes.family`."""
-    chat_template: ChatTemplate
-    pad_token: str
+    chat_template: ChatTemplate | None
+    pad_token: str | None
     """A token of the vocabulary that no conversation contains. Never the end-of-turn token, which some collators would
     then take for padding and leave out of the loss; never a new token, which resizes the embedding."""
     linear_layers: tuple[str, ...]

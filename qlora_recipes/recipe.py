@@ -193,7 +193,7 @@ def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
 
 def _dataset_faults(cls: type[Recipe]) -> Iterable[str]:
     declared = getattr(cls, "dataset", None)
-    specs = list(declared) if isinstance(declared, list | tuple) and declared else [declared]
+    specs: list[Any] = list(declared) if isinstance(declared, list | tuple) and declared else [declared]
     if not all(isinstance(spec, DatasetSpec) for spec in specs):
         yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl"), or a list')
         return

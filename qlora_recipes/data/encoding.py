@@ -15,7 +15,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any, cast
 
 import jinja2
@@ -34,6 +35,13 @@ _RENDER_BYTES = 2**29
 _RENDER_SECONDS = 10.0  # for one conversation, which normally takes less than a millisecond
 IGNORED = -100  # the label that PyTorch's cross-entropy ignores
 _SHAPES = 4096  # of conversations, for each of which the template is tried once
+_CALL = {"type": "function", "function": {"name": "words", "arguments": {"words": "words"}}}
+_PROBES = (
+    [{"role": "user", "content": "words"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
+    [{"role": role, "content": "words"} for role in ("user", "assistant", "user", "assistant")],
+    [{"role": role, "content": "words"} for role in ("user", "assistant")],
+)
+"""Conversations that show how a template ends a turn: one that calls a tool, an earlier one, and last the last one."""
 # Unicode's noncharacters, which text must not contain: one for each control token of a template.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -70,10 +78,6 @@ class Rendered:
         return "".join(self.text[begin:end] for begin, end in self.spans)
 
 
-class RefusedByTemplateError(TemplateError):
-    """A template that refuses one conversation, such as one whose roles do not alternate; it may render others."""
-
-
 class ConversationEncoder:
     """Encodes conversations with one tokenizer and one chat template."""
 
@@ -89,21 +93,23 @@ class ConversationEncoder:
         tokens = list(dict.fromkeys([*named.values(), *literal]))
         # A tokenizer can encode as text only what is special, so that a text with one of these is refused.
         words = (token.content for token in added if not token.special and token.content.strip())
-        self._unescaped = [word for word in words if word in source or word in tokens]
+        self.unescaped_words = [word for word in words if word in source or word in tokens]
+        """Added words that the template writes: a message with one is refused."""
         if len(tokens) > len(_NONCHARACTERS):
             raise TemplateError(f"{len(tokens)} control tokens, expected at most {len(_NONCHARACTERS)}")
         marks = dict(zip(tokens, _NONCHARACTERS, strict=False))
         for token in sorted(literal, key=len, reverse=True):  # written out in the template instead of as a variable
             source = source.replace(token, marks[token])
         self._source = source
+        self._tokens = str.maketrans({mark: token for token, mark in marks.items()})
         self._variables: dict[str, Any] = {name: marks[token] for name, token in named.items()}
         self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
-        controls = [*tokens, *self.special_tokens, *self._unescaped]
+        controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         self._cut = re.compile("([" + "".join(marks.values()) + "])")
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         self.knows_developer = "developer" in source
-        """Whether the template has a developer; where it has none, a developer's message is rendered as the system's."""
+        """Whether the template has a developer; where it has none, that is the system."""
         self._tried = lru_cache(maxsize=_SHAPES)(self._try_shape)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
@@ -111,7 +117,8 @@ class ConversationEncoder:
 
         Raises:
             RowError: when a message contains a role marker, an added word that the template writes, or one of the
-                stand-in characters, or when a turn cannot be kept out of the loss.
+                stand-in characters, or when the template itself refuses the conversation or cannot keep a turn out of
+                the loss.
             TemplateError: when the template cannot be rendered.
         """
         return self.tokenize([self.render(messages, tools)])[0]
@@ -119,6 +126,43 @@ class ConversationEncoder:
     def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Return the ids of a conversation up to where the assistant's next answer starts."""
         return self.tokenize([self.render(messages, tools, add_generation_prompt=True)])[0].input_ids
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends the last answer, at which generation stops; EOS where the template writes none."""
+        return self._closings[-1][0] if self._closings else cast(int, self.tokenizer.eos_token_id)
+
+    @property
+    def end_token(self) -> str:
+        """The text of `end_id`."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
+
+    def closes(self, labels: Sequence[int]) -> list[bool]:
+        """Return, for each stretch of labels in the loss, whether it ends as the template ends a turn."""
+        closings = self._closings or [(self.end_id,)]
+        return [any(stretch[-len(one) :] == one for one in closings) for stretch in _stretches(labels)]
+
+    @cached_property
+    def _closings(self) -> list[tuple[int, ...]]:
+        """Return what ends a turn in the loss, the last answer's last: a control token, and the white space after it.
+
+        The token need not be EOS, the same at each turn (gpt-oss has three), or the last one (ChatML adds a newline).
+        """
+        found: list[tuple[int, ...]] = []
+        for messages in _PROBES:
+            try:
+                stretches = _stretches(self.encode(cast("list[Message]", messages)).labels)
+            except (RowError, TemplateError):
+                continue
+            for stretch in stretches:
+                last = max((i for i, token in enumerate(stretch) if token in self._controls), default=len(stretch))
+                if last < len(stretch) and not str(self.tokenizer.decode(list(stretch[last + 1 :]))).strip():
+                    found.append(stretch[last:])
+        return found
+
+    def spelled(self, text: str) -> str:
+        """Return a rendered text with its control tokens written out."""
+        return text.translate(self._tokens)
 
     def control_tokens(self, ids: Iterable[int]) -> Counter[int]:
         """Return how often each control token occurs among the ids."""
@@ -141,11 +185,6 @@ class ConversationEncoder:
         rendered = self.render(found.messages, found.tools)
         controls = self.control_tokens(self.tokenize([rendered])[0].input_ids)
         return controls, Fate.of(found, rendered.text, rendered.in_loss)
-
-    def text_in_loss(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
-        """Return what of a rendered conversation is in the loss, control tokens as they are written."""
-        names = {mark: str(self.tokenizer.convert_ids_to_tokens(token)) for mark, token in self._ids.items()}
-        return "".join(names.get(piece, piece) for piece in self._cut.split(self.render(messages, tools).in_loss))
 
     def for_template(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages as the template knows them: where it has no developer, that is the system."""
@@ -174,9 +213,13 @@ class ConversationEncoder:
             raise
         except Exception as error:  # a template is a program and can raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            refused = type(error) is jinja2.TemplateError or isinstance(error, jinja2.UndefinedError | TypeError)
-            kind = RefusedByTemplateError if refused else TemplateError
-            raise kind(f"{self.template.path.name} cannot render the conversation: {reason}") from error
+            if isinstance(error, jinja2.TemplateSyntaxError):
+                reason += f", in line {error.lineno}"
+            message = f"{self.template.name} cannot render the conversation: {reason}"
+            if type(error) is jinja2.TemplateError or isinstance(error, jinja2.UndefinedError | TypeError):
+                # the template's own raise_exception, or a part that it needs and the conversation lacks
+                raise RowError(Reason.TEMPLATE, message) from error
+            raise TemplateError(message) from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], _trained_spans(messages, spans[0]))
 
@@ -211,7 +254,7 @@ class ConversationEncoder:
 
     def _forged_word(self, text: str) -> str | None:
         """Return a word of the template in a text, which would become its token; a plain text has no other markers."""
-        return next((token for token in self._unescaped if token in text), None)
+        return next((token for token in self.unescaped_words if token in text), None)
 
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
@@ -243,6 +286,11 @@ class ConversationEncoder:
         for begin, end in spans:
             supervised |= (begin <= places) & (places < end)
         return Encoded(ids, numpy.where(supervised, ids, IGNORED).tolist())
+
+
+def _stretches(labels: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return what is in the loss, each stretch of it by itself."""
+    return [tuple(stretch) for ignored, stretch in groupby(labels, IGNORED.__eq__) if not ignored]
 
 
 def _trained_spans(messages: Sequence[Message], spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:

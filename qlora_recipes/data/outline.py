@@ -76,7 +76,7 @@ def _plain_shape(turns: tuple[tuple[str, bool], ...]) -> str:
 
 
 def _without_words(value: Any, schema: bool = False) -> Any:
-    """Return a value with one word in place of every text, 0 of every number; `schema` keeps what a JSON schema is made of."""
+    """Return a value with one word for every text, 0 for every number; `schema` keeps what a JSON schema is made of."""
     if isinstance(value, str):
         return value if schema and value in _SCHEMA_VALUES else _WORD if value else ""
     if isinstance(value, Mapping):

@@ -19,7 +19,7 @@ import numpy
 
 from qlora_recipes.data.arrow_rows import Conversation, write_rows
 from qlora_recipes.data.columns import ColumnUse, WatchedRow
-from qlora_recipes.data.encoding import ConversationEncoder, RefusedByTemplateError, Rendered
+from qlora_recipes.data.encoding import ConversationEncoder, Rendered
 from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
@@ -126,7 +126,7 @@ def prepare(
 
 
 def _held_out(datasets: Sequence[DatasetSpec], every: numpy.ndarray) -> numpy.ndarray:
-    """Return which rows are held out: in each dataset, those of the smallest hashes, whatever the order and the seed."""
+    """Return which rows are held out: those of the smallest hashes in each dataset, whatever the order and the seed."""
     held_out = numpy.zeros(len(every), dtype=bool)
     for number, spec in enumerate(datasets):
         own = every["dataset"] == number
@@ -173,16 +173,13 @@ def _render(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -
     messages, tools = _format(tally.formatter, row, where)
     if spec.system and messages[0]["role"] not in ("system", "developer", TEXT):
         messages = [{"role": "system", "content": spec.system.strip()}, *messages]
-    try:
-        rendered = encoder.render(messages, tools)
-        left_out = list(encoder.fate(messages, tools).left_out)
-    except RefusedByTemplateError as error:
-        raise RowError(Reason.REFUSED, str(error)) from error
+    rendered = encoder.render(messages, tools)
+    left_out = list(encoder.fate(messages, tools).left_out)
     if any(message["content"] not in rendered.text for message in messages if is_trained(message)):
         left_out.append("words of the answer")  # such as what follows </think> in an answer that quotes it
     if left_out:
         what = f"{', '.join(left_out[:4])}{' and more' if len(left_out) > 4 else ''}"
-        raise RowError(Reason.LEFT_OUT, f"{encoder.template.path.name} does not render {what}")
+        raise RowError(Reason.LEFT_OUT, f"{encoder.template.name} does not render {what}")
     return _Row(f"{tally.name}{place}", messages, tools, rendered)
 
 
@@ -324,10 +321,11 @@ def _data_receipt(
 
 def _template_receipt(encoder: ConversationEncoder, figures: numpy.ndarray) -> TemplateReceipt:
     return TemplateReceipt(
-        name=encoder.template.path.name,
+        name=encoder.template.name,
+        origin=encoder.template.origin,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
         bos_per_row=[int(figures["bos"].min()), int(figures["bos"].max())],
-        end_token=str(encoder.tokenizer.eos_token),
+        end_token=encoder.end_token,
         end_token_trained=bool((figures["truncated"] | figures["last_is_end"]).all()),
     )

@@ -1,4 +1,7 @@
-"""What a conversation is: which messages may follow which, and what each may hold. Knows nothing of rows or templates."""
+"""What a conversation is: which messages may follow which, and what each may hold.
+
+Knows nothing of rows or templates.
+"""
 
 from __future__ import annotations
 

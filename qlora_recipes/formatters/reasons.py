@@ -37,7 +37,7 @@ class Reason:
     EMPTY_ANSWER = "empty answer"
     EMPTY_TEXT = "empty text"
     LEFT_OUT = "left out by the template"
-    REFUSED = "refused by the template"
+    TEMPLATE = "refused by the template"
 
 
 class RowError(DataError):

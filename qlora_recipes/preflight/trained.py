@@ -170,7 +170,7 @@ def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
     run.model.eval()
     asked = [before_last_answer(row.messages) for row in rows]
     prompts = [run.encoder.encode_prompt(before, row.tools) for before, row in zip(asked, rows, strict=True)]
-    end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
+    end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     with run.trainer.compute_loss_context_manager():
         answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
     return [
