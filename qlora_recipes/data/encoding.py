@@ -108,8 +108,10 @@ class ConversationEncoder:
         self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         self._cut = re.compile("([" + "".join(marks.values()) + "])")
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-        self.knows_developer = "developer" in source
+        self.knows_developer = re.search("['\"]developer['\"]", source) is not None
         """Whether the template has a developer; where it has none, that is the system."""
+        self.knows_reasoning = re.search("reasoning_content|thinking", source) is not None
+        """Whether the template has a place of its own for an assistant's reasoning."""
         self._tried = lru_cache(maxsize=_SHAPES)(self._try_shape)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:

@@ -33,6 +33,7 @@ from qlora_recipes.formatters import (
     check_conversation,
     detect,
     is_trained,
+    split_reasoning,
 )
 from qlora_recipes.recipe import DatasetSpec
 from qlora_recipes.run.receipt import DataReceipt, DatasetReceipt, TemplateReceipt
@@ -173,6 +174,8 @@ def _render(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -
     messages, tools = _format(tally.formatter, row, where)
     if spec.system and messages[0]["role"] not in ("system", "developer", TEXT):
         messages = [{"role": "system", "content": spec.system.strip()}, *messages]
+    if encoder.knows_reasoning:
+        messages = split_reasoning(messages)
     rendered = encoder.render(messages, tools)
     left_out = list(encoder.fate(messages, tools).left_out)
     if any(message["content"] not in rendered.text for message in messages if is_trained(message)):

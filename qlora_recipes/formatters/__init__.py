@@ -14,6 +14,7 @@ from qlora_recipes.formatters.conversation import (
     check_conversation,
     check_messages,
     is_trained,
+    split_reasoning,
     words_of,
 )
 from qlora_recipes.formatters.detection import FORMATTERS, Formatter, detect
@@ -49,6 +50,7 @@ __all__ = [
     "prompt_completion",
     "question_answer",
     "sharegpt",
+    "split_reasoning",
     "strings",
     "unmarked_text",
     "words_of",

@@ -5,6 +5,7 @@ Knows nothing of rows or templates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ _EMPTY = {
 _PLAIN = {"role", "content"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What datasets call the thoughts before an answer; the first is what templates read."""
+_THOUGHT = re.compile("<think>(.*?)</think>(.*)", re.DOTALL)
 _FOLLOWS = {
     "": ("system", "developer", "user", TEXT),
     "system": ("developer", "user"),
@@ -168,6 +170,25 @@ def before_last_answer(messages: Sequence[Message]) -> list[Message]:
     return list(messages[: max(i for i, message in enumerate(messages) if is_trained(message))])
 
 
+def split_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with what stands in `<think>` at the start of an answer as its `reasoning_content`.
+
+    Raises:
+        RowError: when nothing follows it.
+    """
+    return [_split(message) if "</think>" in message["content"] else message for message in messages]
+
+
+def _split(message: Message) -> Message:
+    found = _THOUGHT.fullmatch(message["content"])
+    if message["role"] != "assistant" or "reasoning_content" in message or not found:
+        return message
+    thought, content = (part.strip() for part in found.groups())
+    if not is_visible(content) and "tool_calls" not in message:
+        raise RowError(Reason.EMPTY_ANSWER, f"an answer is {SHORT.repr(message['content'])}, expected words after it")
+    return {**message, "content": content, **({"reasoning_content": thought} if is_visible(thought) else {})}
+
+
 def words_of(message: Message) -> Iterator[str]:
     """Yield every text of a message: its content, its reasoning, and what its calls or its result are called."""
     yield message["content"]
@@ -178,6 +199,8 @@ def words_of(message: Message) -> Iterator[str]:
 
 def answer_of(message: Message) -> str:
     """Return what an assistant's turn says in all: its reasoning, its content, and names and arguments of its calls."""
-    calls = (call["function"] for call in message.get("tool_calls", ()))
-    parts = (message.get("reasoning_content", ""), message["content"], *("\n".join(strings(call)) for call in calls))
-    return "\n".join(filter(None, parts))
+    if len(message) == len(_PLAIN):
+        return str(message["content"])
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    said = (text for call in calls for text in (call["name"], *strings(call["arguments"])))
+    return "\n".join(filter(None, (message.get("reasoning_content", ""), message["content"], *said)))
