@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import trl
 from preflight_runs import changed, verdict_of
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.data.prepare import PreparedData, prepare
+from qlora_recipes.data.figures import RowMeter
+from qlora_recipes.data.prepare import prepare
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.held_out import _reference, hash_conversation
 from qlora_recipes.evaluation.loaded import HeldOutRow
@@ -164,17 +167,16 @@ def test_no_text_of_a_message_becomes_a_part_of_the_template(place: str, text: s
 
 
 def test_a_plain_text_is_in_the_loss_between_bos_and_eos() -> None:
-    from qlora_recipes.base.tokenizer import load_tokenizer
-    from qlora_recipes.models import LLAMA_2_7B_CHAT
-
-    text = [{"role": "text", "content": "Once upon a time </s> there was."}]
-    llama = load_tokenizer(LLAMA_2_7B_CHAT, "standin-llama2", None)
-    for tokenizer, bos in ((llama, [llama.bos_token_id]), (encoder_for("qwen3").tokenizer, [])):
-        encoder = ConversationEncoder(tokenizer, encoder_for("qwen3").template)
-        encoded = encoder.encode(text)
-        assert encoded.input_ids[: len(bos)] == bos and encoded.input_ids[-1] == tokenizer.eos_token_id
-        assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
-        assert "Once upon a time </s> there was." in tokenizer.decode(encoded.input_ids)
+    text = [{"role": "text", "content": "Once upon a time <|endoftext|> there was."}]
+    adds_bos = AutoTokenizer.from_pretrained(STANDINS["falcon"].folder)
+    adds_bos.add_special_tokens({"bos_token": "<s>"})
+    special = [("<s>", adds_bos.bos_token_id)]
+    adds_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    for tokenizer, bos in ((adds_bos, [adds_bos.bos_token_id]), (encoder_for("qwen3").tokenizer, [])):
+        encoded = ConversationEncoder(tokenizer, encoder_for("qwen3").template).encode(text)
+        assert [token for token in encoded.input_ids[:1] if token in bos] == bos
+        assert encoded.input_ids[-1] == tokenizer.eos_token_id and encoded.input_ids.count(tokenizer.eos_token_id) == 1
+        assert "Once upon a time <|endoftext|> there was." in tokenizer.decode(encoded.input_ids)
         assert encoded.labels == [IGNORED, *encoded.input_ids[1:]]
 
 
@@ -188,8 +190,6 @@ def test_the_prompt_of_a_conversation_is_what_comes_before_the_last_turn_in_the_
 
 
 # ---- Rows of a run ----
-
-Prepare = Callable[..., PreparedData]
 
 
 @pytest.fixture
@@ -226,10 +226,6 @@ def test_rows_with_everything_pass_the_checks_and_are_counted(run: Callable[...,
 
 
 def test_a_control_token_in_a_row_that_no_turn_needs_is_found(run: Callable[..., Run]) -> None:
-    from dataclasses import replace
-
-    from qlora_recipes.data.figures import RowMeter
-
     it = run(*rows_of("both"))
     row = it.data.train[0]
     extra = it.tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -328,3 +324,16 @@ def test_a_dataset_on_the_command_line_replaces_all(
 def test_a_share_that_draws_nothing_says_so(run: Callable[..., Run], several: tuple[str, str]) -> None:
     with pytest.raises(DataError, match=r"a share of 1e-06 draws no row of .*b\.jsonl"):
         run(datasets=[DatasetSpec(several[1], share=1e-6)])
+
+
+def test_arguments_of_other_tools_that_arrow_fills_in_are_left_out(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    from qlora_recipes.data.reading import read_rows
+
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"x": 1}, {"y": [None, 2]})]
+    rows = [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    ((_, read),) = read_rows(str(tmp_path / "rows.parquet"))
+    assert read == {"messages": [USER, {"role": "assistant", "tool_calls": calls}], "tools": None}
