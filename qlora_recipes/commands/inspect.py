@@ -115,13 +115,15 @@ def describe(run: Run, checks: list[Check]) -> Page:
         "A random row": random.Random(run.settings.seed).choice(order),
     }
     chosen |= {f"The first row with {kind}": at for kind, at in first.items() if at not in chosen.values()}
-    receipt = run.data.receipt
+    receipt, template = run.data.receipt, run.data.template
     return Page(
         name=run.settings.name,
         summary=f"{receipt.source}: {receipt.rows_in:,} rows, of which {receipt.rows_used:,} train, "
         f"{receipt.rows_held_out:,} are held out and {sum(receipt.rows_dropped.values()):,} are dropped. "
         f"{receipt.supervised_tokens:,} of {receipt.tokens:,} tokens "
-        f"({receipt.supervised_tokens / receipt.tokens:.0%}) are in the loss.",
+        f"({receipt.supervised_tokens / receipt.tokens:.0%}) are in the loss. "
+        f"Template: {template.name} ({template.origin}); {template.end_token} ends an answer, and "
+        f"{run.tokenizer.pad_token} pads.",
         notes=list(_notes(run)),
         rows=[_show(run.encoder, title, run.data.train[number]) for title, number in chosen.items()],
         lengths=sorted(lengths),

@@ -36,12 +36,12 @@ _RENDER_SECONDS = 10.0  # for one conversation, which normally takes less than a
 IGNORED = -100  # the label that PyTorch's cross-entropy ignores
 _SHAPES = 4096  # of conversations, for each of which the template is tried once
 _CALL = {"type": "function", "function": {"name": "words", "arguments": {"words": "words"}}}
-_PROBES = (
-    [{"role": "user", "content": "words"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
+_PROBES: tuple[Sequence[Any], ...] = (
     [{"role": role, "content": "words"} for role in ("user", "assistant", "user", "assistant")],
     [{"role": role, "content": "words"} for role in ("user", "assistant")],
+    [{"role": "user", "content": "words"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
 )
-"""Conversations that show how a template ends a turn: one that calls a tool, an earlier one, and last the last one."""
+"""Conversations that show how a template ends an earlier turn, the last one, and one that calls a tool."""
 # Unicode's noncharacters, which text must not contain: one for each control token of a template.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -101,6 +101,7 @@ class ConversationEncoder:
         for token in sorted(literal, key=len, reverse=True):  # written out in the template instead of as a variable
             source = source.replace(token, marks[token])
         self._source = source
+        self._marked = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         self._tokens = str.maketrans({mark: token for token, mark in marks.items()})
         self._variables: dict[str, Any] = {name: marks[token] for name, token in named.items()}
         self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
@@ -132,7 +133,12 @@ class ConversationEncoder:
     @property
     def end_id(self) -> int:
         """The token that ends the last answer, at which generation stops; EOS where the template writes none."""
-        return self._closings[-1][0] if self._closings else cast(int, self.tokenizer.eos_token_id)
+        return self._closings[0][0] if self._closings else cast(int, self.tokenizer.eos_token_id)
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether the template ends an answer, in the loss, with a control token."""
+        return bool(self._closings)
 
     @property
     def end_token(self) -> str:
@@ -146,21 +152,28 @@ class ConversationEncoder:
 
     @cached_property
     def _closings(self) -> list[tuple[int, ...]]:
-        """Return what ends a turn in the loss, the last answer's last: a control token, and the white space after it.
+        """Return what ends a turn in the loss, the last answer's first: a control token, and the white space after it.
 
-        The token need not be EOS, the same at each turn (gpt-oss has three), or the last one (ChatML adds a newline).
+        The token need not be EOS, the same at each turn (gpt-oss has three), or the last one (ChatML adds a newline,
+        Phi-3 its EOS after the token that ends every turn).
         """
-        found: list[tuple[int, ...]] = []
-        for messages in _PROBES:
-            try:
-                stretches = _stretches(self.encode(cast("list[Message]", messages)).labels)
-            except (RowError, TemplateError):
-                continue
-            for stretch in stretches:
-                last = max((i for i, token in enumerate(stretch) if token in self._controls), default=len(stretch))
-                if last < len(stretch) and not str(self.tokenizer.decode(list(stretch[last + 1 :]))).strip():
-                    found.append(stretch[last:])
-        return found
+        several, one, call = map(self._probe, _PROBES)
+        earlier = self._closing(several[0]) if len(several) == 2 else None
+        last = self._closing((several or one or [()])[-1], prefer=earlier)
+        return [closing for closing in (last, earlier, *map(self._closing, call)) if closing] if last else []
+
+    def _probe(self, messages: Sequence[Any]) -> list[tuple[int, ...]]:
+        try:
+            return _stretches(self.encode(messages).labels)
+        except (RowError, TemplateError):
+            return []
+
+    def _closing(self, stretch: tuple[int, ...], *, prefer: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+        controls = [i for i, token in enumerate(stretch) if token in self._controls]
+        at = next((i for i in reversed(controls) if prefer and stretch[i] == prefer[0]), max(controls, default=None))
+        if at is None or str(self.tokenizer.decode(list(stretch[at:]), skip_special_tokens=True)).strip():
+            return None
+        return stretch[at:]
 
     def spelled(self, text: str) -> str:
         """Return a rendered text with its control tokens written out."""
@@ -207,7 +220,7 @@ class ConversationEncoder:
                     [self.for_template(messages)],
                     tools=cast(Any, tools),
                     chat_template=self._source,
-                    return_assistant_tokens_mask=True,
+                    return_assistant_tokens_mask=self._marked,  # True would warn where there are no marks
                     add_generation_prompt=add_generation_prompt,
                     **self._variables,
                 )
@@ -223,7 +236,7 @@ class ConversationEncoder:
                 raise RowError(Reason.TEMPLATE, message) from error
             raise TemplateError(message) from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
-        return Rendered(texts[0], _trained_spans(messages, spans[0]))
+        return Rendered(texts[0], _trained_spans(messages, spans[0] if spans else []))
 
     def _render_text(self, text: str) -> Rendered:
         """Return a plain text, between BOS where the tokenizer adds one and EOS.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -33,8 +34,8 @@ def choose_template(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Chat
     """
     ours = spec.chat_template or {known.hub_id: known.chat_template for known in MODELS.values()}.get(spec.hub_id)
     if ours is not None:
+        _render_one_turn(ConversationEncoder(tokenizer, ours))
         chosen = ours if _MARKS.search(ours.source) else mark(ours)
-        _render_one_turn(ConversationEncoder(tokenizer, chosen))
     else:
         chosen = _own(tokenizer)
     if chosen.role_markers is not None:
@@ -48,16 +49,16 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     source = found.get("default") if isinstance(found, dict) else found
     if not source:
         return PLAIN_CHAT
-    unmarked = ChatTemplate(_MARKS.sub("", source), _OWN, origin="marked")
+    unmarked, reason = ChatTemplate(_MARKS.sub("", source), _OWN, origin="marked"), ""
     _render_one_turn(ConversationEncoder(tokenizer, unmarked))
-    reason = ""
     for candidate in (_from_trl(tokenizer), _with_own_marks(source), mark(unmarked)):
         if candidate is not None:
             reason = _fault_of_sentinels(tokenizer, candidate)
             if not reason:
                 return candidate
     raise TemplateError(
-        f"the tokenizer's chat template cannot be marked: {reason}. {_ADVICE}; qlora_recipes/chat_templates has examples"
+        f"the answers cannot be marked in the tokenizer's chat template: {reason}. {_ADVICE}; "
+        "qlora_recipes/chat_templates has examples"
     )
 
 
@@ -83,8 +84,6 @@ def mark(template: ChatTemplate) -> ChatTemplate:
     It refuses a conversation in which that prompt is not what stands before the answer.
     """
     original = template.source.removesuffix("\n")  # which Jinja drops at the end of a file
-    if original.startswith("\n"):
-        original = "\n" + original  # Jinja drops one after a tag, too
     source = (HERE / "marked.jinja").read_text(encoding="utf-8").replace("ORIGINAL", original, 1)
     return replace(template, source=source)
 
@@ -96,20 +95,21 @@ def fault_of(encoder: ConversationEncoder, messages: Sequence[Message]) -> str:
     """Return what is wrong with the marks of a conversation that ends with an answer, found by changing its texts.
 
     Every answer must be in the loss, and change nothing else; no other message may change what is in the loss; and the
-    prompt at inference must be what stands before the answer in training. An empty string: nothing is wrong.
+    loss begins where the prompt ends. An empty string: nothing is wrong.
     """
     whole, prompt = encoder.render(messages), encoder.render(messages[:-1], add_generation_prompt=True).text
     inside, outside = parts(whole)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    lost = [answer for answer in answers if _squeezed(answer) not in _squeezed("".join(inside))]
-    if lost:
-        return f"the answer {lost[0][:40]!r} is not in the loss"
+    if not all(_squeezed(answer) in _squeezed(whole.text) for answer in answers):
+        return "it drops the text of an answer (as those of vision models do, which read messages made of parts)"
+    if not all(_squeezed(answer) in _squeezed("".join(inside)) for answer in answers):
+        return "an answer is not in the loss"
     if outside != parts(encoder.render(_changed(messages, lambda role: role == "assistant")))[1]:
         return "text outside of the loss depends on an answer"
     if inside != parts(encoder.render(_changed(messages, lambda role: role != "assistant")))[0]:
         return "text in the loss depends on more than the answers"
-    if not whole.text.startswith(prompt):
-        return "the generation prompt is not what stands before the answer in training"
+    if not whole.text.startswith(prompt):  # the check `template_agrees` says so
+        return ""
     begin = next((begin for begin, end in whole.spans if begin <= len(prompt) < end), None)
     if begin is None:
         return "what follows the generation prompt is not in the loss"
@@ -130,7 +130,7 @@ def _has_words(text: str) -> bool:
 def parts(rendered: Rendered) -> tuple[list[str], list[str]]:
     """Return the texts in the loss, and those around them."""
     edges = [0, *(edge for span in rendered.spans for edge in span), len(rendered.text)]
-    pieces = [rendered.text[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    pieces = [rendered.text[begin:end] for begin, end in pairwise(edges)]
     return pieces[1::2], pieces[::2]
 
 
@@ -148,15 +148,14 @@ def _squeezed(text: str) -> str:
 
 def _fault_of_sentinels(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
     encoder = ConversationEncoder(tokenizer, template)
-    reason = "it renders no conversation"
     for roles in (_ROLES[1:3], _ROLES[1:], _ROLES):
         try:
             reason = fault_of(encoder, _sentinels(roles))
-        except RowError as error:  # rows of this kind will be dropped and counted
-            reason = error.detail if roles is _ROLES[1:3] else ""
+        except RowError as error:  # rows that are more than a question and an answer are then dropped, and counted
+            reason = error.detail if len(roles) == 2 else ""
         if reason:
             return reason
-    return ""
+    return "" if encoder.ends_turns else "no control token ends an answer"
 
 
 def _sentinels(roles: Sequence[str]) -> list[Message]:

@@ -27,7 +27,7 @@ _CUT_SHARE = 0.01  # of the supervised tokens; one or two long rows in a thousan
 
 
 def loss_is_the_answers(run: Run) -> Check:
-    """The tokens in the loss are the assistant's messages: no question, no role name. Shown by changing the messages."""
+    """The tokens in the loss are the assistant's messages, no question and no role name; shown by changing messages."""
     rows = spread(run.data.train, _DECODED_ROWS)
     faults = [(row.place, fault) for row in rows if (fault := _fault(run, row))]
     receipt = run.data.receipt
@@ -54,10 +54,8 @@ def _fault(run: Run, row: Conversation) -> str:
     # encoded and decoded again, since some tokenizers normalize what they encode
     expected = _as_text(run, run.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     got = _as_text(run, [label for label in row.encoded.labels if label != IGNORED and label not in controls])
-    if row.truncated:
-        same = expected.startswith(got.rstrip("\ufffd"))  # truncation may fall inside a character
-    else:
-        same = got == expected
+    # truncation may fall inside a character
+    same = expected.startswith(got.rstrip("\ufffd")) if row.truncated else got == expected
     if not same:
         return "the tokens in the loss are not what the template marks"
     if misplaced := encoder.fate(row.messages, row.tools).misplaced:
