@@ -57,6 +57,8 @@ def load_tokenizer(
     tokenizer.init_kwargs.update(spec.tokenizer)  # otherwise they are not saved, and a reload gives other ids
     repaired = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
     tokenizer.repairs = ["merge_spaces_last"] if repaired else []  # for the receipt
+    if spec.pad_token is None or spec.chat_template is None:
+        raise TemplateError(f"the ModelSpec of {model} names no pad token or no chat template")
     if spec.pad_token not in tokenizer.get_vocab():
         raise TemplateError(
             f"{model} has no token {spec.pad_token!r} to pad with, and a new one would resize the embedding; "

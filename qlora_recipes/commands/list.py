@@ -80,4 +80,5 @@ def _describe(files: Sequence[Path], answers: Connection) -> None:
             answers.send(str(error))
             continue
         spec = recipe.model
-        answers.send([recipe_name(recipe), spec.hub_id, spec.chat_template.path.stem, recipe.dataset.source])
+        template = spec.chat_template.path.stem if spec.chat_template else "the model's own"
+        answers.send([recipe_name(recipe), spec.hub_id, template, recipe.dataset.source])
