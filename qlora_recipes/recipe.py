@@ -14,13 +14,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
-from qlora_recipes.formatters import FORMATTERS, Formatted, is_visible
+from qlora_recipes.formatters import Formatted
+from qlora_recipes.formatters.datasets import DATASETS, dataset_faults, function_faults
+from qlora_recipes.formatters.datasets import DatasetSpec as DatasetSpec
 from qlora_recipes.models import ModelSpec
 
 # Fields that follow from other choices, and what to set instead.
@@ -54,35 +55,6 @@ DERIVED = {
 }
 
 
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Where the rows come from and how a row becomes a conversation."""
-
-    source: str
-    """Hub id, or path of a JSON, JSONL, CSV or Parquet file."""
-
-    format_row: Callable[[Mapping[str, Any]], Formatted] | None = None
-    """Formatter from row to messages, or to `{"messages": ..., "tools": ...}`; None picks one by the columns."""
-
-    split: str = "train"
-    """Split of a hub dataset to read."""
-
-    revision: str | None = None
-    """Commit of a hub dataset; None takes the newest."""
-
-    held_out: float = 0.05
-    """Share of the rows held out for evaluation. A larger share gives more precise scores and less to train on."""
-
-    demo: str | None = None
-    """Name of the bundled rows of the same shape, which `--demo` reads where `source` is no file that is here."""
-
-    system: str | None = None
-    """A system prompt for the rows that have none of their own, nor a developer's. Chat and tasks do not add it."""
-
-    share: float = 1.0
-    """Share of the rows that is used, drawn by their places in the source: the same rows for every arm and seed."""
-
-
 class Recipe:
     """A model, a dataset and the settings to tune the model on it. Subclass it and set the attributes.
 
@@ -92,9 +64,9 @@ class Recipe:
     """
 
     model: ClassVar[ModelSpec]
-    """The model to tune."""
+    """The model to tune; a hub id or a folder stands for `ModelSpec(it)`."""
     dataset: ClassVar[DatasetSpec | Sequence[DatasetSpec]]
-    """The rows to tune it on; several datasets are mixed as their shares say."""
+    """The rows to tune it on, or a list of such; a hub id or a file stands for `DatasetSpec(it)`."""
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
@@ -130,6 +102,11 @@ class Recipe:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, spec in (("model", ModelSpec), ("dataset", DatasetSpec)):
+            if isinstance(source := cls.__dict__.get(name), str) and source.strip():
+                setattr(cls, name, spec(source))
+        if isinstance(several := cls.__dict__.get("dataset"), list | tuple):
+            cls.dataset = [DatasetSpec(each) if isinstance(each, str) else each for each in several]
         for name in ("lora", "training"):
             if isinstance(declared := cls.__dict__.get(name), Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
@@ -170,13 +147,16 @@ class Recipe:
 
 def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _unknown_attributes(cls)
-    yield from _typed(cls, "model", ModelSpec, "a ModelSpec, such as qlora_recipes.models.LLAMA_2_7B_CHAT")
-    yield from _dataset_faults(cls)
+    yield from _typed(cls, "model", ModelSpec, 'a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec')
+    if hasattr(cls, "dataset"):
+        yield from dataset_faults(cls.dataset)
+    else:
+        yield f"dataset: missing, expected {DATASETS}"
     yield from _settings_faults(cls, "lora", "LoraConfig")
     yield from _settings_faults(cls, "training", "SFTConfig")
     with suppress(TypeError, AttributeError):  # a value of the wrong type has been reported above
         yield from bound_faults(cls.lora, cls.training)
-    yield from _function_faults("format_row", cls.format_row)
+    yield from function_faults("format_row", cls.format_row)
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
         yield f"eval_tasks: got {cls.eval_tasks!r}, expected a list of lm-eval task names"
     if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):
@@ -189,37 +169,6 @@ def _unknown_attributes(cls: type[Recipe]) -> Iterable[str]:
     for name, value in vars(cls).items():
         if not (name.startswith("_") or name in valid or callable(value) or isinstance(value, classmethod)):
             yield f"{name}: a recipe has no such attribute.{nearest(name, valid)}"
-
-
-def _dataset_faults(cls: type[Recipe]) -> Iterable[str]:
-    declared = getattr(cls, "dataset", None)
-    specs: list[Any] = list(declared) if isinstance(declared, list | tuple) and declared else [declared]
-    if not all(isinstance(spec, DatasetSpec) for spec in specs):
-        yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl"), or a list')
-        return
-    seen: set[tuple[str, str]] = set()
-    for i, spec in enumerate(specs):
-        name = f"dataset[{i}]" if len(specs) > 1 else "dataset"
-        if not _is_share(spec.held_out) or not 0 <= spec.held_out < 1:
-            yield f"{name}.held_out: got {spec.held_out!r}, expected a share from 0 up to 1"
-        if not _is_share(spec.share) or not 0 < spec.share <= 1:
-            yield f"{name}.share: got {spec.share!r}, expected the share of its rows to use, above 0 and at most 1"
-        if spec.system is not None and not (isinstance(spec.system, str) and is_visible(spec.system)):
-            yield f"{name}.system: got {spec.system!r}, expected the words of a system prompt"
-        if (spec.source, spec.split) in seen:
-            yield f"{name}: {spec.source} (split {spec.split}) is in the list twice; its rows would count twice"
-        seen.add((spec.source, spec.split))
-        yield from _function_faults(f"{name}.format_row", spec.format_row)
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _function_faults(name: str, function: object) -> Iterable[str]:
-    if function is not None and not callable(function):
-        known = f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
-        yield f"{name}: got {function!r}, expected a function from row to messages, such as {known}"
 
 
 def _typed(cls: type[Recipe], name: str, kind: type, expected: str) -> Iterable[str]:

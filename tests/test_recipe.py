@@ -50,7 +50,7 @@ def test_every_fault_is_in_one_message() -> None:
         ({"dataset": DatasetSpec("a", share=0)}, "dataset.share: got 0, expected the share of its rows to use"),
         ({"dataset": DatasetSpec("a", system=" ")}, "dataset.system: got ' ', expected the words of a system prompt"),
         ({"dataset": []}, "dataset: got []"),
-        ({"dataset": [DatasetSpec("a"), "b"]}, "dataset: got [DatasetSpec"),
+        ({"dataset": ["a", 3]}, "dataset: got [DatasetSpec"),
         ({"dataset": [DatasetSpec("a"), DatasetSpec("b", share=1.5)]}, "dataset[1].share: got 1.5"),
         ({"dataset": [DatasetSpec("a"), DatasetSpec("a")]}, "dataset[1]: a (split train) is in the list twice"),
         ({"trainning": {}}, "trainning: a recipe has no such attribute. Did you mean 'training'?"),

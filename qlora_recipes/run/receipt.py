@@ -113,6 +113,8 @@ class BaseReceipt:
     """Whether 4-bit weights were dequantized for every product (`packed`), or once and kept beside (`expanded`)."""
     missing_keys: list[str] = field(default_factory=list)
     """Weights that are not in the checkpoint: they are random."""
+    architecture: dict[str, str] = field(default_factory=dict)
+    """What was found of the model, as the plan shows it: layers, heads, experts, window, linears, weights."""
 
 
 @dataclass
