@@ -133,7 +133,7 @@ def test_a_model_and_a_file_are_enough(
 ) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"prompt": f"Who is {i}?", "completion": f"Number {i}."} for i in range(9)]))
-    main(["--model", str(tiny("falcon")), "--dataset", str(rows)])
+    main(["--model", str(tiny("llama2")), "--dataset", str(rows)])
     assert "rows.json: 9 rows" in capsys.readouterr().out
 
 

@@ -18,7 +18,7 @@ from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import sha256
-from qlora_recipes.formatters import Message, RowError, Tools, check_conversation
+from qlora_recipes.formatters import Message, RowError, Tools, check_messages, check_tools
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.files import check_kind, read_record
 from qlora_recipes.run.folder import RunFolder
@@ -181,7 +181,8 @@ def read_held_out(folder: RunFolder) -> list[HeldOutRow]:
     try:
         rows = read_record(folder.held_out, list[HeldOutRow], fix=fix)
         for i, row in enumerate(rows):
-            check_conversation(vars(row), f"key {i}")
+            check_messages(row.messages, f"key {i}.messages")
+            check_tools(row.tools, f"key {i}.tools")
     except FileNotFoundError:
         return []
     except RowError as error:

@@ -21,7 +21,7 @@ from qlora_recipes.formatters.detection import FORMATTERS, Formatter, detect
 from qlora_recipes.formatters.guanaco import guanaco_llama2, guanaco_text
 from qlora_recipes.formatters.reasons import Reason, RowError
 from qlora_recipes.formatters.text import Row, folded, is_visible
-from qlora_recipes.formatters.tools import Tools, strings
+from qlora_recipes.formatters.tools import Tools, check_tools, strings
 from qlora_recipes.formatters.turns import Formatted, messages, prompt_completion, sharegpt
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "before_last_answer",
     "check_conversation",
     "check_messages",
+    "check_tools",
     "detect",
     "folded",
     "guanaco_llama2",

@@ -33,8 +33,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What datasets call the thoughts before an answer; the first is what templates read."""
 _THOUGHT = re.compile("<think>(.*?)</think>(.*)", re.DOTALL)
 _FOLLOWS = {
-    "": ("system", "developer", "user", TEXT),
-    "system": ("developer", "user"),
+    "": ("user", "system", "developer", TEXT),
+    "system": ("user", "developer"),
     "developer": ("user",),
     "user": ("assistant",),
     "tool": ("tool", "assistant"),
