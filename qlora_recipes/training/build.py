@@ -29,6 +29,7 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
+from qlora_recipes.memory.sizes import described, sizes_for
 from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
@@ -68,6 +69,7 @@ def load_model(run: Run) -> Run:
         device=device,
         trust_remote_code=settings.trust_remote_code,
     )
+    receipt.architecture = described(sizes_for(settings))
     if settings.storage == "expanded":
         expand(base, getattr(torch, settings.dtype))
         receipt.storage = "expanded"
