@@ -92,7 +92,11 @@ DATA: dict[str, tuple[str, bytes, Sequence[str]]] = {
         ["message 1 is user, expected assistant"],
     ),
     "assistant first": ("a.jsonl", lines(turns("assistant", "x")), ["message 0 is assistant, expected user"]),
-    "unknown role": ("a.jsonl", lines(turns("user", "x", "tool", "y")), ["role 'tool'", "system, user, assistant"]),
+    "unknown role": (
+        "a.jsonl",
+        lines(turns("user", "x", "robot", "y")),
+        ["role 'robot'", "system, developer, user, assistant"],
+    ),
     "ends with a question": (
         "a.jsonl",
         lines(turns("user", "x", "assistant", "y", "user", "z")),
@@ -469,6 +473,7 @@ def test_an_output_folder_that_is_taken(refused: Refused, tmp_path: Path, kind: 
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ missing.name }}", "UndefinedError"),
         ("{% for %}", "TemplateSyntaxError"),
+        ("a\nb\n{% if %}", "in line 3"),
         ("{{ raise_exception('no') }}", "TemplateError: no"),
     ],
 )
@@ -484,7 +489,7 @@ def test_template(
 
     monkeypatch.setattr(encoding, "_RENDER_SECONDS", 0.3)
     (tmp_path / "mine.jinja").write_text(source)
-    spec = replace(recipe_for().model, chat_template=ChatTemplate(tmp_path / "mine.jinja", role_markers=r"\[/?INST\]"))
+    spec = replace(recipe_for().model, chat_template=ChatTemplate.from_file(tmp_path / "mine.jinja"))
     rows = recipe_for().dataset
     message = refused("--demo", recipe=recipe_for(model=spec, dataset=DatasetSpec(rows.source, demo=rows.demo)))
     assert "mine.jinja cannot render the conversation" in message

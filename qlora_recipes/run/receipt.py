@@ -5,6 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from qlora_recipes.chat_templates import Origin
+
+
+@dataclass
+class DatasetReceipt:
+    """What one of several datasets contributed."""
+
+    source: str
+    share: float
+    """Share of its rows that was drawn."""
+    rows_in: int
+    """Rows drawn."""
+    rows_used: int
+    rows_held_out: int
+    rows_dropped: dict[str, int]
+    tokens: int
+    supervised_tokens: int
+    revision: str | None = None
+
 
 @dataclass
 class DataReceipt:
@@ -36,6 +55,10 @@ class DataReceipt:
     """Columns that the formatter reads in no row, to the number of times that they are filled."""
     revision: str | None = None
     """Commit of a hub dataset that was read; None for a file, and where it is not known."""
+    contents: dict[str, int] = field(default_factory=dict)
+    """What the rows hold that are used or held out: each role to its messages, and `calls`, `reasoning` and such."""
+    datasets: list[DatasetReceipt] = field(default_factory=list)
+    """Each of several datasets, whose sums are above."""
 
 
 @dataclass
@@ -44,14 +67,16 @@ class TemplateReceipt:
 
     name: str
     sha256: str
-    role_markers: str
-    """Regular expression for the strings of the template that a message's text may not hold."""
+    role_markers: str | None
+    """Regular expression for the strings of the template that a message's text may not hold; None for none."""
     bos_per_row: list[int]
     """Smallest and largest number of BOS tokens in a row: one a turn pair with Llama-2, none where BOS is EOS."""
     end_token: str
     """The token that ends an answer."""
     end_token_trained: bool
     """Whether it is in the loss in every answer that was not cut."""
+    origin: Origin = "recipe"
+    """Where the template is from."""
 
 
 @dataclass
@@ -88,6 +113,8 @@ class BaseReceipt:
     """Whether 4-bit weights were dequantized for every product (`packed`), or once and kept beside (`expanded`)."""
     missing_keys: list[str] = field(default_factory=list)
     """Weights that are not in the checkpoint: they are random."""
+    architecture: dict[str, str] = field(default_factory=dict)
+    """What was found of the model, as the plan shows it: layers, heads, experts, window, linears, weights."""
 
 
 @dataclass

@@ -79,6 +79,7 @@ def base_config(family: str, hidden_size: int, num_hidden_layers: int, vocab_siz
         UsageError: for a width that is no multiple of the size of the family's attention heads.
     """
     whole = SPECS[family].sizes
+    assert whole is not None
     head = whole.hidden_size // whole.num_attention_heads
     if hidden_size % head or hidden_size <= 0:
         raise UsageError(f"--hidden_size {hidden_size}: expected a multiple of {head}, the size of {family}'s heads")
@@ -111,7 +112,7 @@ def make_base(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, fold
 def settings_of(spec: Specification) -> Settings:
     """Return the settings of the recipe's arm, with everything open that a recipe may leave open."""
     declared = {
-        "model": SPECS[spec.family],
+        "model": replace(SPECS[spec.family], hub_id=spec.model, revision=None, sizes=None),
         "dataset": DatasetSpec(spec.rows, held_out=0.0),
         "lora": dict(r=spec.r, lora_alpha=spec.r),
         "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
@@ -119,7 +120,7 @@ def settings_of(spec: Specification) -> Settings:
     }
     recipe = type("Throughput", (Recipe,), declared)
     dtype = None if precision_named(spec.precision).dtype else spec.dtype
-    settings = resolve(recipe, precision=spec.precision, dtype=dtype, model=spec.model, storage=spec.storage)
+    settings = resolve(recipe, precision=spec.precision, dtype=dtype, storage=spec.storage)
     batch = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
     return replace(settings, training={**settings.training, **batch}, auto_fields=frozenset(("batch", "checkpointing")))
 
@@ -175,7 +176,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             bnb_4bit_use_double_quant=stored.double_quant,
             **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
         )
-    layers = list(SPECS[spec.family].linear_layers)
+    layers = list(SPECS[spec.family].linear_layers or ())
     others: dict[str, Any] = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
     if sixteen:
         others["model_init_kwargs"] = {"dtype": spec.dtype}
