@@ -34,6 +34,7 @@ ORDER = [
     "report",
     "preflight",
     "training",
+    "api",
     "commands",
     "experiments",
     "cli",
