@@ -25,6 +25,7 @@ VERBS = {
     "compare": "compare evaluated runs and write a report",
     "merge": "write the adapter into 16-bit weights",
     "chat": "talk to a trained run",
+    "push": "publish a proven run on the hub, in one commit",
     "throughput": "speed and memory beside the plain TRL script",
 }
 _EXPERIMENTS = {"demo": "demo", "benchmark": "benchmark.command", "throughput": "throughput.command"}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -21,6 +22,8 @@ _ROUTES = {
     "info": re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+(?:/[^/]+)?)(?:/revision/(?P<revision>[^/]+))?$"),
     "tree": re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)/?(?P<path>.*)$"),
     "paths": re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)$"),
+    "preupload": re.compile(r"/api/(?P<kind>models)/(?P<id>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)$"),
+    "commit": re.compile(r"/api/(?P<kind>models)/(?P<id>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)$"),
     "resolve": re.compile(
         r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$",
     ),
@@ -42,6 +45,8 @@ class Repository:
     """Bytes of its largest file that are sent before the connection ends."""
     failures: list[int] = field(default_factory=list)
     """Status codes, such as 429 and 500, of the next requests of files, one each."""
+    commits: list[tuple[str, list[str]]] = field(default_factory=list)
+    """Title and paths of every commit that was made here, in order."""
 
     def sha256(self, path: str) -> str:
         return hashlib.sha256(self.files[path]).hexdigest()
@@ -59,6 +64,8 @@ class Hub:
         """By kind (`models` or `datasets`) and id."""
         self.requests: list[str] = []
         """Method and path of every request, in order."""
+        self.may_write = True
+        """Whether a token may make repositories and commits."""
         self.silent = False
         """Whether connections end without an answer."""
         hub = self
@@ -119,6 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if path == "/":
             return self._send(200, b"a hub", {})
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
         for name, route in _ROUTES.items():
             if match := route.match(path):
                 found = match.groupdict()
@@ -132,6 +143,31 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {found['revision']}")
                 return getattr(self, f"_{name}")(kind, found, repository, body)
         return self._refuse(404, "EntryNotFound", "no such route")
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        hub, name = self.server_hub, f"{asked.get('organization') or 'owner'}/{asked['name']}"
+        if not hub.may_write:
+            return self._refuse(403, "", "You don't have the rights to create a model under this namespace")
+        if ("models", name) in hub.repositories:
+            return self._refuse(409, "", "You already created this model repo")
+        hub.repositories["models", name] = Repository({})
+        self._send_json({"url": f"{hub.url}/{name}", "name": name})
+
+    def _preupload(self, kind: str, found: dict[str, str], repository: Repository, body: bytes) -> None:
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        self._send_json(
+            {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for path in paths]}
+        )
+
+    def _commit(self, kind: str, found: dict[str, str], repository: Repository, body: bytes) -> None:
+        lines = [json.loads(line) for line in body.splitlines() if line]
+        files = {
+            one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in lines if one["key"] == "file"
+        }
+        repository.files = {**repository.files, **files}
+        repository.commits.append((lines[0]["value"]["summary"], list(files)))
+        url = f"{self.server_hub.url}/{found['id']}/commit/{repository.commit}"
+        self._send_json({"success": True, "commitOid": repository.commit, "commitUrl": url, "hookOutput": ""})
 
     def _info(self, kind: str, found: dict[str, str], repository: Repository, _: bytes) -> None:
         self._send_json(

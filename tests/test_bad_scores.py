@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fake_runs import answers, flipped, make_run, write_results
 
-from qlora_recipes.commands.compare import compare_folders
 from qlora_recipes.comparison.findings import Contrast
+from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.errors import ComparisonError
 from qlora_recipes.evaluation.records import DocRecord
 from qlora_recipes.run.folder import RunFolder

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
 
-from qlora_recipes.commands.compare import compare_folders, main
+from qlora_recipes.commands.compare import main
 from qlora_recipes.comparison.build import choose_baseline
 from qlora_recipes.comparison.findings import Report
+from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.comparison.receipts import receipt_differences
 from qlora_recipes.errors import ComparisonError, RecipesError, RunFolderError
 from qlora_recipes.evaluation.records import (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fake_runs import make_run, receipt, write_results
 
-from qlora_recipes.commands.compare import compare_folders
 from qlora_recipes.comparison.findings import Contrast
+from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.evaluation.records import DocRecord
 
 N = 1531  # the questions of a report that "nf4 matches bf16" was said of two models that answered A

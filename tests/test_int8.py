@@ -11,7 +11,7 @@ import pytest
 from fake_runs import answers, make_run
 
 from qlora_recipes import Recipe, environment
-from qlora_recipes.commands.compare import compare_folders
+from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.evaluation import harness
 from qlora_recipes.evaluation.harness import Options, evaluate_many
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, restore_run

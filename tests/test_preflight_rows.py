@@ -283,13 +283,11 @@ def test_a_folder_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) ->
     assert "--output_dir" in check.advice
 
 
-def test_a_hub_out_of_reach_is_refused_where_it_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_told_where_it_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.environment, "hub_answers", lambda: False)
     assert verdict_of(machine.hub, run).figure == "not needed"
-    uploads = replace(run.settings, training={**run.settings.training, "push_to_hub": True})
-    check = verdict_of(machine.hub, changed(run, settings=uploads))
-    assert check.verdict == "fail"
-    assert "--push_to_hub" in check.advice
+    by_id = changed(run, settings=replace(run.settings, model="owner/model"))
+    assert verdict_of(machine.hub, by_id).figure == "cannot be reached; owner/model came from the cache"
 
 
 def test_too_little_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_runs import adapter_file, adapter_weights, answers, flipped, make_run
 
-from qlora_recipes.commands.compare import compare_folders
+from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.errors import RecipesError
 from qlora_recipes.evaluation.records import sha256
 

@@ -34,6 +34,8 @@ ORDER = [
     "report",
     "preflight",
     "training",
+    "deploy",
+    "api",
     "commands",
     "experiments",
     "cli",

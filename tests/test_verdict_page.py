@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_runs import answers, flipped, make_run
 
-from qlora_recipes.commands.compare import compare_folders
+from qlora_recipes.comparison.folders import compare_folders
 
 PAGE = (Path(__file__).parent.parent / "docs" / "verdict.md").read_text(encoding="utf-8")
 PROGRAM, RARE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)

@@ -11,22 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_recipes.api import MARGIN, compare
 from qlora_recipes.commands.flags import RUNS, Parser
 from qlora_recipes.commands.recipe_cli import without_secrets
-from qlora_recipes.errors import ComparisonError, UsageError, nearest
+from qlora_recipes.errors import UsageError, nearest
 from qlora_recipes.fields import Field
 
 if TYPE_CHECKING:
-    from qlora_recipes.comparison.evaluated import Arms
     from qlora_recipes.comparison.findings import Report
-
-MARGIN = 1.0
-"""Points. The spread of a leaderboard score from the order of its answers alone is about as large."""
 
 _MARGIN_HELP = "largest difference, in points, still counted as equivalent (default: 1.0)"
 _IS_MARGIN: dict[str, Any] = dict(valid=lambda points: 0 < points < 100, expected="points above 0, such as 1.0")
 MARGIN_FLAG = Field("margin", "float", _MARGIN_HELP, "POINTS", MARGIN, **_IS_MARGIN)
-_FIX_PLAN = "Remove the file, and the comparison is exploratory"
 _ABOUT = """Say whether runs that differ in precision alone score alike, and write index.html, report.md and \
 report.json, with every picture as SVG and every table as CSV and LaTeX beside them. With two precisions the 16-bit \
 run is the baseline; with more, the first one listed is. Runs with several seeds are paired by seed. Controls and \
@@ -48,68 +44,30 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: when the runs differ in more than precision, are not evaluated, or say too little.
     """
     given = Parser("qlora-recipes compare", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
-    from qlora_recipes.report.page import check_report_folder, read_report, write_report
-
     folders = [Path(run) for run in given["run"]]
     beside = os.path.commonpath([Path(os.path.realpath(folder)).parent for folder in folders])  # a loop of links too
     output = Path(given["output"] or Path(beside, "report"))
-    check_report_folder(output)
-    margin, earlier = given["margin"], read_report(output)
-    margins = [*earlier.earlier_margins, earlier.margin] if earlier else []
-    if margins[-1:] == [margin]:
-        margins.pop()
-    report = compare_folders(
-        folders,
-        margin,
+    report = compare(
+        *folders,
+        margin=given["margin"],
+        output=output,
         tasks=given["tasks"],
         baseline=given["baseline"],
-        earlier_margins=margins,
         divergence=given["divergence"],
+        command=called(),
     )
-    say(report, write_report(report, output))
+    say(report, output)
     track(report, given["report_to"], output.parent)
 
 
-def compare_folders(
-    folders: Sequence[Path],
-    margin: float,
-    *,
-    tasks: Sequence[str] | None = None,
-    baseline: str | None = None,
-    earlier_margins: Sequence[float] = (),
-    divergence: bool = False,
-) -> Report:
-    """Return the report of run folders, with KL measured first if `divergence` says so.
-
-    It tells the margins that earlier reports on them stated, and how it departs from a `benchmark.json` beside them.
-    """
-    from qlora_recipes.comparison.build import build_report, choose_baseline  # scipy: not while flags are read
-    from qlora_recipes.comparison.controls import read_controls
-    from qlora_recipes.comparison.evaluated import group, read_scores
-    from qlora_recipes.comparison.preregistration import read_preregistration
-
-    beside = {Path(os.path.realpath(folder)).parent for folder in folders}  # a loop of links too
-    plan = read_preregistration(beside.pop(), fix=_FIX_PLAN) if len(beside) == 1 else None
-    arms = group([read_scores(folder, tasks) for folder in folders])
-    if baseline is not None and baseline not in arms:
-        raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
-    baseline = baseline or choose_baseline(list(arms))
-    arms = {baseline: arms[baseline], **arms}  # the baseline first
-    if divergence:
-        _measure_divergence(arms)
-    return build_report(
-        arms,
-        margin=margin,
-        controls=read_controls(arms),
-        earlier_margins=earlier_margins,
-        plan=plan,
-        command=without_secrets([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    )
+def called() -> list[str]:
+    """Return the command line of this process, as files may hold it."""
+    return without_secrets([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def say(report: Report, page: Path) -> None:
+def say(report: Report, folder: Path) -> None:
     """Print the verdicts and where the report is."""
-    from qlora_recipes.report.page import MARKDOWN
+    from qlora_recipes.report.page import HTML, MARKDOWN
 
     if report.limit is not None:
         print(f"NOT A RESULT: the evaluation was limited to {report.limit} documents per task")
@@ -117,7 +75,7 @@ def say(report: Report, page: Path) -> None:
         print(f"Exploratory: {'; '.join(report.exploratory)}.")
     for contrast in report.contrasts:
         print(contrast.sentence)
-    print(f"report: {page} (and {MARKDOWN} beside it)")
+    print(f"report: {folder / HTML} (and {MARKDOWN} beside it)")
 
 
 def track(report: Report, trackers: Sequence[str], folder: Path) -> None:
@@ -147,10 +105,3 @@ def track(report: Report, trackers: Sequence[str], folder: Path) -> None:
         named = {f"verdict/{contrast.name}/{name}": value for name, value in figures.items()}
         accelerator.log({**named, f"verdict/{contrast.name}": contrast.sentence})
     accelerator.end_training()
-
-
-def _measure_divergence(arms: Arms) -> None:
-    from qlora_recipes.evaluation.kl import measure  # torch, which reading files can do without
-
-    (reference, *seeds), *others = [[run.folder for run in by_seed.values()] for by_seed in arms.values()]
-    measure(reference, [*(folders[0] for folders in others), *seeds[:1]], said=print)

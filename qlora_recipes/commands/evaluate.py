@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_recipes.api import evaluate
 from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser, count
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
@@ -46,24 +46,22 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = Parser("qlora-recipes evaluate", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
     with StopSignals():  # outside of the scoring too a signal ends it with its own exit code
-        from qlora_recipes.evaluation.harness import Options, evaluate_many  # torch, which --help can do without
-        from qlora_recipes.run.folder import RunFolder
+        from qlora_recipes.evaluation.harness import Options  # torch, which --help can do without
 
         same = ["limit", "batch_size", "chat_template", "precision", "temperature", "top_p", "seed"]
         same += ["other_template", "trust_remote_code"]
         options = Options(adapter=not flags["no_adapter"], **{name: flags[name] for name in same})
-        folders = [RunFolder(Path(run)) for run in flags["run"]]
-        results = evaluate_many(folders, flags["tasks"], options=options, overwrite=flags["overwrite"])
-        for folder, scored in zip(folders, results, strict=True):
-            _print_results(folder.path, scored)
+        results = evaluate(*flags["run"], tasks=flags["tasks"], options=options, overwrite=flags["overwrite"])
+        for run, scored in zip(flags["run"], results, strict=True):
+            _print_results(run, scored)
 
 
-def _print_results(run: Path, results: Sequence[TaskResult]) -> None:
+def _print_results(run: str, results: Sequence[TaskResult]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(str(run)), title_justify="left", box=None)
+    table = Table(title=Text(run), title_justify="left", box=None)
     for heading in ("task", "metric", "score", "documents", "seconds", ""):
         table.add_column(heading, justify="left" if heading in ("task", "metric", "") else "right")
     for result in results:

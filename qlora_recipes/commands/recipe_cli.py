@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
+from qlora_recipes.api import Choices, train
 from qlora_recipes.commands.config_file import read_config
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser
@@ -24,6 +25,7 @@ from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.precision import DTYPES, PRECISIONS
 from qlora_recipes.recipe import DERIVED, Recipe, find_recipe
 from qlora_recipes.run.display import say
+from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import AUTO_FIELDS, STANDIN, Settings, recipe_name, resolve
 
 _OWN_FLAGS = (
@@ -59,7 +61,6 @@ _COMMON = {
     "eval_steps": "steps between two such losses, or their share of all steps",
     "report_to": "tracker that gets the loss, such as tensorboard",
 }
-_SETTINGS = ("precision", "dtype", "storage", "demo", "model", "dataset", "output_dir")
 _CONFIGS = ("SFTConfig", "LoraConfig")
 _TYPES = {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", dict: "JSON"}
 _MANY = 8  # words that `--help` does not list
@@ -92,18 +93,18 @@ def run(recipe: type[Recipe], flags: Mapping[str, Any], command: Sequence[str]) 
         prepare_run(settings, skip_checks=skip_checks, all_checks=all_checks)
         return
     from qlora_recipes.training.progress import print_summary
-    from qlora_recipes.training.train import train
 
-    folder = train(
-        settings,
+    run = train(
+        recipe,
         command=without_secrets(command),
         overwrite=flags.get("overwrite", False),
         resume=flags.get("resume", False),
         skip_checks=skip_checks,
         all_checks=all_checks,
+        **choices_from(flags),
     )
     if is_first_process:
-        print_summary(folder)
+        print_summary(RunFolder(run.path))
 
 
 def parse(recipe: type[Recipe], argv: Sequence[str], prog: str = "") -> dict[str, Any]:
@@ -146,14 +147,20 @@ def parse_with_recipe(
 
 def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
     """Return the settings that flags make of a recipe; flags that no setting follows from are passed over."""
+    return resolve(recipe, **choices_from(flags))
+
+
+def choices_from(flags: Mapping[str, Any]) -> Choices:
+    """Return what flags choose for a run, as `api.train` takes it."""
+    if flags.get("resume") and flags.get("overwrite"):
+        raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     own = {flag.name for flag in _OWN_FLAGS}
     lora, training = (
         {name: flags[name] for name in fields_of(config) if name in flags and name not in own}
         for config in reversed(_CONFIGS)
     )
-    if flags.get("resume") and flags.get("overwrite"):
-        raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
-    return resolve(recipe, lora=lora, training=training, **{name: flags[name] for name in _SETTINGS if name in flags})
+    chosen = {name: flags[name] for name in Choices.__annotations__ if name in flags}
+    return cast(Choices, {**chosen, "lora": lora, "training": training})
 
 
 def _common(recipe: type[Recipe]) -> list[Field]:

@@ -11,18 +11,16 @@ from typing import cast
 
 import torch
 from accelerate import PartialState
-from jinja2 import Environment, PackageLoader
 from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
-from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import adapted_modules, adapter_sha256, adapter_tensors
 from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
-from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, Receipt, TrainingReceipt
+from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, TrainingReceipt
 from qlora_recipes.stages import Run
 from qlora_recipes.training.trainer import RunTrainer, TokenCount
 
@@ -96,10 +94,3 @@ def _planned(run: Run, device: str) -> int | None:
         return estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
     except ModelError:
         return None
-
-
-def write_model_card(folder: RunFolder, receipt: Receipt) -> None:
-    """Write the adapter's model card, with the figures of its receipt."""
-    templates = Environment(loader=PackageLoader("qlora_recipes.training", "."), keep_trailing_newline=True)
-    card = templates.get_template("model_card.md.jinja").render(run=receipt, adapter_name=ADAPTER)
-    (folder.adapter / "README.md").write_text(card, encoding="utf-8")

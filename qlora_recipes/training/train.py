@@ -16,9 +16,10 @@ from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
+from qlora_recipes.report.card import model_card
 from qlora_recipes.run.checkpoints import Checkpoint
 from qlora_recipes.run.display import say
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.files import write_json, write_text
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, Started, TrainingReceipt
 from qlora_recipes.run.signals import Stopped, StopSignals
@@ -296,7 +297,7 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
         resumes=journal.resumes,
     )
     plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
-    accounting.write_model_card(folder, receipt)
+    write_text(folder.adapter / "README.md", model_card(receipt))
     held_out = [
         {"place": row.place, "messages": row.messages, **({"tools": row.tools} if row.tools else {})}
         for row in run.data.held_out

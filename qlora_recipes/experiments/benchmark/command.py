@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_recipes.commands.compare import MARGIN_FLAG, compare_folders, say, track
+from qlora_recipes.commands.compare import MARGIN_FLAG, called, say, track
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.evaluation.task_loading import load_tasks
@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True) -> None:
     """Do what of a plan is not done yet, and write the report."""
-    from qlora_recipes.report.page import check_report_folder, write_report  # scipy: not while flags are read
+    from qlora_recipes.comparison.folders import compare_folders  # scipy: not while flags are read
+    from qlora_recipes.report.page import check_report_folder, write_report
 
     console = Console(stderr=True)
     page_folder = plan.output / "report"
@@ -92,8 +93,10 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
         tasks=tasks,
         baseline=plan.baseline,
         earlier_margins=fixed.margins[:-1],
+        command=called(),
     )
-    say(report, write_report(report, page_folder))
+    write_report(report, page_folder)
+    say(report, page_folder)
     trackers = plan.flags.get("report_to") or ()
     trackers = [trackers] if isinstance(trackers, str) else trackers
     track(report, [name for name in trackers if name != "none"], plan.output)
