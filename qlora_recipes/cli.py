@@ -23,8 +23,9 @@ VERBS = {
     "inspect": "which tokens of a recipe's rows are in the loss",
     "evaluate": "score a run with lm-eval and on its held-out rows",
     "compare": "compare evaluated runs and write a report",
+    "chat": "talk to trained runs, and switch between them",
+    "ask": "answers of the base and of trained runs side by side",
     "merge": "write the adapter into 16-bit weights",
-    "chat": "talk to a trained run",
     "throughput": "speed and memory beside the plain TRL script",
 }
 _EXPERIMENTS = {"demo": "demo", "benchmark": "benchmark.command", "throughput": "throughput.command"}

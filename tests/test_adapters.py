@@ -71,9 +71,9 @@ def test_chat_answers_each_line_of_a_pipe(
     asked: list[int] = []
     real = chat.answer
 
-    def answer(run, messages, max_new_tokens):
+    def answer(runs, name, messages, settings):
         asked.append(len(messages))
-        return real(run, messages, max_new_tokens) or "-"
+        return real(runs, name, messages, settings) or "-"
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(chat, "answer", answer)

@@ -34,6 +34,7 @@ ORDER = [
     "report",
     "preflight",
     "training",
+    "deploy",
     "commands",
     "experiments",
     "cli",

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
+from qlora_recipes.evaluation.generation import Generation, generate
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import Message
 
-MAX_ANSWER_TOKENS = 256
-"""Where an answer is cut. More costs time on answers that never end."""
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
@@ -65,7 +63,7 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
 
 
 def score_answers(
-    run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar, temperature: float = 0.0, top_p: float = 1.0
+    run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar, settings: Generation | None = None
 ) -> Scores:
     """Return ROUGE-L, BLEU and chrF of answers to the last question, and the share that ended by themselves.
 
@@ -76,9 +74,10 @@ def score_answers(
     """
     from qlora_recipes.evaluation.text_metrics import Bleu, ChrF, RougeL  # evaluate, which takes seconds to import
 
+    settings = settings or Generation()
     rows = run.held_out[:limit]
     prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
-    room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
+    room = run.model.config.max_position_embeddings - settings.max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
@@ -88,15 +87,7 @@ def score_answers(
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]
-        found = generate(
-            run.model,
-            [prompts[i] for i in batch],
-            end=end,
-            pad=pad,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            temperature=temperature,
-            top_p=top_p,
-        )
+        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, settings=settings)
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]

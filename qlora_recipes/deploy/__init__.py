@@ -1,0 +1,1 @@
+"""After training: answers of several runs on one base, and the adapter merged into its weights."""
