@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 from deploy_runs import deploy_run, single_turns
-from fake_runs import make_run
+from fake_runs import make_run, receipt
 
 from qlora_recipes import cli
 from qlora_recipes.base.adapters import ADAPTER
 from qlora_recipes.commands import ask, chat
+from qlora_recipes.deploy import answering, mixing
 from qlora_recipes.deploy.answering import LARGEST_SHARE, Request, answer, prove_mixing
 from qlora_recipes.deploy.history import fit_history
-from qlora_recipes.deploy.mixing import BASE, MixedRuns, restore_runs, run_names
+from qlora_recipes.deploy.mixing import BASE, MixedRuns, restore_runs, run_names, unmixable_because
 from qlora_recipes.deploy.prompts import read_prompts
 from qlora_recipes.errors import CheckError, DataError, RecipesError, UsageError
 from qlora_recipes.evaluation.generation import Generation
@@ -36,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
     same = [[row[0], {"role": "assistant", "content": SAME}] for row in rows]
     return [
         deploy_run(root / "facts", rows[20:], rows[:20], steps=12),
-        deploy_run(root / "same", same[20:], same[:20], steps=12, lora={"r": 4, "target_modules": ["q_proj", "up_proj"]}),
+        deploy_run(root / "same", same[20:], same[:20], steps=16, lora={"r": 4}),
     ]
 
 
@@ -107,10 +108,9 @@ def test_runs_of_another_base_are_refused_before_anything_is_loaded(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     first = RunFolder(make_run(tmp_path / "a", "nf4"))
-    precision = changes.get("precision", "nf4")
-    same_base = {"base__sha256": "base-nf4"} | changes
-    other = RunFolder(make_run(tmp_path / "b", precision, receipt=same_base))
-    with pytest.raises(UsageError, match=said), restore_runs([first, other]):
+    other = {"base__sha256": "base-nf4"} | changes
+    second = RunFolder(make_run(tmp_path / "b", other.pop("precision", "nf4"), receipt=other))
+    with pytest.raises(UsageError, match=said), restore_runs([first, second]):
         pass
 
 
@@ -132,11 +132,7 @@ def test_a_tokenizer_that_differs_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_peft_cannot_mix_is_refused_by_name(runs: MixedRuns, changes: dict[str, Any], said: str) -> None:
-    from fake_runs import receipt
-
-    from qlora_recipes.deploy.mixing import unmixable_because
-
-    why = unmixable_because(Path("run"), receipt("nf4", 0, **changes))
+    why = unmixable_because(Path("run"), receipt(**{"precision": "nf4", "seed": 0} | changes))
     with pytest.raises(UsageError, match=f"{said}.* Expected LoRA adapters of any rank"):
         prove_mixing(replace(runs, unmixable=why))
 
@@ -196,11 +192,12 @@ def test_prompts_of_another_shape_are_refused_by_line(tmp_path: Path, name: str,
         read_prompts(tmp_path / name)
 
 
-def test_requests_that_cannot_be_answered_are_refused(runs: MixedRuns) -> None:
+def test_requests_that_cannot_be_answered_are_refused(runs: MixedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "context_length", lambda model: 64)
     with pytest.raises(UsageError, match=r"the prompt: got the adapter 'fact', .* Did you mean 'facts'"):
         answer(runs, [Request([{"role": "user", "content": "Who?"}], "fact")], SHORT)
-    with pytest.raises(DataError, match=r"the prompt: got \d+ tokens and 8 of its answer, expected at most \d+"):
-        answer(runs, [Request([{"role": "user", "content": "Who? " * 600}])], SHORT)
+    with pytest.raises(DataError, match=r"the prompt: got \d+ tokens and 8 of its answer, expected at most 64"):
+        answer(runs, [Request([{"role": "user", "content": "Who? " * 60}])], SHORT)
 
 
 def test_chat_switches_between_runs_and_the_base(
@@ -218,7 +215,9 @@ def test_chat_switches_between_runs_and_the_base(
     assert "answers: greedy, max_new_tokens 6; the model's own defaults, not used: " in said.err
 
 
-def test_a_history_is_cut_by_whole_turns(runs: MixedRuns, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_history_is_cut_by_whole_turns(
+    runs: MixedRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     system = {"role": "system", "content": "s" * 5}
     turns = [{"role": role, "content": f"{i}" * 10} for i in range(3) for role in ("user", "assistant")][:-1]
 
@@ -230,6 +229,7 @@ def test_a_history_is_cut_by_whole_turns(runs: MixedRuns, capsys: pytest.Capture
     assert fit_history([system, *turns], encode, 20) == ([system, turns[-1]], 2)
     with pytest.raises(DataError, match="got a question of 15 tokens, expected at most 14"):
         fit_history([system, *turns], encode, 14)
-    long = [{"role": role, "content": "Where is it? " * 40} for _ in range(4) for role in ("user", "assistant")][:-1]
+    monkeypatch.setattr(mixing, "context_length", lambda model: 64)
+    long = [{"role": role, "content": "Where is it? " * 4} for _ in range(4) for role in ("user", "assistant")][:-1]
     chat.answer(runs, BASE, long, SHORT)
-    assert "left out its first" in capsys.readouterr().err
+    assert "the conversation outgrows 64 tokens: left out its first" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,8 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
-    losses: dict[int, float] = {}
-    for batch in _batches(fitting, encoded, batch_size):
-        losses |= zip(batch, _losses(run, [encoded[i] for i in batch]), strict=True)
-        bar.advance(len(batch))
+    nats_by_row = row_losses(run, [encoded[i] for i in fitting], batch_size, advance=bar.advance)
+    losses = dict(zip(fitting, nats_by_row, strict=True))
     docs = []
     for i in fitting:
         words = [message["content"] for message in rows[i] if message["role"] == "assistant"]
@@ -108,9 +106,20 @@ def score_answers(
     )
 
 
-def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+def row_losses(
+    run: RestoredRun, rows: Sequence[Encoded], batch_size: int, *, advance: Callable[[int], None] = lambda _: None
+) -> list[float]:
+    """Return each row's negative log-likelihood in nats over its labels; `advance` hears of every batch."""
+    losses: dict[int, float] = {}
+    for batch in _batches(rows, batch_size):
+        losses |= zip(batch, _losses(run, [rows[i] for i in batch]), strict=True)
+        advance(len(batch))
+    return [losses[i] for i in range(len(rows))]
+
+
+def _batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     """Yield batches of similar length, longest first, of no more than _POSITIONS positions or a single row."""
-    ordered = sorted(indices, key=lambda i: -len(encoded[i].input_ids))
+    ordered = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
     while ordered:
         size = max(1, min(batch_size, _POSITIONS // len(encoded[ordered[0]].input_ids)))
         yield ordered[:size]
