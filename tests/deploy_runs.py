@@ -75,9 +75,7 @@ def deploy_run(
     assert list(adapter_tensors(adapted))
     template = replace(made.template, role_markers=LLAMA_2_CHAT.role_markers)
     counted.model = model
-    run.write_receipt(
-        replace(made, template=template, base=counted, settings=replace(made.settings, lora=settings))
-    )
+    run.write_receipt(replace(made, template=template, base=counted, settings=replace(made.settings, lora=settings)))
     rows_kept = [{"place": f"line {i}", "messages": row} for i, row in enumerate(held_out, 1)]
     run.held_out.write_text(json.dumps(rows_kept))
     return run

@@ -52,7 +52,10 @@ def test_penalty_and_beams_change_the_answer(model: Any) -> None:
     plain = answered(model)
     assert answered(model, repetition_penalty=5.0) != plain
     assert len(answered(model, num_beams=3)) == len(plain)
-    assert str(Generation(temperature=0.5, top_k=9, num_beams=2)) == "temperature 0.5, top_p 1.0, top_k 9, seed 0, num_beams 2"
+    assert (
+        str(Generation(temperature=0.5, top_k=9, num_beams=2))
+        == "temperature 0.5, top_p 1.0, top_k 9, seed 0, num_beams 2"
+    )
 
 
 def test_the_models_own_defaults_are_shown(model: Any) -> None:

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_recipes.commands.flags import GENERATION, OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser, count, file_to_read
+from qlora_recipes.commands.flags import (
+    GENERATION,
+    OTHER_TEMPLATE,
+    RUNS,
+    TRUST_REMOTE_CODE,
+    Parser,
+    count,
+    file_to_read,
+)
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.fields import Field
 from qlora_recipes.run.files import write_text

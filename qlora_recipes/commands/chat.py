@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qlora_recipes.deploy.mixing import MixedRuns
     from qlora_recipes.evaluation.generation import Generation
 
-_ABOUT = """Talk to trained runs of one base. /use NAME goes to another run and /base to the base before tuning, in the \
-same conversation; an empty line starts a new one, and the end of the input ends the program."""
+_ABOUT = """Talk to trained runs of one base. /use NAME goes to another run and /base to the base before tuning, in \
+the same conversation; an empty line starts a new one, and the end of the input ends the program."""
 _FLAGS = (
     *GENERATION,
     Field("base", "bool", "begin with the base before tuning", default=False),
@@ -92,7 +92,7 @@ def answer(runs: MixedRuns, name: str, messages: Sequence[Message], settings: Ge
     from transformers import TextStreamer
 
     from qlora_recipes.deploy.history import fit_history
-    from qlora_recipes.deploy.mixing import context_length
+    from qlora_recipes.deploy.mixing import context_length, end_of_answer
     from qlora_recipes.evaluation.generation import generate, seeded
 
     tokenizer, encode = runs.run.tokenizer, runs.run.encoder.encode_prompt
@@ -101,12 +101,16 @@ def answer(runs: MixedRuns, name: str, messages: Sequence[Message], settings: Ge
     fitting, left_out = fit_history(messages, encode, room)
     if left_out:
         print(f"the conversation outgrows {length} tokens: left out its first {left_out} questions", file=sys.stderr)
-    end = tokenizer.convert_tokens_to_ids(runs.run.receipt.template.end_token)
     # Of several beams none is known before the end.
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if settings.num_beams == 1 else None
     with runs.only(name), seeded(settings, runs.model.device):
         (found,) = generate(
-            runs.model, [encode(fitting)], end=end, pad=tokenizer.pad_token_id, settings=settings, streamer=streamer
+            runs.model,
+            [encode(fitting)],
+            end=end_of_answer(runs.run),
+            pad=tokenizer.pad_token_id,
+            settings=settings,
+            streamer=streamer,
         )
     text = str(tokenizer.decode(found, skip_special_tokens=True)).strip()
     if streamer is None:

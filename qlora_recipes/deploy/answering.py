@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_recipes.deploy.mixing import ALLOWED, BASE, MixedRuns, context_length
+from qlora_recipes.deploy.mixing import ALLOWED, BASE, MixedRuns, context_length, end_of_answer
 from qlora_recipes.errors import CheckError, DataError, UsageError, nearest
 from qlora_recipes.evaluation.generation import Generation, generate, seeded
 from qlora_recipes.formatters import Message
@@ -107,7 +107,7 @@ def _prompt(runs: MixedRuns, request: Request, settings: Generation) -> list[int
 
 def _generate(runs: MixedRuns, prompts: list[list[int]], names: list[str], settings: Generation) -> list[Answer]:
     tokenizer: Any = runs.run.tokenizer
-    end = tokenizer.convert_tokens_to_ids(runs.run.receipt.template.end_token)
+    end = end_of_answer(runs.run)
     batch: dict[str, Any] = dict(end=end, pad=tokenizer.pad_token_id, settings=settings)
     if runs.unmixable:
         with runs.only(names[0]):

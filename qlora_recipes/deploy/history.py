@@ -24,7 +24,7 @@ def fit_history(
     while room is not None and (length := len(encode(kept))) > room:
         questions = [i for i, message in enumerate(kept) if message["role"] == "user"]
         if len(questions) < 2:
-            raise DataError(f"got a question of {length} tokens, expected at most {room}: the context without the answer")
+            raise DataError(f"got a question of {length} tokens, expected at most {room}, which leave room to answer")
         del kept[first : questions[1]]
         left_out += 1
     return kept, left_out

@@ -21,8 +21,9 @@ from qlora_recipes.base.checkpoint import weight_files
 from qlora_recipes.comparison.paired import BitsPerByte
 from qlora_recipes.deploy import choice
 from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT, Bits, Documents
+from qlora_recipes.deploy.mixing import end_of_answer
 from qlora_recipes.deploy.weights import Changes, merged_bytes, read_changes, write_configuration, write_merged
-from qlora_recipes.errors import CheckError, DataError, ModelError, RunFolderError, UsageError
+from qlora_recipes.errors import CheckError, DataError, RunFolderError, UsageError
 from qlora_recipes.evaluation import loaded
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_run
 from qlora_recipes.evaluation.records import disk_faults
@@ -157,11 +158,11 @@ def _merge(
             f"{' and '.join(ways)}. {_ADVICE}; --base with one of them needs half of it"
         )
     candidates, bits = {}, {}
-    end = trained.run.tokenizer.convert_tokens_to_ids(receipt.template.end_token)
+    end = end_of_answer(trained.run)
     for way in ways:
         through = precision_named(receipt.precision) if way == DEQUANTIZED else None
         write_merged(files, trained.changes, aside / way, dtype, through=through)
-        write_configuration(next(iter(files.values())).parent, aside / way, receipt.dtype, int(str(end)))
+        write_configuration(next(iter(files.values())).parent, aside / way, receipt.dtype, end)
         trained.run.tokenizer.save_pretrained(aside / way)
         candidates[way], bits[way] = _measure(trained, aside / way, receipt)
     _check_written(candidates, trained, receipt)

@@ -127,12 +127,11 @@ def _check_same_base(first: RunFolder, expected: Receipt, folder: RunFolder, got
     for what, (one, other) in same.items():
         if one != other:
             if what in ("stored base", "chat template"):  # hashes say nothing to a reader
-                raise UsageError(f"{folder.path} and {first.path} have another {what}. Expected {ALLOWED}, alike there")
+                raise UsageError(f"{folder.path} and {first.path} have another {what}. Expected {ALLOWED}")
             raise UsageError(f"{folder.path} has the {what} {one}, and {first.path} has {other}. Expected {ALLOWED}")
     for name in _SHARED_FILES:
-        one, other = (_content(place.adapter / name) for place in (folder, first))
-        if one != other:
-            raise UsageError(f"{folder.adapter / name} and that of {first.path} differ. Expected {ALLOWED}, alike there")
+        if _content(folder.adapter / name) != _content(first.adapter / name):
+            raise UsageError(f"{folder.adapter / name} and that of {first.path} differ. Expected {ALLOWED}")
 
 
 def _content(file: Path) -> bytes | None:
@@ -174,8 +173,13 @@ def _add(model: PeftModel, folder: RunFolder, receipt: Receipt, name: str) -> No
     model.eval()
 
 
+def end_of_answer(run: RestoredRun) -> int:
+    """Return the id of the token that ends an answer."""
+    tokenizer: Any = run.tokenizer
+    return int(tokenizer.convert_tokens_to_ids(run.receipt.template.end_token))
+
+
 def context_length(model: Any) -> int | None:
     """Return how many tokens a model can attend to; None where its configuration does not say."""
     length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length
-

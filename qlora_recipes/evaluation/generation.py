@@ -49,7 +49,7 @@ class Generation:
 
     def arguments(self) -> dict[str, Any]:
         """Return how ids are chosen, as transformers' `generate` takes it."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        drawn: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         if self.temperature == 0:  # greedy search would warn about a value for each
             drawn = dict.fromkeys(drawn)
         chosen = {"repetition_penalty": self.repetition_penalty, "num_beams": self.num_beams}
