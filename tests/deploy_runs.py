@@ -13,7 +13,7 @@ import torch
 from fake_runs import make_run, receipt
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_recipes.base.adapters import adapter_sha256, adapter_tensors, attach
+from qlora_recipes.base.adapters import adapter_sha256, attach
 from qlora_recipes.base.loading import load_base, load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
@@ -72,8 +72,7 @@ def deploy_run(
     adapted.save_pretrained(str(run.adapter))
     tokenizer.save_pretrained(run.adapter)
     made = receipt(precision, 0, adapter__final_sha256=adapter_sha256(adapted), template__sha256=LLAMA_2_CHAT.sha256)
-    assert list(adapter_tensors(adapted))
-    template = replace(made.template, role_markers=LLAMA_2_CHAT.role_markers)
+    template = replace(made.template, role_markers=LLAMA_2_CHAT.role_markers, bos_per_row=[1, len(rows)])
     counted.model = model
     run.write_receipt(replace(made, template=template, base=counted, settings=replace(made.settings, lora=settings)))
     rows_kept = [{"place": f"line {i}", "messages": row} for i, row in enumerate(held_out, 1)]

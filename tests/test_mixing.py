@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import pytest
 from deploy_runs import deploy_run, single_turns
 from fake_runs import make_run, receipt
+from safetensors.torch import load_file, save_file
 
 from qlora_recipes import cli
-from qlora_recipes.base.adapters import ADAPTER
+from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
 from qlora_recipes.commands import ask, chat
 from qlora_recipes.deploy import answering, mixing
 from qlora_recipes.deploy.answering import LARGEST_SHARE, Request, answer, prove_mixing
 from qlora_recipes.deploy.history import fit_history
 from qlora_recipes.deploy.mixing import BASE, MixedRuns, restore_runs, run_names, unmixable_because
 from qlora_recipes.deploy.prompts import read_prompts
-from qlora_recipes.errors import CheckError, DataError, RecipesError, UsageError
+from qlora_recipes.errors import CheckError, DataError, ModelError, RecipesError, UsageError
 from qlora_recipes.evaluation.generation import Generation
 from qlora_recipes.run.folder import RunFolder
 
@@ -37,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
     same = [[row[0], {"role": "assistant", "content": SAME}] for row in rows]
     return [
         deploy_run(root / "facts", rows[20:], rows[:20], steps=12),
-        deploy_run(root / "same", same[20:], same[:20], steps=16, lora={"r": 4}),
+        deploy_run(root / "same", same[21:], same[:20], steps=16, lora={"r": 4}),
     ]
 
 
@@ -61,6 +63,8 @@ def test_two_adapters_answer_in_one_batch_each_as_alone(runs: MixedRuns) -> None
     assert not any(text.startswith(SAME) for text in said["facts"]) and said["facts"] != said[BASE]
     separate = replace(runs, unmixable="one at a time")
     assert mixed == answer(separate, requests, SHORT) == answer(separate, requests, SHORT, batch_size=1)
+    beams = replace(SHORT, num_beams=2)
+    assert answer(runs, requests[:3], beams) == answer(separate, requests[:3], beams)
 
 
 def test_a_row_of_a_mixed_batch_is_as_alone_and_not_moved_by_its_neighbors(runs: MixedRuns) -> None:
@@ -112,6 +116,57 @@ def test_runs_of_another_base_are_refused_before_anything_is_loaded(
     second = RunFolder(make_run(tmp_path / "b", other.pop("precision", "nf4"), receipt=other))
     with pytest.raises(UsageError, match=said), restore_runs([first, second]):
         pass
+
+
+def remove_the_weights(adapter: Path) -> None:
+    (adapter / WEIGHTS).unlink()
+
+
+def change_a_weight(adapter: Path) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, adapter / WEIGHTS)
+
+
+def change_the_rank(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "said"),
+    [
+        (remove_the_weights, ModelError, r"no adapter at .*: adapter_model\.safetensors is missing"),
+        (change_a_weight, CheckError, "the adapter is not this run's: its hash is"),
+        (change_the_rank, ModelError, "does not fit this base: "),
+    ],
+)
+def test_a_further_adapter_is_proven_too(
+    folders: list[RunFolder], tmp_path: Path, damage: Callable[[Path], None], error: type[Exception], said: str
+) -> None:
+    other = RunFolder(Path(shutil.copytree(folders[1].path, tmp_path / "other")))
+    damage(other.adapter)
+    with pytest.raises(error, match=said), restore_runs([folders[0], other]):
+        pass
+
+
+@pytest.mark.parametrize("verb", ["ask", "chat", "merge"])
+def test_a_run_that_is_half_trained_or_of_another_version_is_one_error(
+    tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, "nf4")
+    (tmp_path / "prompts.txt").write_text("Who?\n")
+    argv = [verb, str(run), *(["--prompts", str(tmp_path / "prompts.txt")] if verb == "ask" else [])]
+    content = json.loads((run / "run.json").read_text())
+    for text, said in (
+        (json.dumps(content | {"schema_version": 2}), "key schema_version: got 2, expected 1"),
+        ("{", "is damaged"),
+        (None, "holds no finished run: run.json is missing"),
+    ):
+        (run / "run.json").unlink() if text is None else (run / "run.json").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(argv)
+        assert said in (written := capsys.readouterr().err) and written.count("error: ") == 1
 
 
 def test_a_tokenizer_that_differs_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         asked = [(prompt, name) for prompt in prompts for name in _asked(prompt, list(runs.adapters))]
         requests = [Request(prompt.messages, name, prompt.place) for prompt, name in asked]
         found = answer(runs, requests, settings, batch_size=flags["batch_size"])
-        own = own_defaults(runs.model)
+        own = own_defaults(runs.model) or "none"
     answers: dict[str, dict[str, Answer]] = {prompt.place: {} for prompt in prompts}
     for (prompt, name), given in zip(asked, found, strict=True):
         answers[prompt.place][name] = given

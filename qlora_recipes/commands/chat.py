@@ -44,7 +44,10 @@ def main(argv: Sequence[str]) -> None:
     settings = Generation(**{flag.name: flags[flag.name] for flag in GENERATION})
     allowed = {name: flags[name] for name in ("other_template", "trust_remote_code")}
     with restore_runs(folders, **allowed) as runs:
-        print(f"answers: {settings}; the model's own defaults, not used: {own_defaults(runs.model)}", file=sys.stderr)
+        print(
+            f"answers: {settings}; the model's own defaults, not used: {own_defaults(runs.model) or 'none'}",
+            file=sys.stderr,
+        )
         _converse(runs, settings, BASE if flags["base"] else next(name for name in runs.adapters if name != BASE))
 
 

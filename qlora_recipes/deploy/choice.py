@@ -49,13 +49,13 @@ def documents(run: RestoredRun, text: Sequence[str]) -> Documents:
     room = context_length(run.model) or math.inf
     held_out = []
     for messages in run.held_out[:_DOCUMENTS]:
-        length = sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
-        held_out.append((run.encoder.encode(messages), length))
+        answers = [message.get("content") or "" for message in messages if message["role"] == "assistant"]
+        held_out.append((run.encoder.encode(messages), sum(len(text.encode()) for text in answers)))
     tokenizer: Any = run.tokenizer
     lines = [(tokenizer(line)["input_ids"], len(line.encode())) for line in text[:_DOCUMENTS]]
     plain = [(Encoded(ids, [IGNORED, *ids[1:]]), length) for ids, length in lines]
     fitting = {
-        kind: [(row, length) for row, length in found if row.supervised and len(row.input_ids) <= room]
+        kind: [(row, length) for row, length in found if length and row.supervised and len(row.input_ids) <= room]
         for kind, found in ((HELD_OUT, held_out), (TEXT, plain))
     }
     return Documents(

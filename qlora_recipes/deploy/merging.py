@@ -207,6 +207,8 @@ def _measure_as_trained(folder: RunFolder, receipt: Receipt, lines: Sequence[str
 
 def _measure(trained: _AsTrained, folder: Path, receipt: Receipt) -> tuple[Candidate, Bits]:
     """Load what was written with plain Transformers, over GPUs, memory and disk as it fits, and measure it."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what is cached counts as taken where it is decided what goes to the GPU
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, receipt.dtype),
@@ -216,10 +218,8 @@ def _measure(trained: _AsTrained, folder: Path, receipt: Receipt) -> tuple[Candi
     ).eval()
     bits = choice.bits_of(trained.run, model, trained.asked)
     loss = choice.compared(bits, trained.bits, trained.asked)
-    seconds = choice.seconds_per_token(model, _prompt(trained.asked))
-    del model  # the next one needs the room
-    gc.collect()
-    return Candidate(loss, choice.moved(bits, trained.bits, trained.asked), seconds), bits
+    moved = choice.moved(bits, trained.bits, trained.asked)
+    return Candidate(loss, moved, choice.seconds_per_token(model, _prompt(trained.asked))), bits
 
 
 def _prompt(asked: Documents) -> list[int]:
@@ -228,9 +228,15 @@ def _prompt(asked: Documents) -> list[int]:
 
 
 def _check_written(candidates: Mapping[str, Candidate], trained: _AsTrained, receipt: Receipt) -> None:
-    """Refuse a merge into the weights that were trained on which does not answer as the run did."""
+    """Refuse a merge into the weights that were trained on which does not answer as the run did.
+
+    What an adapter does by less than the margin cannot be told from rounding.
+    """
     way = SIXTEEN_BIT if not precision_named(receipt.precision).quantized else DEQUANTIZED
-    if way in candidates and candidates[way].moved > _LARGEST_SHARE * trained.effect:
+    bits_per_byte = choice.moved(trained.bits, {kind: 0 * bits for kind, bits in trained.bits.items()}, trained.asked)
+    if trained.effect < choice.MARGIN * bits_per_byte or way not in candidates:
+        return
+    if candidates[way].moved > _LARGEST_SHARE * trained.effect:
         raise CheckError(
             f"the merged model is {candidates[way].moved:.4f} bits per byte from the run, and the adapter itself makes "
             f"{trained.effect:.4f}: it is lost in the rounding to {receipt.dtype}, or the checkpoint names its weights "

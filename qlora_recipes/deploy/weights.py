@@ -91,7 +91,7 @@ def read_changes(model: Any, files: Mapping[str, Path]) -> Changes:
         if parameter.requires_grad and name not in known:
             raise UsageError(
                 f"the adapter trains {name}, which cannot be merged. Expected LoRA or DoRA on linear layers and "
-                "modules_to_save; load base and adapter together instead, as adapter/README.md shows"
+                "modules_to_save; keep this adapter beside its base"
             )
     if lost := next((name for name in (*updates, *replaced, *quantized) if name not in files), None):
         raise UsageError(

@@ -93,10 +93,10 @@ def check_generation(given: Mapping[str, Any]) -> None:
 
 
 def own_defaults(model: PreTrainedModel | PeftModel) -> str:
-    """Return what the model's generation_config.json sets, which answers here do not follow."""
+    """Return what the model's generation_config.json sets, which answers here do not follow; empty for nothing."""
     own: Any = model.generation_config
     found = {name: value for name in _SHOWN if (value := getattr(own, name, None)) is not None}
-    return ", ".join(f"{name} {value}" for name, value in found.items()) or "none"
+    return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
 def generate(

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from qlora_recipes.errors import DataError, RunFolderError, UsageError
 from qlora_recipes.evaluation.answers import write_before_and_after
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.documents import identity, task_documents
-from qlora_recipes.evaluation.generation import Generation, check_generation
+from qlora_recipes.evaluation.generation import Generation, check_generation, own_defaults
 from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out
 from qlora_recipes.evaluation.loaded import (
     BaseKey,
@@ -263,6 +264,8 @@ def _score(job: _Job, base: RestoredBase, loading: float, signals: StopSignals, 
     options, entered = job.options, time.monotonic()
     with restore_run(job.folder, base, job.key, adapter=options.adapter, other_template=options.other_template) as run:
         restoring = time.monotonic() - entered
+        if any(task.generates for task in job.missing) and (own := own_defaults(run.model)):
+            console.print(Text(f"the model's own generation defaults, not used: {own}"))
         for task in job.missing:
             started = time.monotonic()
             bar = Bar(task.name, console)
