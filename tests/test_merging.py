@@ -28,7 +28,8 @@ from qlora_recipes.commands import merge as command
 from qlora_recipes.deploy import choice, weights
 from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT
 from qlora_recipes.deploy.merging import merge
-from qlora_recipes.errors import CheckError, DataError, RunFolderError, UsageError
+from qlora_recipes.deploy.mixing import restore_runs
+from qlora_recipes.errors import CheckError, DataError, ModelError, RunFolderError, UsageError
 from qlora_recipes.evaluation.loaded import BaseKey, restore_base, restore_run
 from qlora_recipes.kernels.dequantize import dequantized, is_4bit
 from qlora_recipes.precision import precision_named
@@ -225,6 +226,17 @@ def test_a_merge_that_fails_leaves_nothing(
     with pytest.raises(error, match=said):
         merge(plain, tmp_path / "merged", base="dequantized")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_is_gone_is_one_error(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny("llama2"), tmp_path / "base"))
+    run = deploy_run(tmp_path / "run", [], single_turns(2), model=str(base), precision="bf16")
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=f"cannot load {base}"):
+        merge(run, tmp_path / "merged")
+    with pytest.raises(ModelError, match=f"cannot load {base}"), restore_runs([run]):
+        pass
+    assert list(tmp_path.iterdir()) == [run.path]
 
 
 def test_a_merge_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:

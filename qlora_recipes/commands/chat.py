@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
 def _converse(runs: MixedRuns, settings: Generation, name: str) -> None:
     asking = sys.stdin.isatty()
     if asking:
-        others = f" /use NAME with {', '.join(runs.adapters)}, or /base." if len(runs.adapters) > 2 else " /base, /use."
-        print(f"{name} answers.{others} An empty line starts a new conversation, Ctrl-D ends.")
+        switches = ", ".join("/base" if other == "base" else f"/use {other}" for other in runs.adapters)
+        print(f"{name} answers ({switches}). An empty line starts a new conversation, Ctrl-D ends.")
     messages: list[Message] = []
     while True:
         try:
