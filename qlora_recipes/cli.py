@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "which tokens of a recipe's rows are in the loss",
     "evaluate": "score a run with lm-eval and on its held-out rows",
     "compare": "compare evaluated runs and write a report",
+    "export": "write a merged run, or its adapter, as GGUF",
     "chat": "talk to trained runs, and switch between them",
     "ask": "answers of the base and of trained runs side by side",
     "merge": "write the adapter into 16-bit weights",

@@ -15,10 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.base.adapters import adapter_sha256, attach
 from qlora_recipes.base.loading import load_base, load_tokenizer
-from qlora_recipes.chat_templates import LLAMA_2_CHAT
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.formatters import Message
-from qlora_recipes.models import LLAMA_2_7B_CHAT
+from qlora_recipes.models import LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.standins import ROWS
@@ -44,17 +43,18 @@ def deploy_run(
     held_out: Sequence[list[Message]],
     *,
     model: str = MODEL,
+    spec: ModelSpec = LLAMA_2_7B_CHAT,
     precision: str = "nf4",
     steps: int = 0,
     change: Callable[[Any], None] | None = None,
     lora: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Write a run whose adapter had so many steps on the rows, and then was changed."""
-    settings = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR_LAYERS, **(lora or {})}
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": list(spec.linear_layers), **(lora or {})}
     base, counted, _ = load_base(model, None, precision_named(precision), "bfloat16", device=torch.device("cpu"))
-    tokenizer = load_tokenizer(LLAMA_2_7B_CHAT, model, None)
+    tokenizer = load_tokenizer(spec, model, None)
     adapted = attach(base, settings, 0)
-    encoder = ConversationEncoder(tokenizer, LLAMA_2_CHAT)
+    encoder = ConversationEncoder(tokenizer, spec.chat_template)
     encoded = [encoder.encode(row) for row in rows]
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     for step in range(steps):
@@ -71,8 +71,11 @@ def deploy_run(
     shutil.rmtree(run.adapter)
     adapted.save_pretrained(str(run.adapter))
     tokenizer.save_pretrained(run.adapter)
-    made = receipt(precision, 0, adapter__final_sha256=adapter_sha256(adapted), template__sha256=LLAMA_2_CHAT.sha256)
-    template = replace(made.template, role_markers=LLAMA_2_CHAT.role_markers, bos_per_row=[1, len(rows)])
+    made = receipt(
+        precision, 0, adapter__final_sha256=adapter_sha256(adapted), template__sha256=spec.chat_template.sha256
+    )
+    chosen = {"role_markers": spec.chat_template.role_markers, "end_token": tokenizer.eos_token}
+    template = replace(made.template, **chosen, bos_per_row=[1, len(rows)])
     counted.model = model
     run.write_receipt(replace(made, template=template, base=counted, settings=replace(made.settings, lora=settings)))
     rows_kept = [{"place": f"line {i}", "messages": row} for i, row in enumerate(held_out, 1)]
