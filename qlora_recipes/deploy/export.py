@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_recipes.base.checkpoint import weight_files
 from qlora_recipes.deploy.gguf_file import TYPES, Update, read_updates, write_adapter, write_model
-from qlora_recipes.deploy.merging import RECEIPT, MergeReceipt
+from qlora_recipes.deploy.merging import merge_receipt
 from qlora_recipes.errors import CheckError, RunFolderError, UsageError, nearest
 from qlora_recipes.evaluation.loaded import read_held_out
 from qlora_recipes.evaluation.records import disk_faults
-from qlora_recipes.run.files import read_record, write_json
+from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
 
 _ADVICE = "Free some space, or give --output a file that can be written"
@@ -68,7 +68,7 @@ def export(folder: RunFolder, file: Path, kind: str, *, adapter_only: bool = Fal
     receipt = folder.receipt()
     if file.exists():
         raise RunFolderError(f"{file} is there already; give --output another file")
-    merged = None if adapter_only else _merge_receipt(folder, receipt.adapter.final_sha256)
+    merged = None if adapter_only else merge_receipt(folder)
     name = f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}"
     aside = file.with_name(f".{file.stem}.{os.getpid()}.gguf")
     with disk_faults(file, _ADVICE):
@@ -95,17 +95,6 @@ def export(folder: RunFolder, file: Path, kind: str, *, adapter_only: bool = Fal
             aside.unlink(missing_ok=True)
         write_json(file.with_name(f"{file.name}.json"), asdict(made))
     return made
-
-
-def _merge_receipt(folder: RunFolder, adapter_sha256: str) -> MergeReceipt:
-    fix = f"Run: qlora-recipes merge {folder.path}"
-    try:
-        merged = read_record(folder.merged / RECEIPT, MergeReceipt, fix=fix)
-    except FileNotFoundError:
-        raise RunFolderError(f"{folder.path} is not merged: no {folder.merged}. {fix}") from None
-    if merged.adapter_sha256 != adapter_sha256:
-        raise RunFolderError(f"{folder.merged} is of another adapter than the run's. Remove it. {fix}")
-    return merged
 
 
 def _base_folder(model: str, revision: str | None) -> Path:

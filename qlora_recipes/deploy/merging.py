@@ -28,7 +28,7 @@ from qlora_recipes.evaluation import loaded
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_run
 from qlora_recipes.evaluation.records import disk_faults
 from qlora_recipes.precision import precision_named
-from qlora_recipes.run.files import write_json
+from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.standins import HELD_OUT_TEXT
@@ -242,3 +242,19 @@ def _check_written(candidates: Mapping[str, Candidate], trained: _AsTrained, rec
             f"{trained.effect:.4f}: it is lost in the rounding to {receipt.dtype}, or the checkpoint names its weights "
             "in another way. Keep the adapter beside the base"
         )
+
+
+def merge_receipt(folder: RunFolder) -> MergeReceipt:
+    """Return what was merged in a run's folder.
+
+    Raises:
+        RunFolderError: when nothing was, or another adapter than the run's.
+    """
+    fix = f"Run: qlora-recipes merge {folder.path}"
+    try:
+        merged = read_record(folder.merged / RECEIPT, MergeReceipt, fix=fix)
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder.path} is not merged: there is no {folder.merged}. {fix}") from None
+    if merged.adapter_sha256 != folder.receipt().adapter.final_sha256:
+        raise RunFolderError(f"{folder.merged} is of another adapter than the run's. Remove it. {fix}")
+    return merged
