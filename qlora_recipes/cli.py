@@ -23,8 +23,11 @@ VERBS = {
     "inspect": "which tokens of a recipe's rows are in the loss",
     "evaluate": "score a run with lm-eval and on its held-out rows",
     "compare": "compare evaluated runs and write a report",
+    "export": "write a merged run, or its adapter, as GGUF",
+    "serve": "answer OpenAI's API on localhost with a merged run",
+    "chat": "talk to trained runs, and switch between them",
+    "ask": "answers of the base and of trained runs side by side",
     "merge": "write the adapter into 16-bit weights",
-    "chat": "talk to a trained run",
     "push": "publish a proven run on the hub, in one commit",
     "throughput": "speed and memory beside the plain TRL script",
 }

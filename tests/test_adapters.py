@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_recipes import Recipe
-from qlora_recipes.commands import chat, merge
+from qlora_recipes.commands import chat
+from qlora_recipes.deploy.merging import merge
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.weights import adapter_file_sha256
@@ -39,10 +41,11 @@ def test_the_adapters_file_has_the_hash_of_the_weights_in_memory(folder: RunFold
 
 
 def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: RunFolder, tmp_path: Path) -> None:
-    report = merge.merge(folder, tmp_path / "merged")
-    assert report == json.loads((tmp_path / "merged" / "merge.json").read_text())
-    assert report["trained_on"] == "nf4"
-    assert 0 <= report["merging"] < report["storage"]  # NF4 moves the likelihoods more than adding the adapter does
+    made = merge(folder, tmp_path / "merged")
+    assert json.loads(json.dumps(asdict(made))) == json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert made.trained_on == "nf4"
+    # NF4 moves the likelihoods more than adding the adapter does.
+    assert 0 <= made.candidates["dequantized"].moved < made.candidates["16bit"].moved
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     before = load_file(Path(folder.receipt().base.model) / "model.safetensors")
@@ -54,7 +57,7 @@ def test_merging_writes_a_model_that_loads_alone_and_measures_itself(folder: Run
 def test_merging_never_writes_over_another_folder(folder: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="is not empty"):
-        merge.merge(folder, tmp_path)
+        merge(folder, tmp_path)
 
 
 def test_chat_answers_each_line_of_a_pipe(
@@ -71,9 +74,9 @@ def test_chat_answers_each_line_of_a_pipe(
     asked: list[int] = []
     real = chat.answer
 
-    def answer(run, messages, max_new_tokens):
+    def answer(runs, name, messages, settings):
         asked.append(len(messages))
-        return real(run, messages, max_new_tokens) or "-"
+        return real(runs, name, messages, settings) or "-"
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(chat, "answer", answer)

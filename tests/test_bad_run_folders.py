@@ -65,12 +65,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base: Any, tiny: Callable[[s
     model = attach(base, {"r": 4, "target_modules": ["q_proj"]}, 0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.constant_(weight, 0.01)
+            torch.nn.init.constant_(weight, 0.5)
     model.save_pretrained(str(folder.adapter))
     tokenizer = load_tokenizer(LLAMA_2_7B_CHAT, str(tiny("llama2")), None)
     tokenizer.chat_template = LLAMA_2_CHAT.source
     tokenizer.save_pretrained(str(folder.adapter))
-    made = receipt("bf16", 0, adapter__final_sha256=adapter_sha256(model), template__sha256=LLAMA_2_CHAT.sha256)
+    changes = {"adapter__final_sha256": adapter_sha256(model), "template__sha256": LLAMA_2_CHAT.sha256}
+    made = receipt("bf16", 0, base__model=str(tiny("llama2")), **changes)
     model.unload()
     folder.write_receipt(replace(made, template=replace(made.template, role_markers=LLAMA_2_CHAT.role_markers)))
     folder.held_out.write_text(json.dumps([{"place": "line 1", "messages": MESSAGES}]))

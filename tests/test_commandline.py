@@ -146,7 +146,7 @@ def test_every_command_refuses_alike(refused: Callable[[Callable[[], None]], str
         ("evaluate", ["--limit", "2"], "RUN is missing: run folders"),
         ("compare", [], "RUN is missing"),
         ("merge", [], "RUN is missing: run folder, such as runs/"),
-        ("chat", ["a", "b"], "unexpected word 'b'"),
+        ("merge", ["a", "b"], "unexpected word 'b'"),
         ("evaluate", ["a", ""], "unexpected word ''"),
         ("list", [""], "unexpected word ''"),
         ("list", ["a", "b"], "unexpected word 'b'"),

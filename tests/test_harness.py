@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from qlora_recipes import Recipe, environment
-from qlora_recipes.base.adapters import WEIGHTS, generate
+from qlora_recipes.base.adapters import WEIGHTS
 from qlora_recipes.commands import chat, merge
 from qlora_recipes.commands.evaluate import main
 from qlora_recipes.data.encoding import IGNORED
@@ -33,6 +33,7 @@ from qlora_recipes.errors import CheckError, DataError, ModelError, RecipesError
 from qlora_recipes.evaluation import answers, harness, kl, loaded
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.documents import hash_documents
+from qlora_recipes.evaluation.generation import Generation, generate
 from qlora_recipes.evaluation.harness import Options, default_tasks, evaluate_many
 from qlora_recipes.evaluation.held_out import score_held_out
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_base, restore_run
@@ -272,7 +273,7 @@ def test_code_of_a_base_runs_only_where_it_is_allowed_again(
     merge.main([str(folder.path), "--trust_remote_code"])
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
     chat.main([str(folder.path), "--trust_remote_code"])
-    assert asked == [True] * 4
+    assert asked == [True] * 3  # plain Transformers loads what is merged
 
 
 def test_code_of_a_base_is_run_at_a_commit_only(trained: Callable[..., RunFolder]) -> None:
@@ -521,7 +522,7 @@ def test_a_batch_of_answers_is_what_each_prompt_gets_alone(tiny: Callable[[str],
         model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(tiny(family))
         prompts = [tokenizer(text)["input_ids"] for text in ("Where does Anna live?", "Who?", "A longer one, is it?")]
-        settings = dict(end=tokenizer.eos_token_id, pad=5, max_new_tokens=8)
+        settings = dict(end=tokenizer.eos_token_id, pad=5, settings=Generation(max_new_tokens=8))
         together = generate(model, prompts, **settings)
         assert together == [generate(model, [prompt], **settings)[0] for prompt in prompts]
         assert all(0 < len(answer) <= 8 for answer in together)
@@ -723,6 +724,10 @@ def test_drawn_answers_are_repeated_by_their_seed(task: str, run: RunFolder) -> 
     assert drawn[0] == "temperature 1.5, top_p 0.9, seed 1"
     assert drawn == answered(temperature=1.5, top_p=0.9, seed=1)
     assert len({str(it[1]) for it in (greedy, drawn, answered(temperature=1.5, top_p=0.9, seed=2))}) == 3
+    assert answered(temperature=1.5, top_k=1)[1] == likeliest
+    cut = answered(max_new_tokens=2, repetition_penalty=1.2, num_beams=2)
+    assert cut[0] == "greedy, num_beams 2, repetition_penalty 1.2, max_new_tokens 2"
+    answered(temperature=1.5, top_p=0.9, seed=2)
     with pytest.raises(
         RunFolderError, match=r"with decoding temperature 1\.5, top_p 0\.9, seed 2, now greedy is asked"
     ):
@@ -736,6 +741,11 @@ def test_drawn_answers_are_repeated_by_their_seed(task: str, run: RunFolder) -> 
         ({"temperature": float("nan")}, "temperature: got nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: got 0.0 with temperature 1.0, expected a share above 0"),
         ({"top_p": 0.9}, "top_p: got 0.9 with temperature None, expected 1"),
+        ({"top_k": 5}, "top_k: got 5 with temperature None, expected 0"),
+        ({"top_k": -1, "temperature": 1.0}, "top_k: got -1, expected a whole number from 0 up"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0, expected a number above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0, expected a whole number from 1 up"),
+        ({"num_beams": 0}, "num_beams: got 0, expected a whole number from 1 up"),
     ],
 )
 def test_decoding_that_cannot_be_is_refused(drawn: dict[str, float], said: str) -> None:

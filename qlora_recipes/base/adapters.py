@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,46 +105,3 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
     fuse_lora_layers(model)
     return model
-
-
-@torch.no_grad()
-def decoding(temperature: float, top_p: float) -> dict[str, Any]:
-    """Return how ids are chosen, as transformers' `generate` takes it, whatever a chat model's own settings are.
-
-    At a temperature of 0 it is the likeliest; above, one is drawn from the likeliest that make up `top_p`.
-    """
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None}  # which greedy search would warn about
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # not transformers' 50
-
-
-def generate(
-    model: PreTrainedModel | PeftModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    end: int,
-    pad: int,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-) -> list[list[int]]:
-    """Continue prompts as one batch, and return the ids added to each.
-
-    See `decoding` for the temperature. An answer that ended by itself ends with the id `end`; one that was truncated at
-    `max_new_tokens` does not.
-    """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    generate_ids: Any = model.generate  # PEFT passes on the base's, untyped
-    output = generate_ids(
-        input_ids=ids,
-        attention_mask=mask,
-        **decoding(temperature, top_p),
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
-    # Padding follows the first `end`.
-    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in output[:, width:].tolist()]

@@ -1,89 +1,121 @@
-"""`qlora-recipes chat RUN`: talk to a trained run, in the precision and with the template it was trained with.
+"""`qlora-recipes chat RUN...`: talk to trained runs, in the precision and with the template they were trained with.
 
 Knows nothing of training.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUN, TRUST_REMOTE_CODE, Parser, count
-from qlora_recipes.errors import DataError
+from qlora_recipes.commands.flags import GENERATION, OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser
+from qlora_recipes.errors import DataError, UsageError, nearest
 from qlora_recipes.fields import Field
 from qlora_recipes.formatters import Message
 from qlora_recipes.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from qlora_recipes.evaluation.loaded import RestoredRun
+    from qlora_recipes.deploy.mixing import MixedRuns
+    from qlora_recipes.evaluation.generation import Generation
 
+_ABOUT = """Talk to trained runs of one base. /use NAME goes to another run and /base to the base before tuning, in \
+the same conversation; an empty line starts a new one, and the end of the input ends the program."""
 _FLAGS = (
-    count("max_new_tokens", "where an answer is cut (default: 256)", 256),
-    Field("base", "bool", "talk to the base before tuning", default=False),
+    *GENERATION,
+    Field("base", "bool", "begin with the base before tuning", default=False),
     OTHER_TEMPLATE,
     TRUST_REMOTE_CODE,
 )
+_COMMAND = re.compile(r"/(\w+)(?:\s+(\S+))?")
 
 
 def main(argv: Sequence[str]) -> None:
     """Read questions from the terminal, or one a line from a pipe, and print the answers as they are made."""
-    flags = Parser("qlora-recipes chat", "Talk to a trained run.", {"flags": _FLAGS}, words=RUN).parse(argv)
-    folder = RunFolder(Path(flags["run"]))
-    receipt = folder.receipt()
-    from qlora_recipes.evaluation.loaded import BaseKey, check_remote_code, restore_base, restore_run  # torch
+    flags = Parser("qlora-recipes chat", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
+    folders = [RunFolder(Path(run)) for run in flags["run"]]
+    for folder in folders:
+        folder.receipt()  # before torch, which takes seconds to import
+    from qlora_recipes.deploy.mixing import BASE, restore_runs
+    from qlora_recipes.evaluation.generation import Generation, own_defaults
 
-    check_remote_code(receipt, allowed=flags["trust_remote_code"])
-    key = BaseKey.of(receipt)
-    template = flags["other_template"]
-    with restore_run(folder, restore_base(key), key, adapter=not flags["base"], other_template=template) as run:
-        _converse(run, flags["max_new_tokens"])
+    settings = Generation(**{flag.name: flags[flag.name] for flag in GENERATION})
+    allowed = {name: flags[name] for name in ("other_template", "trust_remote_code")}
+    with restore_runs(folders, **allowed) as runs:
+        print(
+            f"answers: {settings}; the model's own defaults, not used: {own_defaults(runs.model) or 'none'}",
+            file=sys.stderr,
+        )
+        _converse(runs, settings, BASE if flags["base"] else next(name for name in runs.adapters if name != BASE))
 
 
-def _converse(run: RestoredRun, max_new_tokens: int) -> None:
-    """An empty line starts a new conversation; the end of the input ends the program."""
+def _converse(runs: MixedRuns, settings: Generation, name: str) -> None:
     asking = sys.stdin.isatty()
     if asking:
-        print("An empty line starts a new conversation, Ctrl-D ends.")
+        switches = ", ".join("/base" if other == "base" else f"/use {other}" for other in runs.adapters)
+        print(f"{name} answers ({switches}). An empty line starts a new conversation, Ctrl-D ends.")
     messages: list[Message] = []
     while True:
         try:
-            question = input("> " if asking else "").strip()
+            question = input(f"{name}> " if asking else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        if not question:
-            messages = []
-            continue
-        messages.append({"role": "user", "content": question})
         try:
-            messages.append({"role": "assistant", "content": answer(run, messages, max_new_tokens)})
-        except DataError as error:  # the question holds a role marker; it is not asked
-            messages.pop()
+            if not question:
+                messages = []
+            elif command := _COMMAND.fullmatch(question):
+                name = _switched(runs, *command.groups())
+            else:
+                asked: list[Message] = [*messages, {"role": "user", "content": question}]
+                messages = [*asked, {"role": "assistant", "content": answer(runs, name, asked, settings)}]
+        except (DataError, UsageError) as error:  # such as a question that holds a role marker; it is not asked
             print(f"error: {error}", file=sys.stderr)
 
 
-def answer(run: RestoredRun, messages: Sequence[Message], max_new_tokens: int) -> str:
-    """Print a greedy answer to the last message as it is made, and return it.
+def _switched(runs: MixedRuns, verb: str, name: str | None) -> str:
+    """Return who answers from now on."""
+    if verb == "base" and name is None:
+        name = "base"
+    elif verb != "use" or name is None:
+        raise UsageError(f"unknown command /{verb}, expected /use NAME or /base.{nearest(verb, ('use', 'base'))}")
+    if name not in runs.adapters:
+        raise UsageError(f"got /use {name}, expected one of {', '.join(runs.adapters)}.{nearest(name, runs.adapters)}")
+    print(f"{name} answers", file=sys.stderr)
+    return name
+
+
+def answer(runs: MixedRuns, name: str, messages: Sequence[Message], settings: Generation) -> str:
+    """Print an answer to the last message as it is made, and return it.
 
     Raises:
-        RowError: when a message holds a role marker of the template.
+        DataError: when a message holds a role marker of the template, or the question outgrows the context.
     """
-    import torch
     from transformers import TextStreamer
 
-    prompt = torch.tensor([run.encoder.encode_prompt(messages)], device=run.model.device)
-    with torch.no_grad():
-        output = run.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            use_cache=True,
-            pad_token_id=run.tokenizer.pad_token_id,
-            eos_token_id=run.encoder.end_id,
-            streamer=TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    from qlora_recipes.deploy.history import fit_history
+    from qlora_recipes.deploy.mixing import context_length
+    from qlora_recipes.evaluation.generation import generate, seeded
+
+    tokenizer, encode = runs.run.tokenizer, runs.run.encoder.encode_prompt
+    length = context_length(runs.model)
+    room = None if length is None else length - settings.max_new_tokens
+    fitting, left_out = fit_history(messages, encode, room)
+    if left_out:
+        print(f"the conversation outgrows {length} tokens: left out its first {left_out} questions", file=sys.stderr)
+    # Of several beams none is known before the end.
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if settings.num_beams == 1 else None
+    with runs.only(name), seeded(settings, runs.model.device):
+        (found,) = generate(
+            runs.model,
+            [encode(fitting)],
+            end=runs.run.encoder.end_id,
+            pad=tokenizer.pad_token_id,
+            settings=settings,
+            streamer=streamer,
         )
-    return str(run.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(found, skip_special_tokens=True)).strip()
+    if streamer is None:
+        print(text)
+    return text

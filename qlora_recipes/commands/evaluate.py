@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_recipes.api import evaluate
-from qlora_recipes.commands.flags import OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser, count
+from qlora_recipes.commands.flags import GENERATION, OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser, count
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.signals import StopSignals
@@ -22,6 +23,7 @@ lm-eval's, or a folder of YAML tasks (Python functions that they name are run). 
 what needs no network"""
 _TEMPLATE = "render prompts with it (default: true, and false for lm-eval's own tasks, as the leaderboard did)"
 _NAMES = list(PRECISIONS)
+_BY_TASK = ("temperature", "max_new_tokens")
 _FLAGS = (
     Field("tasks", "list[str]", _TASKS, "TASK", None),
     count("limit", "the first N documents of each task: for a trial"),
@@ -29,9 +31,10 @@ _FLAGS = (
     Field("chat_template", "bool", _TEMPLATE, "true|false", None),
     Field("precision", f"Literal{_NAMES}", "control: the adapter on a base stored otherwise", "|".join(_NAMES), None),
     Field("no_adapter", "bool", "control: the base before tuning", default=False),
-    Field("temperature", "float", "draw answers; 0 takes the likeliest words (default: as the task says)", "T", None),
-    Field("top_p", "float", "draw from the likeliest words that make up this share", "P", 1.0),
-    count("seed", "of what is drawn", 0, least=0),
+    *(
+        replace(flag, help=f"{flag.help} (default: as the task says)", default=None) if flag.name in _BY_TASK else flag
+        for flag in GENERATION
+    ),
     OTHER_TEMPLATE,
     TRUST_REMOTE_CODE,
     Field("overwrite", "bool", "replace existing results", default=False),
@@ -48,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
     with StopSignals():  # outside of the scoring too a signal ends it with its own exit code
         from qlora_recipes.evaluation.harness import Options  # torch, which --help can do without
 
-        same = ["limit", "batch_size", "chat_template", "precision", "temperature", "top_p", "seed"]
-        same += ["other_template", "trust_remote_code"]
+        same = ["limit", "batch_size", "chat_template", "precision", "other_template", "trust_remote_code"]
+        same += [flag.name for flag in GENERATION]
         options = Options(adapter=not flags["no_adapter"], **{name: flags[name] for name in same})
         results = evaluate(*flags["run"], tasks=flags["tasks"], options=options, overwrite=flags["overwrite"])
         for run, scored in zip(flags["run"], results, strict=True):

@@ -47,6 +47,18 @@ def file_to_write(name: str, help: str, suffix: str) -> Field:
     return Field(name, "str", help, "FILE", None, valid, f"a file in a folder that exists, such as new{suffix}")
 
 
+GENERATION = (
+    Field("temperature", "float", "draw answers; 0 takes the likeliest words", "T", 0.0),
+    Field("top_p", "float", "draw from the likeliest words that make up this share", "P", 1.0),
+    count("top_k", "draw from the N likeliest words; 0 does not limit them", 0, least=0),
+    Field("repetition_penalty", "float", "above 1, words that are there already become unlikelier", "R", 1.0),
+    count("max_new_tokens", "where an answer is cut", 256),
+    count("num_beams", "continuations kept beside each other", 1),
+    count("seed", "of what is drawn", 0, least=0),
+)
+"""How answers are generated; `evaluation.generation.Generation` has the same names."""
+
+
 class Parser:
     """Reads one command's flags, and the words before or between them where the command takes any."""
 

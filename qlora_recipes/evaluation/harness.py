@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import sys
 import time
 from collections import Counter
@@ -14,11 +13,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from qlora_recipes.errors import DataError, RunFolderError, UsageError
 from qlora_recipes.evaluation.answers import write_before_and_after
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.documents import identity, task_documents
+from qlora_recipes.evaluation.generation import Generation, check_generation, own_defaults
 from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out
 from qlora_recipes.evaluation.loaded import (
     BaseKey,
@@ -40,6 +41,7 @@ _OTHER = {
     "documents_sha256": "scored on other documents than the task has now",
     "config_sha256": "scored with other prompts, choices, few-shot examples or metrics than the task has now",
 }
+_GENERATION = tuple(Generation.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ class Options:
     """Of the words that are drawn for an answer; 0 takes the likeliest, None does so too unless the task draws."""
     top_p: float = 1.0
     """The share of probability that the words drawn from make up."""
+    top_k: int = 0
+    """How many of the likeliest words are drawn from; 0 does not limit them."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of words that are there already; 1 leaves them."""
+    max_new_tokens: int | None = None
+    """Where an answer is cut; None cuts it where the task says, and held-out answers at 256."""
+    num_beams: int = 1
+    """Continuations kept beside each other."""
     seed: int = 0
     """Of what is drawn."""
     other_template: bool = False
@@ -74,11 +84,13 @@ class Options:
                 raise UsageError(f"{name}: got {value!r}, expected a whole number of {unit}, such as 8")
         if self.precision is not None:
             precision_named(self.precision)
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature: got {self.temperature}, expected 0 or a number above")
-        if not 0 < self.top_p <= 1 or (self.top_p < 1 and not self.temperature):
-            alone = ", expected 1" if 0 < self.top_p <= 1 else ", expected a share above 0, up to 1"
-            raise UsageError(f"top_p: got {self.top_p} with temperature {self.temperature}{alone}")
+        check_generation({name: getattr(self, name) for name in _GENERATION})
+
+    @property
+    def generation(self) -> Generation:
+        """The settings of generated answers, where the task says nothing of them."""
+        given = {name: getattr(self, name) for name in _GENERATION}
+        return Generation(**{name: value for name, value in given.items() if value is not None})
 
     def control(self, receipt: Receipt) -> str:
         """Return the name of the control that this is, or an empty string for the run as it was trained."""
@@ -90,10 +102,14 @@ class Options:
         """Return how answers are generated, as a TaskResult has it."""
         if not task.generates:
             return ""
-        if self.temperature:
-            return f"temperature {self.temperature}, top_p {self.top_p}, seed {self.seed}"
+        said = str(self.generation)
         drawn = self.temperature is None and task.samples
-        return f"as the task draws, seed {self.seed}" if drawn else "greedy"
+        return said.replace("greedy", f"as the task draws, seed {self.seed}") if drawn else said
+
+    def decoded(self) -> dict[str, Any]:
+        """Return what takes the place of a task's own decoding: everything with a temperature, else what is set."""
+        chosen, usual = self.generation.arguments(), Generation().arguments()
+        return {name: value for name, value in chosen.items() if self.temperature is not None or value != usual[name]}
 
     def batch(self, receipt: Receipt) -> int:
         """Return a size known beforehand; lm-eval's "auto" may choose another, and so other rounding, for each arm."""
@@ -250,6 +266,8 @@ def _score(job: _Job, base: RestoredBase, loading: float, signals: StopSignals, 
     options, entered = job.options, time.monotonic()
     with restore_run(job.folder, base, job.key, adapter=options.adapter, other_template=options.other_template) as run:
         restoring = time.monotonic() - entered
+        if any(task.generates for task in job.missing) and (own := own_defaults(run.model)):
+            console.print(Text(f"the model's own generation defaults, not used: {own}"))
         for task in job.missing:
             started = time.monotonic()
             bar = Bar(task.name, console)
@@ -289,8 +307,7 @@ def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Sc
     if task.name == "held_out":
         return score_held_out(run, batch_size=batch_size, limit=options.limit, bar=bar)
     if task.name == "held_out_answers":
-        drawn: dict[str, float] = {"temperature": options.temperature or 0.0, "top_p": options.top_p}
-        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar, **drawn)
+        return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar, settings=options.generation)
     from qlora_recipes.evaluation.lm_eval_model import score_with_lm_eval  # seconds to import
 
     return score_with_lm_eval(
@@ -299,7 +316,7 @@ def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Sc
         batch_size=batch_size,
         limit=options.limit,
         chat_template=task.rendered(options.chat_template),
-        temperature=options.temperature,
-        top_p=options.top_p,
+        decoded=options.decoded(),
+        max_new_tokens=options.max_new_tokens if task.generates else None,
         bar=bar,
     )

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
+from qlora_recipes.evaluation.generation import Generation, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.formatters import answer_of, before_last_answer, is_trained
 
-MAX_ANSWER_TOKENS = 256
-"""Where an answer is cut. More costs time on answers that never end."""
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
@@ -42,10 +40,8 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
-    losses: dict[int, float] = {}
-    for batch in _batches(fitting, encoded, batch_size):
-        losses |= zip(batch, _losses(run, [encoded[i] for i in batch]), strict=True)
-        bar.advance(len(batch))
+    nats_by_row = row_losses(run, [encoded[i] for i in fitting], batch_size, advance=bar.advance)
+    losses = dict(zip(fitting, nats_by_row, strict=True))
     docs = []
     for i in fitting:
         words = [answer_of(message) for message in rows[i].messages if is_trained(message)]
@@ -65,7 +61,7 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
 
 
 def score_answers(
-    run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar, temperature: float = 0.0, top_p: float = 1.0
+    run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar, settings: Generation | None = None
 ) -> Scores:
     """Return ROUGE-L, BLEU and chrF of answers to the last question, and the share that ended by themselves.
 
@@ -76,9 +72,10 @@ def score_answers(
     """
     from qlora_recipes.evaluation.text_metrics import Bleu, ChrF, RougeL  # evaluate, which takes seconds to import
 
+    settings = settings or Generation()
     rows = [row for row in run.held_out[:limit] if before_last_answer(row.messages)]  # a plain text asks nothing
     prompts = [run.encoder.encode_prompt(before_last_answer(row.messages), row.tools) for row in rows]
-    room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
+    room = run.model.config.max_position_embeddings - settings.max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
@@ -88,15 +85,7 @@ def score_answers(
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]
-        found = generate(
-            run.model,
-            [prompts[i] for i in batch],
-            end=end,
-            pad=pad,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            temperature=temperature,
-            top_p=top_p,
-        )
+        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, settings=settings)
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
@@ -117,9 +106,20 @@ def score_answers(
     )
 
 
-def _batches(indices: Sequence[int], encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+def row_losses(
+    run: RestoredRun, rows: Sequence[Encoded], batch_size: int, *, advance: Callable[[int], None] = lambda _: None
+) -> list[float]:
+    """Return each row's negative log-likelihood in nats over its labels; `advance` hears of every batch."""
+    losses: dict[int, float] = {}
+    for batch in _batches(rows, batch_size):
+        losses |= zip(batch, _losses(run, [rows[i] for i in batch]), strict=True)
+        advance(len(batch))
+    return [losses[i] for i in range(len(rows))]
+
+
+def _batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     """Yield batches of similar length, longest first, of no more than _POSITIONS positions or a single row."""
-    ordered = sorted(indices, key=lambda i: -len(encoded[i].input_ids))
+    ordered = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
     while ordered:
         size = max(1, min(batch_size, _POSITIONS // len(encoded[ordered[0]].input_ids)))
         yield ordered[:size]

@@ -10,9 +10,9 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from qlora_recipes.base.adapters import decoding
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
+from qlora_recipes.evaluation.generation import own_settings_off
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
 from qlora_recipes.evaluation.task_loading import EvalTask
@@ -105,7 +105,8 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Advance the bar, and decode as asked in place of what the task says."""
-        ids: torch.Tensor = super()._model_generate(context, *args, **{**kwargs, **self._decoded})
+        with own_settings_off(self.model):
+            ids: torch.Tensor = super()._model_generate(context, *args, **{**kwargs, **self._decoded})
         self._bar.advance(len(context))
         return ids
 
@@ -117,11 +118,11 @@ def score_with_lm_eval(
     batch_size: int,
     limit: int | None,
     chat_template: bool,
-    temperature: float | None,
-    top_p: float,
+    decoded: Mapping[str, Any],
+    max_new_tokens: int | None,
     bar: Bar,
 ) -> Scores:
-    """Return lm-eval's scores of a run in one task; a temperature of None leaves decoding to the task.
+    """Return lm-eval's scores of a run in one task; `decoded` takes the place of what the task says of decoding.
 
     Calls `evaluate` rather than `simple_evaluate`, which does no more for a loaded model but runs `pip list` each time.
 
@@ -130,8 +131,10 @@ def score_with_lm_eval(
     """
     for part in task.parts:
         part.set_fewshot_seed(1234)  # lm-eval's own
+        if max_new_tokens is not None:
+            part.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
     with silence_lm_eval():
-        model = RunLanguageModel(run, batch_size, bar, {} if temperature is None else decoding(temperature, top_p))
+        model = RunLanguageModel(run, batch_size, bar, decoded)
         outcome = evaluate(
             model,
             {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},

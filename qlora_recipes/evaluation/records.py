@@ -109,7 +109,8 @@ class TaskResult:
     """`base` and `run`: loading and checking them, once for all tasks. Of `seconds`: `prompts` until the model is first
     asked, `model` until it has answered last, `scores` from then on."""
     decoding: str = ""
-    """How answers were generated: `greedy`, or what they were drawn with; empty where none is generated."""
+    """How answers were generated: `greedy`, or what they were drawn with, and every other setting that is not at its
+    default (see `generation.Generation`); empty where none is generated."""
     config_sha256: str = ""
     """Hash of what makes prompts and scores of them; see `documents.hash_config`."""
     schema_version: Literal[1] = 1

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
-from qlora_recipes.base.adapters import generate
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.evaluation.generation import Generation, generate
 from qlora_recipes.formatters import answer_of, before_last_answer
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
@@ -172,7 +172,7 @@ def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
     prompts = [run.encoder.encode_prompt(before, row.tools) for before, row in zip(asked, rows, strict=True)]
     end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     with run.trainer.compute_loss_context_manager():
-        answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
+        answers = generate(run.model, prompts, end=end, pad=pad, settings=Generation(max_new_tokens=_NEW_TOKENS))
     return [
         {
             "place": row.place,

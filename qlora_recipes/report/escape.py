@@ -6,6 +6,7 @@ Knows nothing of reports.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from markupsafe import Markup
 
@@ -31,6 +32,11 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 def plain(text: object) -> str:
     """Return text with every invisible character replaced by a symbol; line feeds and tabs stay."""
     return _UNSEEN.sub(lambda found: _symbol(found.group()), str(text))
+
+
+def visible(value: Any) -> Any:
+    """Markup passes; in anything else invisible characters become symbols, and Jinja escapes the rest."""
+    return value if isinstance(value, Markup) else plain(value)
 
 
 def _symbol(character: str) -> str:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from qlora_recipes.comparison.findings import ChangedAnswer, Report
 from qlora_recipes.comparison.sentences import interval, signed
 from qlora_recipes.errors import RunFolderError
-from qlora_recipes.report.escape import markdown, plain
+from qlora_recipes.report.escape import markdown, visible
 from qlora_recipes.report.plots import PICTURES, pictures
 from qlora_recipes.report.tables import TABLES, as_csv, as_latex, tables
 from qlora_recipes.run.files import read_record, write_text
@@ -89,7 +89,7 @@ def render_json(report: Report) -> str:
 
 def render_html(report: Report) -> str:
     """Return one self-contained page."""
-    environment = _environment(autoescape=True, finalize=_visible)
+    environment = _environment(autoescape=True, finalize=visible)
     css = Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8"))
     page = environment.get_template("report.html.jinja")
     return page.render(report=report, css=css, pictures=pictures(report), tables=tables(report), shown=SHOWN)
@@ -107,11 +107,6 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environ
     environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize)
     environment.filters.update(signed=signed, interval=interval, number="{:g}".format, day=_day, in_turn=_in_turn)
     return environment
-
-
-def _visible(value: Any) -> Any:
-    """Markup passes; in anything else invisible characters become symbols, and Jinja escapes the rest."""
-    return value if isinstance(value, Markup) else plain(value)
 
 
 def _day(moment: str) -> str:

@@ -43,6 +43,8 @@ class RunFolder:
         """Greedy answers to a few held-out questions, written right after training."""
         self.evaluation = path / "evaluation"
         """lm-eval's results and per-document scores."""
+        self.asked = path / "asked"
+        """Answers of `qlora-recipes ask`, where it is given no other folder."""
         self.merged = path / "merged"
         """The adapter merged into 16-bit weights, where `qlora-recipes merge` is given no other folder."""
         self._receipt = path / "run.json"
