@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from jinja2 import Environment, PackageLoader
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
@@ -33,7 +34,8 @@ def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor])
     """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
-    ranks = Counter(str(run.model.get_submodule(name).r[ADAPTER]) for name in modules)
+    layers = (cast(LoraLayer, run.model.get_submodule(name)) for name in modules)
+    ranks = Counter(str(layer.r[ADAPTER]) for layer in layers)
     frozen_half = takes_a_part(run.settings.lora.get("init_lora_weights"))
     return AdapterReceipt(
         targets=sorted({name.rsplit(".")[-1] for name in modules}),
