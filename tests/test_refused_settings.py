@@ -85,6 +85,15 @@ FLAGS = """
 --optim foo
 --optim lomo
 --optim galore_adamw
+--optim apollo_adamw
+--optim schedule_free_adamw
+--optim grokadamw
+--optim stable_adamw
+--optim adamw_torch_8bit
+--optim adamw_torch_4bit
+--optim adamw_anyprecision
+--optim adamw_torch_xla
+--optim adamw_torch_npu_fused
 --optim_args foo
 --lr_scheduler_type foo
 --lr_scheduler_type cosine_with_min_lr

@@ -138,7 +138,7 @@ class TrainingReceipt:
     device: str
     attention: str
     optimizer_state: dict[str, int] = field(default_factory=dict)
-    """Storage dtype to bytes that the optimizer of one process keeps."""
+    """Storage dtype to bytes that the optimizer of one process keeps; `float32 paged` can move to the host."""
 
 
 @dataclass

@@ -75,17 +75,18 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
         processes=trainer.accelerator.num_processes,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         attention=cast(PreTrainedModel, trainer.model).config._attn_implementation,
-        optimizer_state=_optimizer_state(trainer),
+        optimizer_state=optimizer_state(trainer.optimizer),
     )
 
 
-def _optimizer_state(trainer: RunTrainer) -> dict[str, int]:
-    """Return dtype to bytes of the optimizer's tensors."""
-    optimizer: Any = trainer.optimizer  # accelerate wraps it
+def optimizer_state(optimizer: Any) -> dict[str, int]:
+    """Return dtype to bytes of an optimizer's tensors; those that the driver can move to the host are `paged`."""
+    states = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
+    parts = {part.data_ptr(): part for state in states for part in state.values() if torch.is_tensor(part)}
     found: Counter[str] = Counter()
-    for state in getattr(optimizer, "optimizer", optimizer).state.values():
-        for part in filter(torch.is_tensor, state.values()):
-            found[str(part.dtype).removeprefix("torch.")] += part.nbytes
+    for part in parts.values():  # bitsandbytes shares its tables
+        paged = " paged" if getattr(part, "is_paged", False) else ""
+        found[str(part.dtype).removeprefix("torch.") + paged] += part.nbytes
     return dict(sorted(found.items()))
 
 
