@@ -246,12 +246,17 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
     ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
     ("lora", "init_lora_weights", lambda value: _start(value) in _STARTS, f"one of {_STARTS}; others need rows"),
-    ("lora", "loftq_config", lambda value: not value, "nothing: init_lora_weights loftq takes the base as it is stored"),
+    (
+        "lora",
+        "loftq_config",
+        lambda value: not value,
+        "nothing; init_lora_weights loftq takes the base as stored",
+    ),
     (
         "lora",
         "modules_to_save",
         lambda value: not value,
-        "nothing; what trains beside the base's own weights in full would be another base",
+        "nothing; PEFT trains the copy in 16 bits and no check covers it: name embed_tokens in target_modules",
     ),
     (
         "lora",

@@ -31,7 +31,9 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int, revision: 
     """Return the base, which stays as it is, with a new float32 adapter, the same for every precision of one seed.
 
     A start from the weights (starts.py) reads the checkpoint at `revision`; an outline without weights goes without.
-    LoftQ's, and DoRA's magnitudes, follow from how the base is stored. PEFT gives an adapter the dtype of its layer and casts it to float32 afterwards: on a 16-bit base the first weights
+    LoftQ's, and DoRA's magnitudes, follow from how the base is stored.
+
+    PEFT gives an adapter the dtype of its layer and casts it to float32 afterwards: on a 16-bit base the first weights
     are rounded, on a 4-bit base they are not. Here they are drawn again in float32, right after seeding.
 
     Raises:

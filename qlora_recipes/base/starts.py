@@ -1,7 +1,7 @@
 """Adapters that start from the base's own weights, which stay as they are: PiSSA, OLoRA and LoftQ.
 
-PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) train a part s B A of a weight W that starts as s B0 A0, and freeze
-the rest. PEFT writes the rest into the base, rounded to its dtype: another base in each precision, to which the saved
+PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) train a part s B A of a weight W that starts as s B0 A0, and
+freeze the rest. PEFT writes the rest into the base, rounded to its dtype: another base in each precision, to which the
 adapter is bound. Here the same function, W + s (B A - B0 A0), is an adapter of twice the rank on a base that stays: A
 is followed by A0 and B by -B0, which get no gradient. It is what PEFT makes of such an adapter to share it.
 
@@ -14,7 +14,6 @@ All are computed from the checkpoint. Knows nothing of training.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,9 +41,9 @@ def from_weights(start: object) -> bool:
 
 
 def peft_fields(lora: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields for PEFT of an adapter: a plain one, of twice the rank and the same scaling for PiSSA and OLoRA.
+    """Return the fields for PEFT: of a plain adapter, for PiSSA and OLoRA of twice the rank and the same scaling.
 
-    So says its saved configuration: whoever loads it must not start it again.
+    So says the saved configuration: whoever loads the adapter must not start it again.
     """
     start = lora.get("init_lora_weights", True)
     if not from_weights(start):
