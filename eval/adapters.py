@@ -2,27 +2,30 @@
 
 python eval/adapters.py --json adapters.json
 
-Every row trains on the same rows in the same order, one after the other in one process.
-The rounds take turns, so that what else the machine does falls on all rows alike; figures are medians. What is kept for
-the backward pass is counted in one micro-batch: tensors that autograd saves, each once, the base's weights left out.
+Every row trains on the same rows in the same order, one after the other in one process. Speed is in processor time; the
+rounds take turns, and figures are medians. The loss is the mean of the last tenth of the steps. What is kept for the
+backward pass is counted in one micro-batch: tensors that autograd saves, each once, the model's weights left out.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser, count, file_to_write
 from qlora_recipes.recipe import SHIPPED, load_recipe
-from qlora_recipes.run.receipt import Receipt
-from qlora_recipes.settings import Settings, resolve
+from qlora_recipes.settings import resolve
+
+if TYPE_CHECKING:
+    from qlora_recipes.stages import Run
 
 _FLAGS = (
     count("rounds", "times that every row is trained (2)", 2),
@@ -63,31 +66,44 @@ OPTIMIZERS: dict[str, _Row] = {
 }
 
 
-def train_row(row: _Row, steps: int, folder: Path) -> Receipt:
-    """Train the stand-in of Llama-2 in NF4 with a row's settings, and return its receipt."""
+def measure(rows: Mapping[str, _Row], rounds: int, steps: int) -> dict[str, dict[str, float]]:
+    """Return row to its figures, medians over rounds that take turns."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for name, row in rows.items():
+                found[name].append(train_row(row, steps, Path(folder)))
+    return {name: {figure: median(each[figure] for each in made) for figure in made[0]} for name, made in found.items()}
+
+
+def train_row(row: _Row, steps: int, folder: Path) -> dict[str, float]:
+    """Train the stand-in of Llama-2 in NF4 with a row's settings, and return its figures."""
+    from qlora_recipes.base.adapters import adapter_tensors
     from qlora_recipes.preflight import names
-    from qlora_recipes.training.train import train
+    from qlora_recipes.training.accounting import optimizer_state
+    from qlora_recipes.training.train import prepare_run
 
-    settings = settings_of(row, folder, max_steps=steps)
-    skip = names(settings.recipe)  # tests make them on each of these adapters
-    return train(settings, overwrite=True, skip_checks=skip, console=Console(quiet=True)).receipt()
-
-
-def settings_of(row: _Row, folder: Path, **training: Any) -> Settings:
-    """Return the demo of a recipe with a row's settings."""
     recipe = load_recipe(SHIPPED / "llama2_guanaco.py")
-    return resolve(recipe, demo=True, output_dir=folder, lora=row[0], training={**training, **row[1]})
+    training = {"max_steps": steps, **row[1]}
+    settings = resolve(recipe, demo=True, output_dir=folder, lora=row[0], training=training)
+    run, _ = prepare_run(settings, skip_checks=names(recipe), console=Console(quiet=True))
+    kept, began = kept_bytes(run), time.process_time()
+    run.trainer.train()
+    seconds = time.process_time() - began
+    losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    return {
+        "loss": mean(losses[-max(1, len(losses) // 10) :]),
+        "weights": sum(tensor.numel() for _, tensor in adapter_tensors(run.model)),
+        "state_bytes": sum(optimizer_state(run.trainer.optimizer).values()),
+        "kept_bytes": kept,
+        "seconds": seconds,
+    }
 
 
-def kept_bytes(row: _Row) -> int:
+def kept_bytes(run: Run) -> int:
     """Return the bytes that one micro-batch keeps for its backward pass."""
     import torch
 
-    from qlora_recipes.preflight import names
-    from qlora_recipes.training.train import prepare_run
-
-    settings = settings_of(row, Path("unused"))
-    run, _ = prepare_run(settings, skip_checks=names(settings.recipe), console=Console(quiet=True))
     weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
     found: dict[int, int] = {}
 
@@ -97,45 +113,22 @@ def kept_bytes(row: _Row) -> int:
         return tensor
 
     run.model.train()
-    batch = next(iter(run.trainer.get_train_dataloader()))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = run.trainer.compute_loss(run.model, batch)
-    assert loss.requires_grad  # holds what was kept, so that no address is used twice
+    with torch.random.fork_rng():
+        batch = next(iter(run.trainer.get_train_dataloader()))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = run.trainer.compute_loss(run.model, batch)
+    assert loss.requires_grad  # holds what was kept until here, so that no address is used twice
     return sum(found.values())
-
-
-def measure(rows: Mapping[str, _Row], rounds: int, steps: int) -> dict[str, dict[str, float]]:
-    """Return row to its figures, medians over rounds that take turns."""
-    kept = {name: kept_bytes(row) for name, row in rows.items()}
-    receipts: dict[str, list[Receipt]] = {name: [] for name in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            for name, row in rows.items():
-                receipts[name].append(train_row(row, steps, Path(folder, "run")))
-    return {
-        name: {
-            "loss": median(each.training.final_loss for each in made),
-            "trained": made[0].adapter.parameters,
-            "saved_bytes": made[0].adapter.bytes,
-            "state_bytes": sum(made[0].training.optimizer_state.values()),
-            "kept_bytes": kept[name],
-            "seconds": median(each.training.seconds for each in made),
-        }
-        for name, made in receipts.items()
-    }
 
 
 def table(found: Mapping[str, Mapping[str, float]], title: str) -> str:
     """Return the figures as a table in Markdown; the first row is what the others' speed is compared with."""
     plain = next(iter(found.values()))["seconds"]
-    lines = [
-        f"| {title} | loss | trained weights | file, KiB | optimizer, KiB | kept for backward, MiB | speed |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {title} | loss | weights | optimizer, KiB | kept, MiB | speed |", "|---|---|---|---|---|---|"]
     for name, row in found.items():
         lines.append(
-            f"| {name} | {row['loss']:.3f} | {row['trained']:,} | {row['saved_bytes'] / 1024:,.0f} | "
-            f"{row['state_bytes'] / 1024:,.0f} | {row['kept_bytes'] / 2**20:,.1f} | {plain / row['seconds']:.2f} |"
+            f"| {name} | {row['loss']:.3f} | {row['weights']:,.0f} | {row['state_bytes'] / 1024:,.0f} | "
+            f"{row['kept_bytes'] / 2**20:,.1f} | {plain / row['seconds']:.2f} |"
         )
     return "\n".join(lines)
 
