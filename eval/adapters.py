@@ -115,7 +115,8 @@ def kept_bytes(run: Run) -> int:
     run.model.train()
     with torch.random.fork_rng():
         batch = next(iter(run.trainer.get_train_dataloader()))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with run.trainer.compute_loss_context_manager(), saved:
             loss = run.trainer.compute_loss(run.model, batch)
     assert loss.requires_grad  # holds what was kept until here, so that no address is used twice
     return sum(found.values())
