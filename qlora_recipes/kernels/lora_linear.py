@@ -73,18 +73,15 @@ def _forward(self: Any, x: torch.Tensor, *arguments: Any, **others: Any) -> torc
         if name in self.lora_variant:
             product = y if layer.bias is None else y - layer.bias
             # Added to y in float32: a gain near 1 has steps of 0.4 % in bfloat16, and one of exactly 1 changes nothing.
-            y = (y + (_gain(self, name, layer, half) - 1) * product).to(half)
+            y = (y + (_gain(self, name, layer) - 1) * product).to(half)
     return y
 
 
-def _gain(self: Any, name: str | None, layer: nn.Linear, half: torch.dtype) -> torch.Tensor:
-    """Return DoRA's magnitudes by the norms of the weights that they scale, [outputs], in float32.
-
-    The norms are of the weights as multiplied, in 16 bits, and the update.
-    """
+def _gain(self: Any, name: str | None, layer: nn.Linear) -> torch.Tensor:
+    """Return DoRA's magnitudes by the norms of the weights that they scale, [outputs], in float32."""
     with torch.no_grad():
         whole = self.scaling[name] * self.lora_B[name].weight @ self.lora_A[name].weight
-        whole += weight_of(layer, half)
+        whole += weight_of(layer, torch.float32)
         norm = torch.linalg.norm(whole, dim=1)
     return cast(torch.Tensor, self.lora_magnitude_vector[name].weight / norm)
 
