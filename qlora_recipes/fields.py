@@ -204,12 +204,17 @@ def _as_float(value: Any) -> float | None:
         return None
 
 
-# This package's own field: a recipe and the command line give it as they give the others.
-_PATIENCE = Field(
-    "early_stopping_patience",
-    "int | None",
-    "Stop after so many evaluations without a better held-out loss, and keep the best adapter",
-)
+# This package's own fields: a recipe and the command line give them as they give the others.
+_OWN = {
+    "early_stopping_patience": Field(
+        "early_stopping_patience",
+        "int | None",
+        "Stop after so many evaluations without a better held-out loss, and keep the best adapter",
+    ),
+    "loraplus_lr_ratio": Field(
+        "loraplus_lr_ratio", "float | None", "LoRA+: learning rate of every B, as a multiple of that of every A"
+    ),
+}
 
 
 @functools.cache
@@ -230,7 +235,7 @@ def fields_of(config: str) -> Mapping[str, Field]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 name = node.target.id
                 found[name] = _field(name, node)
-    return found | ({_PATIENCE.name: _PATIENCE} if config == "SFTConfig" else {})
+    return found | (_OWN if config == "SFTConfig" else {})
 
 
 def _field(name: str, node: ast.AnnAssign) -> Field:

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import io
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -218,8 +219,14 @@ def _is_mapping(value: Any) -> bool:
     return value is None or (isinstance(every, int) and every >= 1)
 
 
-_STARTS = (True, False, "gaussian", "orthogonal", "mica")
-"""Ways to start an adapter that leave the base as it is and need no rows."""
+def _start(value: Any) -> Any:
+    """Return an `init_lora_weights` by its kind: with N for a number of iterations."""
+    return re.sub("_niter_[1-9][0-9]*$", "_niter_N", value) if isinstance(value, str) else value
+
+
+_FROM_WEIGHTS = ("pissa", "pissa_niter_N", "olora", "loftq")
+_STARTS = (True, False, "gaussian", "orthogonal", "mica", *_FROM_WEIGHTS)
+"""Ways to start an adapter that need no rows; those from the weights leave the base as it is (base/starts.py)."""
 _BEST = (None, "loss", "eval_loss")
 
 # Section, field, test, what is expected: for values that the libraries accept, and then fail or train nothing with.
@@ -227,7 +234,19 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("lora", "r", lambda value: value >= 1, "a rank of at least 1"),
     ("lora", "lora_alpha", lambda value: value > 0, "a positive number"),
     ("lora", "lora_dropout", lambda value: 0 <= value < 1, "a probability below 1"),
-    ("lora", "init_lora_weights", lambda value: value in _STARTS, f"one of {_STARTS}; others rewrite the base"),
+    ("lora", "init_lora_weights", lambda value: _start(value) in _STARTS, f"one of {_STARTS}; others need rows"),
+    (
+        "lora",
+        "loftq_config",
+        lambda value: not value,
+        "nothing; init_lora_weights loftq takes the base as stored",
+    ),
+    (
+        "lora",
+        "modules_to_save",
+        lambda value: not value,
+        "nothing; PEFT trains the copy in 16 bits and no check covers it: name embed_tokens in target_modules",
+    ),
     (
         "lora",
         "lora_bias",
@@ -260,6 +279,7 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("training", "ddp_timeout", lambda value: value >= 1, "at least 1 second"),
     ("training", "metric_for_best_model", lambda value: value in _BEST, "loss"),
     ("training", "early_stopping_patience", lambda value: value is None or value >= 1, "at least 1 evaluation"),
+    ("training", "loraplus_lr_ratio", lambda value: value is None or 1 <= value < math.inf, "at least 1"),
     ("training", "max_grad_norm", lambda value: value >= 0, "0 (no clipping) or a positive number"),
 )
 
@@ -270,6 +290,10 @@ def bound_faults(lora: Mapping[str, Any], training: Mapping[str, Any]) -> Iterab
     for section, name, holds, expected in _BOUNDS:
         if name in sections[section] and not holds(sections[section][name]):
             yield f"{section}: {name}: got {sections[section][name]!r}, expected {expected}"
+    if _start(start := lora.get("init_lora_weights", True)) in _FROM_WEIGHTS:
+        given = {**lora, "weight_decay": training.get("weight_decay")}
+        for name in filter(given.get, ("use_dora", "target_parameters", "weight_decay")):
+            yield f"lora: init_lora_weights: got {start!r} with {name}, expected one of the two"
 
 
 _PACKAGE = Path(__file__).parent

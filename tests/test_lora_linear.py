@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_recipes import Recipe
+from qlora_recipes.base import repairs
 from qlora_recipes.kernels.dequantize import dequantized, expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.run.folder import RunFolder
@@ -178,7 +179,7 @@ def both(model: PeftModel, other: PeftModel, x: torch.Tensor) -> None:
     [
         ("bf16", {"lora_dropout": 0.3}),
         ("nf4", {"lora_dropout": 0.3}),
-        ("bf16", {"use_dora": True}),
+        ("bf16", {"use_dora": True, "lora_dropout": 0.3}),
         ("bf16", {"lora_bias": True, "bias": True}),
         ("int8", {}),
     ],
@@ -189,6 +190,49 @@ def test_what_is_more_than_plain_is_left_to_peft(kind: str, lora: dict[str, Any]
     model = adapted(kind, joined=0, **lora)
     assert "forward" not in vars(layer_of(model))
     both(model, adapted(kind, joined=None, **lora), drawn(2, 3, INPUTS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_is_that_of_peft_in_float32_and_as_near_to_the_formula(kind: str, bias: bool) -> None:
+    repairs.float32_dora_norm()
+    models = [adapted(kind, bias=bias, use_dora=True), adapted(kind, bias=bias, use_dora=True, joined=None)]
+    for layer in map(layer_of, models):
+        base, scaling, parts = layer.get_base_layer(), layer.scaling["default"], (layer.lora_B, layer.lora_A)
+        up, down = (part["default"].weight.detach() for part in parts)
+        norms = (dequantized(base).float() + scaling * up @ down).norm(dim=1)
+        layer.lora_magnitude_vector["default"].weight.data = norms * drawn(OUTPUTS).float().mul(0.1).exp()
+    x = drawn(2, 5, INPUTS)
+    found, theirs = (run(model, x) for model in models)
+    a, b, magnitude = (
+        part["default"].weight.detach().double().requires_grad_()
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+    )
+    weight, z = dequantized(base).double(), x.double().requires_grad_()
+    gain = magnitude / (weight + scaling * b @ a).norm(dim=1).detach()
+    y = gain * (z @ weight.T + scaling * (z @ a.T) @ b.T) + (base.bias.double() if bias else 0)
+    y.backward(drawn(*y.shape).double())
+    formula = {"y": y.detach(), "x": z.grad}
+    formula |= {"lora_A": a.grad, "lora_B": b.grad, "lora_magnitude_vector": magnitude.grad}
+    for name, part in formula.items():
+        assert share(found[name], part) < 1.3 * share(theirs[name], part), name
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert share(models[0](x), formula["y"]) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_starts_at_the_base_to_the_bit(kind: str, bias: bool) -> None:
+    repairs.float32_dora_norm()
+    base, x = Base(kind, bias=bias), drawn(2, 5, INPUTS)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["proj"], use_dora=True))
+    assert fuse_lora_layers(model) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16), model.disable_adapter():
+        expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x), expected)
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
 
 
 def test_rank_stabilised_scales_are_plain() -> None:

@@ -104,7 +104,7 @@ def test_fields_are_those_of_the_installed_classes() -> None:
     for name, config in (("SFTConfig", SFTConfig), ("LoraConfig", LoraConfig)):
         real = {field.name for field in dataclasses.fields(config) if field.init}
         assert real - set(fields_of(name)) <= {"peft_version", "auto_mapping"}  # PEFT fills these in itself
-        added = {"early_stopping_patience"}  # ours, among theirs
+        added = {"early_stopping_patience", "loraplus_lr_ratio"}  # ours, among theirs
         assert set(fields_of(name)) - added <= {field.name for field in dataclasses.fields(config)}
 
 

@@ -46,10 +46,18 @@ FLAGS = """
 --bias all
 --bias lora_only
 --init_lora_weights foo
---init_lora_weights pissa
---init_lora_weights pissa_niter_4
---init_lora_weights olora
---init_lora_weights loftq
+--init_lora_weights eva
+--init_lora_weights corda
+--init_lora_weights lora_ga
+--init_lora_weights pissa_niter_0
+--init_lora_weights pissa --use_dora
+--init_lora_weights olora --weight_decay 0.1
+--init_lora_weights loftq --precision bf16
+--init_lora_weights mica --precision nf4
+--use_dora --precision int8
+--loftq_config {"loftq_bits":4}
+--modules_to_save lm_head
+--loraplus_lr_ratio 0.5
 --r -1
 --r 0
 --lora_alpha 0
@@ -77,6 +85,15 @@ FLAGS = """
 --optim foo
 --optim lomo
 --optim galore_adamw
+--optim apollo_adamw
+--optim schedule_free_adamw
+--optim grokadamw
+--optim stable_adamw
+--optim adamw_torch_8bit
+--optim adamw_torch_4bit
+--optim adamw_anyprecision
+--optim adamw_torch_xla
+--optim adamw_torch_npu_fused
 --optim_args foo
 --lr_scheduler_type foo
 --lr_scheduler_type cosine_with_min_lr
@@ -139,7 +156,13 @@ ACCEPTED = """
 --layers_to_transform 0,1
 --init_lora_weights orthogonal
 --init_lora_weights gaussian
---init_lora_weights mica
+--init_lora_weights mica --precision bf16
+--init_lora_weights pissa
+--init_lora_weights pissa_niter_4
+--init_lora_weights olora --precision bf16
+--init_lora_weights loftq
+--use_dora
+--loraplus_lr_ratio 16
 --use_rslora
 --rank_pattern {"q_proj":2}
 --rank_pattern {"layers.[01].*v_proj":2}

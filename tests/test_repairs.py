@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 import transformers.models.falcon
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import dora
 from preflight_runs import read
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -61,6 +63,25 @@ def test_falcon_linears_are_quantized_with_the_repair(fresh_falcon: ModuleType, 
     assert repairs.quantize_falcon_linears()
     assert not repairs.quantize_falcon_linears()  # nothing is left to fix
     assert linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))) == 8
+
+
+def dora_start(folder: Path) -> float:
+    """Return how far DoRA moves the logits of a 16-bit base before its first step, computed by PEFT alone."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.arange(20, 32)[None]
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        model = get_peft_model(base, LoraConfig(r=4, use_dora=True))
+        return float((model(input_ids=ids).logits - expected).abs().max())
+
+
+def test_dora_starts_off_the_base_without_the_repair(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = dora.DoraLinearLayer
+    monkeypatch.setattr(layer, "get_weight_norm", getattr(layer.get_weight_norm, "__wrapped__", layer.get_weight_norm))
+    assert dora_start(tiny("llama2")) > 0, mended("float32_dora_norm")
+    assert repairs.float32_dora_norm()
+    assert not repairs.float32_dora_norm()  # nothing is left to fix
+    assert dora_start(tiny("llama2")) == 0
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
+from qlora_recipes.base import repairs
 from qlora_recipes.base.loading import raw_bytes
+from qlora_recipes.base.starts import from_weights, peft_fields, start_from_weights
 from qlora_recipes.errors import ModelError, RecipeError, nearest
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.run.weights import weights_sha256
@@ -25,24 +27,30 @@ ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> PeftModel:
-    """Return the base with a new float32 adapter, the same for every precision of one seed.
+def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int, revision: str | None = None) -> PeftModel:
+    """Return the base, which stays as it is, with a new float32 adapter, the same for every precision of one seed.
+
+    A start from the weights (starts.py) reads the checkpoint at `revision`; an outline without weights goes without.
+    LoftQ's, and DoRA's magnitudes, follow from how the base is stored.
 
     PEFT gives an adapter the dtype of its layer and casts it to float32 afterwards: on a 16-bit base the first weights
     are rounded, on a 4-bit base they are not. Here they are drawn again in float32, right after seeding.
 
     Raises:
         RecipeError: when a module, a parameter or a layer that is named is not in the model, or carries no adapter.
+        ModelError: when a start from the weights does not find them in the checkpoint.
     """
     _check_names(base, lora)
+    repairs.float32_dora_norm()
     set_seed(seed)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **peft_fields(lora)))
     initialization = lora.get("init_lora_weights", True)
     set_seed(seed)
     for module in model.modules():
-        # Other initializations (PiSSA, OLoRA, LoftQ, ...) rewrite the base: every precision is another baseline.
         if isinstance(module, LoraLayer) and initialization in (True, "gaussian"):
             module.reset_lora_parameters(ADAPTER, initialization)  # type: ignore[no-untyped-call]  # not annotated
+    if from_weights(initialization) and base.device.type != "meta":
+        start_from_weights(model, initialization, revision)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in lora.get(field) or ():
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in adapted_modules(model)):  # as PEFT does
@@ -74,11 +82,15 @@ def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, weight.data) for name, weight in sorted(model.named_parameters()) if weight.requires_grad)
 
 
-def adapter_sha256(model: PeftModel) -> str:
-    """Return the SHA-256 over names, shapes and bytes of the adapter's weights, which differs when one bit does."""
+def adapter_sha256(model: PeftModel, *, without: str | None = None) -> str:
+    """Return the SHA-256 over names, shapes and bytes of the adapter's weights, which differs when one bit does.
+
+    Tensors with `without` in their name are left out.
+    """
     return weights_sha256(
         (name, tensor.shape, str(tensor.dtype).removeprefix("torch."), raw_bytes(tensor))
         for name, tensor in adapter_tensors(model)
+        if without is None or without not in name
     )
 
 
@@ -97,6 +109,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(
             f"no adapter at {folder}: {WEIGHTS} is missing. Expected the adapter/ folder of a finished run"
         )
+    repairs.float32_dora_norm()
     try:
         # Trainable, so that `adapter_tensors` sees the weights and their hash can be compared with the receipt.
         model = PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, is_trainable=True, use_safetensors=True)

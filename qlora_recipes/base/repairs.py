@@ -138,6 +138,28 @@ def keep_4bit_gradients(model: PreTrainedModel) -> bool:
     return bool(found)
 
 
+def float32_dora_norm() -> bool:
+    """Take DoRA's norms in float32, whatever the weights are stored in. Call before an adapter is attached or loaded.
+
+    PEFT 0.21, `tuners/lora/dora.py`, `DoraLinearLayer.get_weight_norm`: the norm of each output's weights is taken in
+    their dtype. On a 16-bit base the magnitudes start as norms rounded to 16 bits, and the forward pass divides them by
+    norms of another rounding: logits move by 0.4 before the first step, in float32 by 0.
+    """
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    layer: Any = DoraLinearLayer
+    plain, two = layer.get_weight_norm, torch.ones(1, 2, dtype=torch.bfloat16)
+    if plain(layer(False), two, two, 1.0).dtype == torch.float32:
+        return False
+
+    @functools.wraps(plain)
+    def get_weight_norm(self: Any, weight: torch.Tensor, lora_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, weight.float(), lora_weight.float(), *args, **kwargs)
+
+    layer.get_weight_norm = get_weight_norm
+    return True
+
+
 @contextlib.contextmanager
 def float32_adapter(model: PreTrainedModel) -> Iterator[list[str]]:
     """Keep the adapter's weights as they are while an SFTTrainer is built around them.

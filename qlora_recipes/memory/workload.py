@@ -56,7 +56,7 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
     return Workload(
         rows=training.get("per_device_train_batch_size", 8),
         length=training["max_length"],
-        rank=lora.get("r", 8),
+        rank=lora.get("r", 8) * (2 if str(lora.get("init_lora_weights")).startswith(("pissa", "olora")) else 1),
         targets=tuple(name for name in linears if name in ends),
         packing=bool(training.get("packing") or training.get("padding_free", True)),
         checkpoint_every=every if checkpointing else 0,

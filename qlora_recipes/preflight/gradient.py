@@ -6,12 +6,14 @@ Changes nothing of the run.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import cast
 
 import torch
 from trl.trainer.sft_config import SFTConfig
 
+from qlora_recipes.base.starts import distance_from_checkpoint, takes_a_part
 from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import collate, forward, gradients, logits, probe_batch, without_outlier_columns
@@ -22,6 +24,8 @@ _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for 
 # Of a norm, or of how far a changed conversation's own logits move: GPUs add in another order each time. The defect
 # that moves the gradient halves it; a leak between conversations measured 0.1 and more.
 _NOISE = 1e-3
+_AT_ONCE = re.compile("lora_B|lora_magnitude_vector")
+_ROUNDING = 2**-7  # of the largest logit: two steps of bfloat16
 _TOKENS = 300  # of each of two packed conversations: together more than those that attention tells apart by a mask
 
 
@@ -32,8 +36,9 @@ def gradient(run: Run) -> Check:
     faults = {
         "without": [name for name in trained if name not in found],
         "not finite": [name for name, value in found.items() if not torch.isfinite(value).all()],
-        # A stays without a gradient as long as B is zero; B has one at once
-        "zero": [name for name, value in found.items() if "lora_B" in name and not value.any()],
+        # A stays without a gradient as long as B is zero; B and DoRA's magnitudes have one at once
+        "zero": [name for name, value in found.items() if _AT_ONCE.search(name) and not value.any()],
+        "not frozen": [name for name, value in found.items() if _frozen_half(run, name, value).any()],
         "outside the adapter": [name for name in found if not any(part in name for part in _TRAINED)],
     }
     figure = "; ".join(f"{len(names)} {fault}, {names[0]} first" for fault, names in faults.items() if names)
@@ -42,6 +47,12 @@ def gradient(run: Run) -> Check:
         figure or f"{len(trained)} tensors, norm {_norm(found.values()):.3g}; none outside the adapter",
         "Leave modules that no token passes out of target_modules; if not finite, use --dtype bfloat16.",
     )
+
+
+def _frozen_half(run: Run, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    """Return what must be zero of a gradient: that of the half that PiSSA and OLoRA freeze (base/starts.py)."""
+    part = re.search("lora_[AB]", name) if takes_a_part(run.settings.lora.get("init_lora_weights")) else None
+    return gradient.tensor_split(2, dim="AB".index(part[0][-1]))[1] if part else gradient[:0]
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
@@ -76,16 +87,25 @@ def starting_loss(run: Run) -> Check:
 
 
 def adapter_starts_at_base(run: Run) -> Check:
-    """Before the first step the adapter changes nothing, so that what is learned starts from the base."""
-    if run.settings.lora.get("init_lora_weights", True) not in (True, "gaussian"):
+    """Before the first step the adapter changes nothing, so that what is learned starts from the base.
+
+    PiSSA and OLoRA take away what they add, up to rounding; LoftQ starts nearer to the checkpoint than the base is.
+    """
+    start = run.settings.lora.get("init_lora_weights", True)
+    if start == "loftq":
+        stored, adapted = distance_from_checkpoint(run.model, run.base.revision)
+        figure = f"{stored:.2%} of the weights' norm from the checkpoint, {adapted:.2%} with the adapter"
+        return fail_unless(adapted < stored, figure, "Raise r, or take init_lora_weights out of the recipe.")
+    if start not in (True, "gaussian") and not takes_a_part(start):
         return untested("this init_lora_weights starts elsewhere on purpose")
     batch = probe_batch(run)
     with_adapter = logits(run, batch)
     with run.model.disable_adapter():
         without = logits(run, batch)
     moved = float((with_adapter - without).abs().max())
+    allowed = _ROUNDING * float(without.abs().max()) if takes_a_part(start) else 0.0
     return fail_unless(
-        moved == 0, f"logits moved by {moved:.2g}", "Take init_lora_weights and use_dora out of the recipe."
+        moved <= allowed, f"logits moved by {moved:.2g}", "Take init_lora_weights and use_dora out of the recipe."
     )
 
 

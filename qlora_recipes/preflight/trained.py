@@ -83,7 +83,7 @@ def base_unchanged(run: Run) -> Check:
     return fail_unless(
         now == run.base.sha256,
         f"sha256 {now[:12]}" if now == run.base.sha256 else f"sha256 {run.base.sha256[:12]} became {now[:12]}",
-        "Something trained or repacked the base: leave bias and modules_to_save out of the recipe's lora.",
+        "Something trained or repacked the base, on which the saved adapter would be another.",
     )
 
 

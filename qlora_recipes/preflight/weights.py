@@ -101,7 +101,7 @@ def compute_dtype(run: Run) -> Check:
 def adapter_dtype(run: Run) -> Check:
     """Adapter weights are float32 in every arm; in 16 bits small updates are rounded away."""
     found = sorted({_name(tensor.dtype) for _, tensor in adapter_tensors(run.model)})
-    return fail_unless(found == ["float32"], ", ".join(found), "Take modules_to_save out of the recipe.")
+    return fail_unless(found == ["float32"], ", ".join(found), "Use base.adapters.attach, which keeps it float32.")
 
 
 def optimizer_state_dtype(run: Run) -> Check:

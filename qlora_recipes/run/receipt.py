@@ -126,16 +126,19 @@ class AdapterReceipt:
     modules: int
     """Number of such modules."""
     parameters: int
-    """Trainable weights."""
+    """Trainable weights; of PiSSA's and OLoRA's, whose frozen half is saved with them, those that train."""
     dtype: str
     initial_sha256: str
-    """Hash of the weights before the first step; equal for all precisions of one seed."""
+    """Hash of the weights before the first step; equal for all precisions of one seed, but LoftQ's. DoRA's magnitudes,
+    norms of the base's weights as stored, are left out."""
     final_sha256: str
     all_finite: bool
     unchanged: list[str]
     """Tensors that are what they were before the first step."""
     bytes: int
     """Size of the saved file."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Rank to number of modules, as saved."""
 
 
 @dataclass
@@ -161,6 +164,8 @@ class TrainingReceipt:
     processes: int
     device: str
     attention: str
+    optimizer_state: dict[str, int] = field(default_factory=dict)
+    """Storage dtype to bytes that the optimizer of one process keeps; `float32 paged` can move to the host."""
 
 
 @dataclass

@@ -5,18 +5,21 @@ Changes nothing of the run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
 from qlora_recipes.base.adapters import adapted_modules, adapter_sha256, adapter_tensors
 from qlora_recipes.base.loading import stored_tensors
+from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
@@ -29,16 +32,20 @@ def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor])
     """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
+    layers = (cast(LoraLayer, run.model.get_submodule(name)) for name in modules)
+    ranks = Counter(str(layer.r[ADAPTER]) for layer in layers)
+    frozen_half = takes_a_part(run.settings.lora.get("init_lora_weights"))
     return AdapterReceipt(
         targets=sorted({name.rsplit(".")[-1] for name in modules}),
         modules=len(modules),
-        parameters=sum(tensor.numel() for tensor in after.values()),
+        parameters=sum(tensor.numel() for tensor in after.values()) // (2 if frozen_half else 1),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in after.values()})),
         initial_sha256=initial,
         final_sha256=adapter_sha256(run.model),
         all_finite=all(bool(torch.isfinite(tensor).all()) for tensor in after.values()),
         unchanged=sorted(name for name, tensor in after.items() if torch.equal(tensor, before[name])),
         bytes=0,
+        ranks=dict(sorted(ranks.items())),
     )
 
 
@@ -66,7 +73,19 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
         processes=trainer.accelerator.num_processes,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         attention=cast(PreTrainedModel, trainer.model).config._attn_implementation,
+        optimizer_state=optimizer_state(trainer.optimizer),
     )
+
+
+def optimizer_state(optimizer: Any) -> dict[str, int]:
+    """Return dtype to bytes of an optimizer's tensors; those that the driver can move to the host are `paged`."""
+    states = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
+    parts = {part.data_ptr(): part for state in states for part in state.values() if torch.is_tensor(part)}
+    found: Counter[str] = Counter()
+    for part in parts.values():  # bitsandbytes shares its tables
+        paged = " paged" if getattr(part, "is_paged", False) else ""
+        found[str(part.dtype).removeprefix("torch.") + paged] += part.nbytes
+    return dict(sorted(found.items()))
 
 
 def describe_memory(run: Run, held: int) -> MemoryReceipt:

@@ -74,7 +74,9 @@ def load_model(run: Run) -> Run:
         expand(base, getattr(torch, settings.dtype))
         receipt.storage = "expanded"
     base_bytes = environment.peak_bytes(device.type)  # without the adapter
-    model = attach(base, settings.lora, settings.seed)
+    model = attach(base, settings.lora, settings.seed, receipt.revision)
+    if settings.lora.get("use_dora"):
+        made.append("float32_dora_norm")
     return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
 
 
@@ -103,6 +105,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
             processing_class=run.tokenizer,
             callbacks=None if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
             rows=run.data.train,
+            loraplus_lr_ratio=run.settings.training.get("loraplus_lr_ratio"),
         )
     trainer.args.output_dir = str(folder.checkpoints)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

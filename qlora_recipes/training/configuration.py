@@ -86,6 +86,7 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
     packed = training.get("packing") or training.get("eval_packing")
     if not packed and training.setdefault("padding_free", padding_free):
         training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
+    training.pop("loraplus_lr_ratio", None)  # RunTrainer makes its optimizer
     if training.pop("early_stopping_patience", None) is not None:
         training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
     if training.get("load_best_model_at_end") and not evaluates_held_out(settings):
@@ -175,6 +176,13 @@ def _refuse_what_fails_later(settings: Settings, args: SFTConfig) -> None:
     args.get_process_log_level()  # type: ignore[no-untyped-call]  # not annotated
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise UsageError("--use_liger_kernel: liger-kernel is not installed; run: pip install liger-kernel")
+    start, precision = settings.lora.get("init_lora_weights"), settings.precision
+    if start == "loftq" and not precision.quantized:
+        raise UsageError("--init_lora_weights loftq starts from what quantizing took away; expected --precision nf4")
+    if start == "mica" and precision.quantized:
+        raise UsageError("--init_lora_weights mica takes its directions from 16-bit weights; expected --precision bf16")
+    if settings.lora.get("use_dora") and precision.quantized and not precision.quant_type:
+        raise UsageError("--use_dora: PEFT cannot read int8 weights once they have computed; expected 4 or 16 bits")
     if args.eval_on_start and not evaluates_held_out(settings):
         raise UsageError("--eval_on_start: nothing is evaluated; give --eval_strategy steps --eval_steps N too")
     if args.torch_compile_backend not in (None, *torch.compiler.list_backends(exclude_tags=())):

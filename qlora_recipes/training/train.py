@@ -133,7 +133,7 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
         launch.settings, skip_checks=launch.skip_checks, all_checks=launch.all_checks, console=launch.console
     )
 
-    initial = adapter_sha256(run.model)
+    initial = adapter_sha256(run.model, without="lora_magnitude_vector")
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
 

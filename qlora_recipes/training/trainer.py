@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from trl import SFTTrainer
@@ -30,7 +31,7 @@ from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.training import non_finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.trainer_utils import TrainOutput
 
 
@@ -78,7 +79,9 @@ class RunTrainer(SFTTrainer):
     step and the time spent. An evaluation that a fault prevented is done before the next step.
     """
 
-    def __init__(self, *args: Any, rows: Sequence[Conversation], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, rows: Sequence[Conversation], loraplus_lr_ratio: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.tokenizer = cast("PreTrainedTokenizerBase", self.processing_class)
         self.count = TokenCount()
@@ -88,6 +91,8 @@ class RunTrainer(SFTTrainer):
         """Whether any process was told to stop."""
         self.rows = rows
         """The training rows, which an error names."""
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        """LoRA+ (arXiv 2402.12354): learning rate of every B as a multiple of that of every A; None for one rate."""
         self._continued: Path | None = None
         """Checkpoint that is resumed, until a step or an evaluation is about to begin."""
         self._aside: Path | None = None
@@ -98,6 +103,15 @@ class RunTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._continued = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        adapted = cast(PeftModel, self.model if model is None else model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast("PreTrainedModel", adapted))
+        rates = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+        self.optimizer = create_loraplus_optimizer(adapted, kind, **rates, **options)
+        return self.optimizer
 
     # ---- A step ----
 
