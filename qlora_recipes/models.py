@@ -44,9 +44,7 @@ class ModelSpec:
     """Whether the sentencepiece of pretraining joined runs of spaces after all other pieces (by scores of -1e9)."""
 
     @classmethod
-    def from_pretrained(
-        cls, hub_id: str, revision: str | None = None, *, trust_remote_code: bool = False
-    ) -> ModelSpec:
+    def from_pretrained(cls, hub_id: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSpec:
         """Return the spec of a model on the hub or in a folder, with what its `config.json` says.
 
         Raises:

@@ -31,7 +31,9 @@ def base_bytes(sizes: Sizes, precision: Precision) -> int:
     For Llama-2-7B in NF4 3,866 MB. QLoRA (arXiv 2305.14314, figure 6) shows 5,048 MB for its 7B base without saying
     what that includes; an embedding and an output layer in float32 would account for 524 MB of the difference.
     """
-    return sum(each.count * _stored_bytes(each, precision) for each in sizes.weights) + 2 * unquantized_parameters(sizes)
+    return sum(each.count * _stored_bytes(each, precision) for each in sizes.weights) + 2 * unquantized_parameters(
+        sizes
+    )
 
 
 def _stored_bytes(weight: Weight, precision: Precision) -> int:
