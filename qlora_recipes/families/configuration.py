@@ -33,7 +33,7 @@ def read_config(location: str, revision: str | None = None) -> dict[str, Any]:
         raise UnreadableModelError(f"cannot read {file}: {error}. {_EXPECTED}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UnreadableModelError(
-            f"{file} has no model_type, so its architecture is unknown. Expected config.json as save_pretrained writes it"
+            f"{file} has no model_type, so its architecture is unknown. Expected it as save_pretrained writes it"
         )
     _check_usable(config, location)
     return config
