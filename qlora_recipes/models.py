@@ -126,3 +126,8 @@ FALCON_7B = ModelSpec(
 )
 
 MODELS = {"LLAMA_2_7B_CHAT": LLAMA_2_7B_CHAT, "FALCON_7B": FALCON_7B}
+
+
+def spec_named(source: str) -> ModelSpec:
+    """Return the spec of ours with this hub id, or one that says nothing else, so that all of it is found."""
+    return next((spec for spec in MODELS.values() if spec.hub_id == source), ModelSpec(source))

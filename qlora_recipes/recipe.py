@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
 from qlora_recipes.formatters import FORMATTERS, Message
-from qlora_recipes.models import ModelSpec
+from qlora_recipes.models import ModelSpec, spec_named
 
 # Fields that follow from other choices, and what to set instead.
 DERIVED = {
@@ -86,7 +86,7 @@ class Recipe:
     """
 
     model: ClassVar[ModelSpec]
-    """The model to tune; a hub id or a folder stands for `ModelSpec(it)`."""
+    """The model to tune; a hub id or a folder stands for the spec of ours that has it, or `ModelSpec(it)`."""
     dataset: ClassVar[DatasetSpec]
     """The rows to tune it on; a hub id or a file stands for `DatasetSpec(it)`."""
     lora: ClassVar[Mapping[str, Any]] = dict(
@@ -124,7 +124,7 @@ class Recipe:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, spec in (("model", ModelSpec), ("dataset", DatasetSpec)):
+        for name, spec in (("model", spec_named), ("dataset", DatasetSpec)):
             if isinstance(source := cls.__dict__.get(name), str) and source.strip():
                 setattr(cls, name, spec(source))
         for name in ("lora", "training"):

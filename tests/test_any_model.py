@@ -188,6 +188,7 @@ def test_strings_stand_for_specs() -> None:
     recipe = of_folder("Qwen/Qwen3-8B")
     assert recipe.model == ModelSpec("Qwen/Qwen3-8B")
     assert recipe.dataset == DatasetSpec("rows.jsonl")
+    assert of_folder(LLAMA_2_7B_CHAT.hub_id).model is LLAMA_2_7B_CHAT
 
 
 def test_another_model_takes_nothing_of_the_recipes(tmp_path: Path, recipe_for: Any) -> None:

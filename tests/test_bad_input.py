@@ -483,6 +483,7 @@ def test_an_output_folder_that_is_taken(refused: Refused, tmp_path: Path, kind: 
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ missing.name }}", "UndefinedError"),
         ("{% for %}", "TemplateSyntaxError"),
+        ("a\nb\n{% if %}", "in line 3"),
         ("{{ raise_exception('no') }}", "TemplateError: no"),
     ],
 )
@@ -498,7 +499,7 @@ def test_template(
 
     monkeypatch.setattr(encoding, "_RENDER_SECONDS", 0.3)
     (tmp_path / "mine.jinja").write_text(source)
-    spec = replace(recipe_for().model, chat_template=ChatTemplate(tmp_path / "mine.jinja", role_markers=r"\[/?INST\]"))
+    spec = replace(recipe_for().model, chat_template=ChatTemplate.from_file(tmp_path / "mine.jinja"))
     rows = recipe_for().dataset
     message = refused("--demo", recipe=recipe_for(model=spec, dataset=DatasetSpec(rows.source, demo=rows.demo)))
     assert "mine.jinja cannot render the conversation" in message

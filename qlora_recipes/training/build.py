@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import attach
-from qlora_recipes.base.loading import load_base, load_tokenizer
+from qlora_recipes.base.loading import load_base
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.arrow_rows import Rows
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import prepare
@@ -46,8 +47,7 @@ def prepare_rows(settings: Settings, console: Console | None = None) -> Run:
     environment.share_threads()
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
-    assert settings.spec.chat_template is not None
-    encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
+    encoder = ConversationEncoder(tokenizer, tokenizer.template)
     with progress_bar("rows", console or Console(quiet=True)) as bar:
         row = bar.add_task("rows", total=None)
         data = prepare(settings, encoder, lambda rows: bar.advance(row, rows))
