@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
-from qlora_recipes.errors import ModelError, UnreadableModelError
+from qlora_recipes.errors import ModelError
 from qlora_recipes.families import sizes_from
 from qlora_recipes.families.configuration import read_config
 from qlora_recipes.families.falcon import FALCON
@@ -72,7 +72,7 @@ class ModelSpec:
         """
         try:
             own = _identity(self.sizes or read_config(self.hub_id, self.revision))
-        except UnreadableModelError:
+        except ModelError:
             return True
         return own == _identity(config)
 

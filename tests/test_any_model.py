@@ -158,6 +158,21 @@ def test_a_recipe_of_three_lines_from_a_folder_of_its_own(tmp_path: Path) -> Non
     assert "can be 4-bit" in said
 
 
+def test_a_recipe_of_three_lines_trains(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ({"question": f"How many is {i}?", "answer": f"It is {i}."} for i in range(40))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(
+        "from qlora_recipes import Recipe\nclass Mine(Recipe):\n"
+        f"    model = {str(tiny('llama2'))!r}\n    dataset = 'rows.jsonl'\n"
+    )
+    cli.main(["train", "mine.py", "--max_steps", "2", "--max_length", "128", "--save_strategy", "no"])
+    receipt = json.loads((tmp_path / "runs/mine/nf4-seed0/run.json").read_text())
+    assert receipt["adapter"]["targets"] == sorted(LLAMA_LINEARS)
+    assert receipt["base"]["architecture"]["architecture"] == "llama, 2 layers of 64"
+    assert receipt["base"]["architecture"]["linears"] == ", ".join(LLAMA_LINEARS)
+
+
 def test_the_plan_shows_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "moe", **PUBLISHED["gpt-oss-20b"][0])
     (tmp_path / "mine.py").write_text(
@@ -229,7 +244,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an encoder with a decoder": (dict(model_type="t5", is_encoder_decoder=True), "t5 is an encoder with a decoder"),
     "a vision model": (dict(model_type="gemma3", vision_config={}), r"gemma3 sees or hears \(.*only decoders of text"),
     "a vision model without a decoder of its own": (dict(model_type="llava"), "llava sees or hears"),
-    "GPTQ": (dict(model_type="llama", quantization_config=GPTQ), r"already quantized \(gptq\).*original in 16 bits"),
+    "GPTQ": (
+        dict(model_type="llama", quantization_config=GPTQ),
+        r"already quantized \(gptq\).*a copy of it in 16 bits",
+    ),
     "AWQ": (dict(model_type="qwen3", quantization_config={"quant_method": "awq"}), r"already quantized \(awq\)"),
     "fp8": (dict(model_type="deepseek_v3", quantization_config={"quant_method": "fp8"}), r"quantized \(fp8\)"),
     "no model_type": (dict(hidden_size=8), "config.json has no model_type"),

@@ -56,7 +56,7 @@ def _file(location: str, revision: str | None) -> Path:
 @functools.cache  # the plan asks for it many times
 def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision))
@@ -69,12 +69,12 @@ def _from_hub(repository: str, revision: str | None) -> Path:
                 return fetch("config.json")
             except EntryNotFoundError:
                 raise _is_adapter(repository, fetch("adapter_config.json")) from None
-    except UnreadableModelError:
+    except ModelError:
         raise
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).splitlines()[0]
+    except GatedRepoError:
+        reason = "it is gated. Accept its terms on the hub, then run: hf auth login"
+    except Exception as error:  # of the hub's library, or of its HTTP client
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     raise UnreadableModelError(f"cannot read the config.json of {repository}: {reason}. {_EXPECTED}")
 
 
@@ -96,7 +96,7 @@ def _check_usable(config: Mapping[str, Any], location: str) -> None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise ModelError(
             f"cannot load {location}: its weights are already quantized ({method or 'quantization_config'}), and "
-            "quantized again they would be another model. Expected the original in 16 bits (--model)"
+            "quantized again they would be another model. Expected a copy of it in 16 bits (--model)"
         )
     if config.get("is_encoder_decoder"):
         raise ModelError(
