@@ -233,6 +233,9 @@ def test_a_demo_needs_no_network(recipe_for: Any) -> None:
 def test_a_model_that_must_be_looked_at_and_cannot_be_had() -> None:
     with pytest.raises(UnreadableModelError, match="nobody/nothing: the hub cannot be reached"):
         resolve(of_folder("nobody/nothing"))
+    for name in ("/no/where", "no where", "x" * 300):
+        with pytest.raises(UnreadableModelError, match="Expected a folder with config"):
+            resolve(of_folder(name))
 
 
 # ---- What cannot be tuned ----
@@ -246,11 +249,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a vision model without a decoder of its own": (dict(model_type="llava"), "llava sees or hears"),
     "GPTQ": (
         dict(model_type="llama", quantization_config=GPTQ),
-        r"already quantized \(gptq\).*a copy of it in 16 bits",
+        r"already quantized \(gptq\).*a copy .* in 16 bits",
     ),
     "AWQ": (dict(model_type="qwen3", quantization_config={"quant_method": "awq"}), r"already quantized \(awq\)"),
     "fp8": (dict(model_type="deepseek_v3", quantization_config={"quant_method": "fp8"}), r"quantized \(fp8\)"),
-    "no model_type": (dict(hidden_size=8), "config.json has no model_type"),
+    "no model_type": (dict(hidden_size=8), "config.json in .* has no model_type"),
     "an unknown type": (dict(model_type="nonesuch"), "Transformers .* does not know the model_type 'nonesuch'"),
     "code of its own": (
         dict(model_type="nonesuch", auto_map={"AutoModelForCausalLM": "its.Model"}),

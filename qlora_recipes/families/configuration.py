@@ -24,16 +24,18 @@ def read_config(location: str, revision: str | None = None) -> dict[str, Any]:
         UnreadableModelError: when it is missing, damaged or cannot be fetched.
         ModelError: when it, or what is there in its place, is of something that cannot be tuned.
     """
-    file = _file(location, revision)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(_file(location, revision).read_text(encoding="utf-8"))
+    except ModelError:
+        raise
     except OSError as error:
-        raise UnreadableModelError(f"no {file}: {error.strerror}. {_EXPECTED}") from error
-    except ValueError as error:
-        raise UnreadableModelError(f"cannot read {file}: {error}. {_EXPECTED}") from error
+        raise UnreadableModelError(f"no config.json in {location}: {error.strerror}. {_EXPECTED}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableModelError(f"cannot read config.json in {location}: {error}. {_EXPECTED}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UnreadableModelError(
-            f"{file} has no model_type, so its architecture is unknown. Expected it as save_pretrained writes it"
+            f"config.json in {location} has no model_type, so its architecture is unknown. Expected the file that "
+            "save_pretrained writes"
         )
     _check_usable(config, location)
     return config
