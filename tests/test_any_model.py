@@ -231,7 +231,7 @@ def test_a_demo_needs_no_network(recipe_for: Any) -> None:
 
 
 def test_a_model_that_must_be_looked_at_and_cannot_be_had() -> None:
-    with pytest.raises(UnreadableModelError, match="nobody/nothing: the hub cannot be reached"):
+    with pytest.raises(UnreadableModelError, match=r"cannot load nobody/nothing: .*the hub cannot be reached"):
         resolve(of_folder("nobody/nothing"))
     for name in ("/no/where", "no where", "x" * 300):
         with pytest.raises(UnreadableModelError, match="Expected a folder with config"):
@@ -253,14 +253,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "AWQ": (dict(model_type="qwen3", quantization_config={"quant_method": "awq"}), r"already quantized \(awq\)"),
     "fp8": (dict(model_type="deepseek_v3", quantization_config={"quant_method": "fp8"}), r"quantized \(fp8\)"),
-    "no model_type": (dict(hidden_size=8), "config.json in .* has no model_type"),
+    "no model_type": (dict(hidden_size=8), "its config.json has no model_type"),
     "an unknown type": (dict(model_type="nonesuch"), "Transformers .* does not know the model_type 'nonesuch'"),
     "code of its own": (
         dict(model_type="nonesuch", auto_map={"AutoModelForCausalLM": "its.Model"}),
         "its repository has code for it, which --trust_remote_code runs",
     ),
     "sizes that do not fit": (dict(model_type="qwen3", **{**TINY, "hidden_size": "wide"}), "refuses its config.json"),
-    "sizes that are missing": (dict(model_type="llama", hidden_size=8), "cannot read its dimensions from config.json"),
+    "sizes that are missing": (dict(model_type="llama", hidden_size=8), "dimensions in config.json: KeyError"),
 }
 
 
@@ -288,7 +288,7 @@ def test_files_that_are_no_base_are_refused(tmp_path: Path) -> None:
         tmp_path / "gguf": "gguf files are already quantized, for llama.cpp",
         tmp_path / "gguf" / "model-Q4_K_M.gguf": "gguf files are already quantized",
         tmp_path / "adapter": "an adapter of Qwen/Qwen3-8B, and no base",
-        tmp_path / "empty": "cannot read the config.json of",
+        tmp_path / "empty": "no config.json",
     }.items():
         with pytest.raises(ModelError, match=reason):
             resolve(of_folder(source))
