@@ -93,7 +93,11 @@ DATA: dict[str, tuple[str, bytes, Sequence[str]]] = {
         ["message 1 is user, expected assistant"],
     ),
     "assistant first": ("a.jsonl", lines(turns("assistant", "x")), ["message 0 is assistant, expected user"]),
-    "unknown role": ("a.jsonl", lines(turns("user", "x", "tool", "y")), ["role 'tool'", "system, user, assistant"]),
+    "unknown role": (
+        "a.jsonl",
+        lines(turns("user", "x", "robot", "y")),
+        ["role 'robot'", "system, developer, user, assistant"],
+    ),
     "ends with a question": (
         "a.jsonl",
         lines(turns("user", "x", "assistant", "y", "user", "z")),

@@ -39,7 +39,7 @@ def new(name: str, *rows: dict[str, Any], file: str = "rows.jsonl", model: str =
         ({"instruction": "Why?", "input": "", "output": "Because."}, "alpaca"),
         ({"Question": "Why?", "answer ": "Because."}, "question_answer"),
         *(({"text": text}, name) for name, text in TEXT.items()),
-        ({"prompt": "Why?", "completion": "Because."}, None),
+        ({"prompt": "Why?", "completion": "Because."}, "prompt_completion"),
         ({"Prompt": "Why?", "Response": "Because.", "id": "7", "source": "web"}, None),
         ({"subject": "Why?", "body": "Because."}, None),
     ],
