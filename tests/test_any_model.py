@@ -23,7 +23,7 @@ from qlora_recipes.memory.estimate import evaluation_memory, training_memory
 from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, parameter_count, sizes_of
 from qlora_recipes.memory.step import base_bytes
 from qlora_recipes.memory.workload import Workload
-from qlora_recipes.models import LLAMA_2_7B_CHAT
+from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import resolve
 from qlora_recipes.standins import STANDINS
@@ -159,18 +159,19 @@ def test_a_recipe_of_three_lines_from_a_folder_of_its_own(tmp_path: Path) -> Non
 
 
 def test_a_recipe_of_three_lines_trains(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With byte-level tokens: those of Llama 2 depend on `legacy`, which no file of the model says."""
     monkeypatch.chdir(tmp_path)
     rows = ({"question": f"How many is {i}?", "answer": f"It is {i}."} for i in range(40))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text(
         "from qlora_recipes import Recipe\nclass Mine(Recipe):\n"
-        f"    model = {str(tiny('llama2'))!r}\n    dataset = 'rows.jsonl'\n"
+        f"    model = {str(tiny('falcon'))!r}\n    dataset = 'rows.jsonl'\n"
     )
     cli.main(["train", "mine.py", "--max_steps", "2", "--max_length", "128", "--save_strategy", "no"])
     receipt = json.loads((tmp_path / "runs/mine/nf4-seed0/run.json").read_text())
-    assert receipt["adapter"]["targets"] == sorted(LLAMA_LINEARS)
-    assert receipt["base"]["architecture"]["architecture"] == "llama, 2 layers of 64"
-    assert receipt["base"]["architecture"]["linears"] == ", ".join(LLAMA_LINEARS)
+    assert set(receipt["adapter"]["targets"]) == set(FALCON_7B.linear_layers or ())
+    assert receipt["base"]["architecture"]["architecture"] == "falcon, 2 layers of 64"
+    assert receipt["base"]["architecture"]["linears"] == ", ".join(FALCON_7B.linear_layers or ())
 
 
 def test_the_plan_shows_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

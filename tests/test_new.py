@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Sequence[str], str, str]] = {
         ROW,
         "--model is missing; expected a hub id or a folder, such as Qwen/Qwen3-8B",
     ),
-    "an empty model": (["mine", "--model", " ", "--dataset", "rows.jsonl"], ROW, "--model is missing"),
+    "an empty model": (["mine", "--model", " ", "--dataset", "rows.jsonl"], ROW, "--model: got ' ', expected text"),
     "no file": (["mine", "--model", "FALCON_7B"], ROW, "--dataset is missing"),
     "a missing file": (["mine", "--dataset", "x.csv"], ROW, "--dataset: got 'x.csv', expected a file that exists"),
     "no rows": (["mine"], "", "rows.jsonl has no rows"),

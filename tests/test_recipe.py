@@ -44,7 +44,10 @@ def test_every_fault_is_in_one_message() -> None:
         ({"training": {"bf16": True}}, "bf16 is not set by hand; it follows from --dtype bfloat16"),
         ({"training": [1]}, "training: got [1], expected a dict of SFTConfig fields"),
         ({"model": 7}, 'model: got 7, expected a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec'),
-        ({"dataset": 7}, 'dataset: got 7, expected a file or a hub id, such as "my_rows.jsonl", or a DatasetSpec'),
+        (
+            {"dataset": 7},
+            'dataset: got 7, expected a file or a hub id, such as "my_rows.jsonl", a DatasetSpec, or a list',
+        ),
         ({"dataset": DatasetSpec("a", format_row="guanaco")}, "expected a function from row to messages"),
         ({"dataset": DatasetSpec("a", held_out=1.0)}, "dataset.held_out: got 1.0"),
         ({"dataset": DatasetSpec("a", share=0)}, "dataset.share: got 0, expected the share of its rows to use"),
