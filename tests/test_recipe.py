@@ -43,8 +43,11 @@ def test_every_fault_is_in_one_message() -> None:
         ({"training": {"learning_rate": -1e-4}}, "learning_rate: got -0.0001, expected a positive number"),
         ({"training": {"bf16": True}}, "bf16 is not set by hand; it follows from --dtype bfloat16"),
         ({"training": [1]}, "training: got [1], expected a dict of SFTConfig fields"),
-        ({"model": "meta-llama/Llama-2-7b"}, "model: got 'meta-llama/Llama-2-7b', expected a ModelSpec"),
-        ({"dataset": "rows.jsonl"}, "dataset: got 'rows.jsonl', expected a DatasetSpec"),
+        ({"model": 7}, 'model: got 7, expected a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec'),
+        (
+            {"dataset": 7},
+            'dataset: got 7, expected a file or a hub id, such as "my_rows.jsonl", a DatasetSpec, or a list',
+        ),
         ({"dataset": DatasetSpec("a", format_row="guanaco")}, "expected a function from row to messages"),
         ({"dataset": DatasetSpec("a", held_out=1.0)}, "dataset.held_out: got 1.0"),
         ({"dataset": DatasetSpec("a", share=0)}, "dataset.share: got 0, expected the share of its rows to use"),

@@ -129,8 +129,8 @@ def prove_mixing(runs: MixedRuns) -> MixingProof:
     if runs.unmixable:
         raise UsageError(f"{runs.unmixable}. Expected {ALLOWED}; ask this run by itself")
     encoder = runs.run.encoder
-    rows = [encoder.encode(row.messages, row.tools).input_ids for row in runs.run.held_out[:_PROBES]]
-    probes = rows or [encoder.encode_prompt(_HELLO)]
+    held_out = [encoder.encode(row.messages, row.tools).input_ids for row in runs.run.held_out[:_PROBES]]
+    probes = held_out or [encoder.encode_prompt(_HELLO)]
     names = list(runs.adapters)
     rows = [(name, ids[:_PROBE_TOKENS]) for ids in probes for name in names]
     mixed = _logits(runs, [ids for _, ids in rows], [name for name, _ in rows])

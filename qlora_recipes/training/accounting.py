@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
-from qlora_recipes.base.adapters import adapted_modules, adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors
 from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
