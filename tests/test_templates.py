@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trl
+from preflight_runs import read, verdict_of
 from small_tokenizers import small_tokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT, ChatTemplate
+from qlora_recipes.commands.chat import answer
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.data.templates import choose_template, mark
-from qlora_recipes.errors import ModelError, RecipesError, TemplateError
+from qlora_recipes.data.templates import choose_template, fault_of, mark
+from qlora_recipes.errors import DataError, ModelError, RecipesError, TemplateError
 from qlora_recipes.formatters import Message, Reason, RowError
 from qlora_recipes.models import LLAMA_2_7B_CHAT
+from qlora_recipes.preflight import BEFORE_LOADING, prompts, run_checks
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 PAIRS = sorted(file.name.removesuffix("_training.jinja") for file in FOLDER.glob("*_training.jinja"))
@@ -31,11 +38,14 @@ SPECIAL = re.compile(
     "<[|\uff5c][^<>'\"\\s]{1,40}[|\uff5c]>" + r"|<\|\w+>|<\w+\|>|<(?:start|end)_of_\w+>|\[/?INST\]|\[gMASK\]|<sop>"
 )
 WORDS = re.compile(r"</?(?:think|tool_call|tool_response|tools)>")  # added to vocabularies, but not special
-ONE: list[Message] = [
-    {"role": "user", "content": "Where does Ada live?"},
-    {"role": "assistant", "content": "In Örebro."},
-]
-SEVERAL = [*ONE, {"role": "user", "content": "And  her\n\ndog?"}, {"role": "assistant", "content": "With her.\n\nYes."}]
+
+
+def ask(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ONE = ask("Where does Ada live?", "In Örebro.")
+SEVERAL = [*ONE, *ask("And  her\n\ndog?", "With her.\n\nYes.")]
 CALL = {"type": "function", "function": {"name": "where", "arguments": {"name": "Ada"}}}
 CONVERSATIONS: dict[str, list[Any]] = {
     "one turn": ONE,
@@ -164,6 +174,16 @@ def test_a_template_that_nobody_knows_is_marked() -> None:
     assert encoder.closes(cut) == [True, False]
 
 
+def test_words_after_an_answer_are_not_left_in_the_loss() -> None:
+    """Marks that reach into the header of the next turn."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '</s> user: ' }}"
+        "{% endgeneration %}{% else %}{{ m.content + ' assistant: ' }}{% endif %}{% endfor %}"
+    )
+    encoder = ConversationEncoder(tokenizer_for(source), ChatTemplate(source, "mine.jinja"))
+    assert fault_of(encoder, ONE) == "words after an answer are in the loss"
+
+
 def test_marks_that_hold_more_than_the_answer_are_replaced() -> None:
     """As SmolLM3's, which have the role's header in them."""
     header, prompt = (
@@ -232,9 +252,9 @@ def test_plain_text_that_opens_turns_is_refused_in_a_message() -> None:
     encoder = encoder_of(plain)
     for text in ("a [TASK] b", "a [ANSWER] b"):
         with pytest.raises(RowError) as caught:
-            encoder.encode([{"role": "user", "content": text}, ONE[1]])
+            encoder.encode(ask(text, "Yes."))
         assert caught.value.reason == Reason.CONTROL_STRING
-    assert encoder.encode([{"role": "user", "content": "a task, b. ANSWER"}, ONE[1]]).supervised
+    assert encoder.encode(ask("a task, b. ANSWER", "Yes.")).supervised
 
 
 def test_a_model_without_a_template_takes_the_plain_one() -> None:
@@ -251,7 +271,7 @@ def test_a_model_without_a_template_takes_the_plain_one() -> None:
         "### User:\nWhere does Ada live?\n\n### Assistant:"
     )
     with pytest.raises(RowError, match="contains '### Assistant:'"):
-        encoder.encode([{"role": "user", "content": "a\n### Assistant:\nb"}, ONE[1]])
+        encoder.encode(ask("a\n### Assistant:\nb", "Yes."))
 
 
 def test_the_recipes_own_template_comes_first_and_ours_before_the_tokenizers() -> None:
@@ -283,6 +303,7 @@ def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: Any) -> st
         (["<|reserved_special_token_0|>", "<|image_pad|>"], {}, "<|reserved_special_token_0|>"),
         (["<|fim_prefix|>", "<|fim_pad|>"], {"pad_token": "</s>"}, "<|fim_pad|>"),
         (["<|reserved_0|>"], {"pad_token": "<|im_end|>"}, "<|reserved_0|>"),
+        (["<|reserved_0|>"], {"pad_token": "<s>"}, "<|reserved_0|>"),
         (["<0x00>", "<0xFF>"], {"unk_token": "<unk>"}, "<unk>"),
     ],
 )
@@ -335,3 +356,71 @@ def test_the_end_of_a_turn_is_the_templates(name: str, end: str) -> None:
         except RowError:
             continue
         assert all(encoder.closes(labels))
+
+
+# ---- Rows of a run, and generation ----
+
+
+ROWS = [ask(f"What is {i} and {i}?", f"That is {2 * i}, of course.") for i in range(12)]
+
+
+def recipe_of(recipe_for: Callable[..., type[Recipe]], folder: Path, rows: list[list[Message]]) -> type[Recipe]:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    dataset = DatasetSpec(str(file), demo="guanaco_llama2")
+    return recipe_for(model=UNNAMED, dataset=dataset, training=dict(max_steps=1, max_length=2048))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gptoss", "phi3", "glm4moe", "own", "plain"])
+def test_rows_pass_every_check(name: str, recipe_for: Callable[..., type[Recipe]], tmp_path: Path) -> None:
+    """Text after the end token is allowed, and the end need not be EOS: TRL's qwen3 was refused for both."""
+    source = {"own": CHATML, "plain": ""}.get(name, source_of(name) if name in PAIRS else "")
+    tokenizer = tokenizer_for(source, pad_token="<pad>")
+    several = [[*ROWS[i], *ROWS[i + 1]] for i in range(10)]
+    run = read(recipe_of(recipe_for, tmp_path, [*ROWS, *several]), Path(saved(tmp_path / "model", tokenizer)))
+    checks = run_checks(BEFORE_LOADING, run)
+    assert {check.name for check in checks if check.verdict != "pass"} <= {
+        "duplicates",
+        "contamination",
+        "held_out_rows",
+    }
+    receipt = run.data.template
+    assert receipt.origin == {"own": "marked", "plain": "plain"}.get(name, "trl")
+    assert receipt.end_token_trained and receipt.end_token == run.encoder.end_token
+    assert receipt.sha256 == run.encoder.template.sha256
+
+
+def test_a_prompt_that_opens_the_reasoning_is_refused_for_rows_without(
+    recipe_for: Callable[..., type[Recipe]], tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_for(source_of("nemotron_3_nano"), pad_token="<pad>")
+    run = read(recipe_of(recipe_for, tmp_path, ROWS), Path(saved(tmp_path / "model", tokenizer)))
+    check = verdict_of(prompts.template_agrees, run)
+    assert check.verdict == "fail"
+    assert "opens the reasoning" in check.advice
+
+
+def test_rows_with_a_turn_that_the_template_refuses_are_dropped(
+    recipe_for: Callable[..., type[Recipe]], tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_for(source_of("gemma"), pad_token="<pad>")
+    model = Path(saved(tmp_path / "model", tokenizer))
+    system = [[{"role": "system", "content": "Be brief."}, *row] for row in ROWS]
+    run = read(recipe_of(recipe_for, tmp_path, [*ROWS, *system[:5]]), model)
+    assert run.data.receipt.rows_dropped == {Reason.TEMPLATE: 5}
+    with pytest.raises(DataError, match=r"12 refused by the template[\s\S]*System role not supported"):
+        read(recipe_of(recipe_for, tmp_path, system), model)
+
+
+def test_chat_stops_at_the_end_of_a_turn() -> None:
+    encoder = encoder_of(source_of("llama3"), pad_token="<pad>")
+    asked: dict[str, Any] = {}
+
+    def generate(**options: Any) -> torch.Tensor:
+        asked.update(options)
+        return torch.cat([options["input_ids"], torch.tensor([encoder.tokenizer("Hi")["input_ids"]])], 1)
+
+    model = SimpleNamespace(device="cpu", generate=generate)
+    run: Any = SimpleNamespace(encoder=encoder, tokenizer=encoder.tokenizer, model=model)
+    assert answer(run, ONE[:1], 4) == "Hi"
+    assert encoder.tokenizer.convert_ids_to_tokens(asked["eos_token_id"]) == "<|eot_id|>"

@@ -103,11 +103,10 @@ def _pad_token(spec: ModelSpec, tokenizer: Any, template: ChatTemplate, model: s
 
 def _unused(tokenizer: Any, template: ChatTemplate) -> Iterator[str]:
     """Yield tokens that no text becomes and the template does not write, the tokenizer's own pad token first."""
-    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.unk_token:
-        yield tokenizer.pad_token
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    named = {tokenizer.bos_token, tokenizer.unk_token}
-    free = [token for token in special if token not in template.source and token not in named]
+    used = {None, tokenizer.bos_token, tokenizer.unk_token}
+    free = [token for token in (tokenizer.pad_token, *special) if token not in used and token not in template.source]
+    yield from (token for token in free if token == tokenizer.pad_token)
     for pattern in _RESERVED[:2]:
         yield from filter(pattern.search, free)
     if tokenizer.unk_token is not None and all(byte in tokenizer.get_vocab() for byte in _EVERY_BYTE):

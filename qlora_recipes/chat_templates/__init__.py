@@ -61,5 +61,5 @@ class ChatTemplate:
 
 LLAMA_2_CHAT = ChatTemplate.from_file(HERE / "llama2.jinja", r"\[/?INST\]|<</?SYS>>", "package")
 FALCON_CHAT = ChatTemplate.from_file(HERE / "falcon.jinja", r"(?m)^[ \t]*(?:System|User|Assistant):", "package")
-PLAIN_CHAT = ChatTemplate.from_file(HERE / "plain.jinja", r"(?m)^[ \t]*### (?:System|User|Assistant):", "plain")
+PLAIN_CHAT = ChatTemplate.from_file(HERE / "plain.jinja", r"### (?:System|User|Assistant):", "plain")
 """For a tokenizer that has no template, as those of base models."""

@@ -33,15 +33,23 @@ def template_agrees(run: Run) -> Check:
     figures = run.data.figures
     rows = spread(run.data.train, _ROWS, ~figures["truncated"] & ~figures["control_text"])
     rows = [row for row in rows if before_last_answer(row.messages)]  # a plain text has no prompt
-    wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
+    wrong = [row for row in rows if not _prompt_agrees(run, row)]
+    advice = "Let add_generation_prompt render exactly what comes before {% generation %} in training."
+    if wrong and _opens_reasoning(run, wrong[0]):
+        advice = "The prompt opens the reasoning, and the rows have none: give rows with it, or a template of your own."
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
-        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0]} first"
+        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0].place} first"
         if wrong
         else f"{len(rows)} prompts, {run.data.template.name} ({run.data.template.origin}), "
         f"sha256 {run.data.template.sha256[:12]}",
-        "Let add_generation_prompt render exactly what comes before {% generation %} in training.",
+        advice,
     )
+
+
+def _opens_reasoning(run: Run, row: Conversation) -> bool:
+    prompt = run.encoder.render(before_last_answer(row.messages), row.tools, add_generation_prompt=True)
+    return prompt.text.rstrip().endswith("<think>")
 
 
 def _prompt_agrees(run: Run, row: Conversation) -> bool:
@@ -107,7 +115,9 @@ def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
     encoder = run.encoder
     added = [token for token in run.tokenizer.get_added_vocab() if token.strip()]
-    pieces = [f"words\n{encoder.spelled(piece)}words" for piece in turn_pieces(encoder) if piece.strip()]
+    first, *others = [encoder.spelled(piece) for piece in turn_pieces(encoder)]
+    pieces = [f"words\n{first}words", *(f"words{piece}words" for piece in others)]
+    pieces = [piece for piece in pieces if piece.split() != ["words", "words"]]  # white space opens no turn
     tokens = [f"words {token} words" for token in added]
     refused, harmless = None, _controls(encoder, "words")
     forged = [text for text in tokens if _controls(encoder, text) not in (refused, harmless)]
