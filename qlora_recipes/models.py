@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
-from qlora_recipes.errors import ModelError, UnreadableModelError
+from qlora_recipes.errors import ModelError
 from qlora_recipes.families import sizes_from
 from qlora_recipes.families.configuration import read_config
 from qlora_recipes.families.falcon import FALCON
@@ -72,7 +72,7 @@ class ModelSpec:
         """
         try:
             own = _identity(self.sizes or read_config(self.hub_id, self.revision))
-        except UnreadableModelError:
+        except ModelError:
             return True
         return own == _identity(config)
 
@@ -126,3 +126,8 @@ FALCON_7B = ModelSpec(
 )
 
 MODELS = {"LLAMA_2_7B_CHAT": LLAMA_2_7B_CHAT, "FALCON_7B": FALCON_7B}
+
+
+def spec_named(source: str) -> ModelSpec:
+    """Return the spec of ours with this hub id, or one that says nothing else, so that all of it is found."""
+    return next((spec for spec in MODELS.values() if spec.hub_id == source), ModelSpec(source))

@@ -22,7 +22,7 @@ from qlora_recipes.fields import fields_of
 from qlora_recipes.formatters import Formatted
 from qlora_recipes.formatters.datasets import DATASETS, dataset_faults, function_faults
 from qlora_recipes.formatters.datasets import DatasetSpec as DatasetSpec
-from qlora_recipes.models import ModelSpec
+from qlora_recipes.models import ModelSpec, spec_named
 
 # Fields that follow from other choices, and what to set instead.
 DERIVED = {
@@ -64,7 +64,7 @@ class Recipe:
     """
 
     model: ClassVar[ModelSpec]
-    """The model to tune; a hub id or a folder stands for `ModelSpec(it)`."""
+    """The model to tune; a hub id or a folder stands for the spec of ours that has it, or `ModelSpec(it)`."""
     dataset: ClassVar[DatasetSpec | Sequence[DatasetSpec]]
     """The rows to tune it on, or a list of such; a hub id or a file stands for `DatasetSpec(it)`."""
     lora: ClassVar[Mapping[str, Any]] = dict(
@@ -102,7 +102,7 @@ class Recipe:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, spec in (("model", ModelSpec), ("dataset", DatasetSpec)):
+        for name, spec in (("model", spec_named), ("dataset", DatasetSpec)):
             if isinstance(source := cls.__dict__.get(name), str) and source.strip():
                 setattr(cls, name, spec(source))
         if isinstance(several := cls.__dict__.get("dataset"), list | tuple):

@@ -24,7 +24,7 @@ from typing import Any
 from qlora_recipes.errors import UnreadableModelError, UsageError, nearest
 from qlora_recipes.families.configuration import read_config
 from qlora_recipes.masking import masked, names_secret
-from qlora_recipes.models import MODELS, ModelSpec
+from qlora_recipes.models import MODELS, ModelSpec, spec_named
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
 from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
 from qlora_recipes.standins import ROWS, STANDINS
@@ -189,7 +189,7 @@ def spec_of(spec: ModelSpec, source: str, revision: str | None, *, trust_remote_
         if not is_own and not spec.is_copied_by(config):
             standin = STANDINS.get(spec.family or "")
             if standin is None or not ModelSpec(str(standin.folder)).is_copied_by(config):
-                spec = ModelSpec(source, revision)
+                spec = replace(spec_named(source), revision=revision)
         return spec.completed(config, location, revision, trust_remote_code=trust_remote_code)
     except UnreadableModelError:
         if spec.linear_layers is None:

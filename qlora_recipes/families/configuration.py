@@ -24,16 +24,18 @@ def read_config(location: str, revision: str | None = None) -> dict[str, Any]:
         UnreadableModelError: when it is missing, damaged or cannot be fetched.
         ModelError: when it, or what is there in its place, is of something that cannot be tuned.
     """
-    file = _file(location, revision)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(_file(location, revision).read_text(encoding="utf-8"))
+    except ModelError:
+        raise
     except OSError as error:
-        raise UnreadableModelError(f"no {file}: {error.strerror}. {_EXPECTED}") from error
-    except ValueError as error:
-        raise UnreadableModelError(f"cannot read {file}: {error}. {_EXPECTED}") from error
+        raise UnreadableModelError(f"cannot load {location}: no config.json: {error.strerror}. {_EXPECTED}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableModelError(f"cannot load {location}: broken config.json: {error}. {_EXPECTED}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UnreadableModelError(
-            f"{file} has no model_type, so its architecture is unknown. Expected config.json as save_pretrained writes it"
+            f"cannot load {location}: its config.json has no model_type, which names the architecture. Expected the "
+            "file that save_pretrained writes"
         )
     _check_usable(config, location)
     return config
@@ -56,7 +58,7 @@ def _file(location: str, revision: str | None) -> Path:
 @functools.cache  # the plan asks for it many times
 def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision))
@@ -69,13 +71,13 @@ def _from_hub(repository: str, revision: str | None) -> Path:
                 return fetch("config.json")
             except EntryNotFoundError:
                 raise _is_adapter(repository, fetch("adapter_config.json")) from None
-    except UnreadableModelError:
+    except ModelError:
         raise
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).splitlines()[0]
-    raise UnreadableModelError(f"cannot read the config.json of {repository}: {reason}. {_EXPECTED}")
+    except GatedRepoError:
+        reason = "it is gated. Accept its terms on the hub, then run: hf auth login"
+    except Exception as error:  # of the hub's library, or of its HTTP client
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    raise UnreadableModelError(f"cannot load {repository}: no config.json: {reason}. {_EXPECTED}")
 
 
 def _is_adapter(location: str, file: Path) -> ModelError:
@@ -96,7 +98,7 @@ def _check_usable(config: Mapping[str, Any], location: str) -> None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise ModelError(
             f"cannot load {location}: its weights are already quantized ({method or 'quantization_config'}), and "
-            "quantized again they would be another model. Expected the original in 16 bits (--model)"
+            "quantized again they would be another model. Expected a copy of it in 16 bits (--model)"
         )
     if config.get("is_encoder_decoder"):
         raise ModelError(

@@ -31,9 +31,8 @@ def base_bytes(sizes: Sizes, precision: Precision) -> int:
     For Llama-2-7B in NF4 3,866 MB. QLoRA (arXiv 2305.14314, figure 6) shows 5,048 MB for its 7B base without saying
     what that includes; an embedding and an output layer in float32 would account for 524 MB of the difference.
     """
-    return sum(each.count * _stored_bytes(each, precision) for each in sizes.weights) + 2 * unquantized_parameters(
-        sizes
-    )
+    stored = sum(each.count * _stored_bytes(each, precision) for each in sizes.weights)
+    return stored + 2 * unquantized_parameters(sizes)
 
 
 def _stored_bytes(weight: Weight, precision: Precision) -> int:
@@ -172,9 +171,9 @@ class Step:
         """The largest linear layer, or all experts of one, in 16 bits (`dequantize_4bit`); int8's copy to be scaled."""
         if not self.precision.quantized or self.work.storage == "expanded":
             return 0
-        weights = max(each.numel for each in self.sizes.weights)
+        stored = self.sizes.weights if self.precision.quant_type else self.sizes.linears
+        weights = max(each.numel for each in stored)
         if self.precision.quant_type is None:
-            weights = max(each.numel for each in self.sizes.linears)
             return weights * (2 if self.work.device == "cuda" else 10)  # a CPU multiplies by the scales in float32
         return 2 * weights + (2 * 4 * weights // 64 if self.precision.double_quant else 0)
 
