@@ -108,7 +108,8 @@ class ConversationEncoder:
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         self._cut = re.compile("([" + "".join(marks.values()) + "])")
-        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        """Whether the tokenizer itself puts BOS before a text."""
         self.knows_developer = re.search("['\"]developer['\"]", source) is not None
         """Whether the template has a developer; where it has none, that is the system."""
         self.knows_reasoning = re.search("reasoning_content|thinking", source) is not None
@@ -244,7 +245,7 @@ class ConversationEncoder:
         All of it is in the loss but its first token, before which there is nothing to tell it from.
         """
         self._refuse_forged([{"role": TEXT, "content": text}], None)
-        start = self._variables["bos_token"] if self._adds_bos else ""
+        start = self._variables["bos_token"] if self.adds_bos else ""
         whole = f"{start}{text}{self._variables['eos_token']}"
         return Rendered(whole, [(1, len(whole))])
 
