@@ -96,6 +96,8 @@ def load_base(
     with torch.device("meta"):  # no weights: here what quantization overlooks still counts as expected
         outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     _check_experts(model, outline, precision)
+    if repairs.separate_packed(outline):
+        made.append("separate_packed")
     with repairs.quantize_experts(precision) as while_loading:
         base, loading = _from_hub(
             AutoModelForCausalLM.from_pretrained,

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -45,8 +46,9 @@ def plain_linears(model: nn.Module) -> bool:
 
 def _computes_linear(layer: nn.Linear) -> bool:
     """Whether a layer multiplies and adds, and does nothing else: tried with small weights, which are not its own."""
-    draw = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((3, 16), (8, 16), (8,)))
+    draw = torch.Generator("cpu").manual_seed(0)
+    sizes = ((3, 16), (8, 16), (8,))
+    x, weight, bias = (torch.randn(*size, generator=draw, device="cpu") for size in sizes)  # a model may be made as meta
     given = {"weight": weight} | ({} if layer.bias is None else {"bias": bias})
     try:
         found = torch.func.functional_call(layer, given, x)
@@ -113,25 +115,30 @@ def _falcon() -> Any:
     return modeling_falcon
 
 
-def separate_packed_falcon() -> bool:
-    """Pass the position ids to Falcon's mask, so that packed conversations cannot see each other.
+def separate_packed(outline: PreTrainedModel) -> bool:
+    """Pass the position ids to the masks of a model that forgets them, so that packed conversations stay apart.
 
-    Transformers 5.23, `models/falcon/modeling_falcon.py`, `FalconModel.forward`: `create_causal_mask` is called
-    without `position_ids`, from which it tells packed rows apart. The logits of the second conversation of a row move
-    by 0.7 when the first one changes; Llama's by 0.
+    Transformers 5.23, `models/falcon/modeling_falcon.py` and `models/gpt_oss/modeling_gpt_oss.py`: `create_causal_mask`
+    is called without `position_ids`, from which it tells packed rows apart. The logits of the second conversation of a
+    row move by 0.7 when the first one changes; Llama's by 0. Whether a model forgets them is tried on it, without its
+    weights. Call before loading; it changes the class.
     """
-    falcon = _falcon()
-    forward = falcon.FalconModel.forward
-    source = inspect.getsource(forward)
-    call = source.partition("create_causal_mask(")[2].partition("\n        )")[0]
-    if "position_ids=" in call or hasattr(forward, "separates_packed"):
+    backbone: Any = type(outline.base_model)
+    if hasattr(backbone.forward, "separates_packed"):
+        return True
+    forward, scope = backbone.forward, inspect.unwrap(backbone.forward).__globals__
+    makers = {name: maker for name, maker in scope.items() if re.fullmatch(r"create_\w*mask", name)}
+    if not _forgets_positions(outline, scope, makers):
         return False
-    plain_mask = falcon.create_causal_mask
     current: list[torch.Tensor | None] = [None]
 
-    def create_causal_mask(*args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("position_ids", current[0])
-        return plain_mask(*args, **kwargs)
+    def with_positions(maker: Any) -> Any:
+        @functools.wraps(maker)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            kwargs.setdefault("position_ids", current[0])
+            return maker(*args, **kwargs)
+
+        return make
 
     @functools.wraps(forward)
     def forward_with_positions(*args: Any, **kwargs: Any) -> Any:
@@ -142,9 +149,29 @@ def separate_packed_falcon() -> bool:
             current[0] = None
 
     vars(forward_with_positions)["separates_packed"] = True
-    falcon.create_causal_mask = create_causal_mask
-    falcon.FalconModel.forward = forward_with_positions
+    scope.update({name: with_positions(maker) for name, maker in makers.items()})
+    backbone.forward = forward_with_positions
     return True
+
+
+def _forgets_positions(outline: PreTrainedModel, scope: dict[str, Any], makers: dict[str, Any]) -> bool:
+    """Whether the first mask that a model asks for is asked for without the position ids that the model was given."""
+    given: list[Any] = []
+
+    def stop(maker: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> None:
+            given.append(inspect.signature(maker).bind_partial(*args, **kwargs).arguments.get("position_ids"))
+            raise InterruptedError
+
+        return make
+
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    with mock.patch.dict(scope, {name: stop(maker) for name, maker in makers.items()}):
+        try:
+            outline.base_model(input_ids=ids, position_ids=torch.arange(4, device="meta")[None], use_cache=False)
+        except Exception:  # a model may fail in other ways without its weights; then it is left as it is
+            return bool(given) and given[0] is None
+    return False
 
 
 def route_falcon_attention(name: str) -> bool:

@@ -53,6 +53,5 @@ FALCON = Family(
     mlp_forward=4,
     mlp_workspace=(2, 4),
     heap=(0.25, 1.0),
-    repairs=("separate_packed_falcon",),
     attention_repair="route_falcon_attention",
 )

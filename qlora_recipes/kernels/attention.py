@@ -42,10 +42,11 @@ def conversation_mask(
     """Return where the conversations of one packed row begin, and its end: int32, ascending, [conversations + 1].
 
     None is a row of one conversation. Anything else (padding, several rows, a cache, a mask that a model makes itself,
-    a window that is shorter than a conversation) gets the mask of `sdpa`.
+    a window that is shorter than a conversation, layers that share keys and cut the mask) gets the mask of `sdpa`.
     """
     packed = not allow_is_causal_skip  # how Transformers signals a mask that is more than causal
     plain = not others.get("use_vmap") and others.get("attention_mask") is None
+    plain = plain and not getattr(others.get("config"), "num_kv_shared_layers", 0)
     later = torch.arange(1, q_length, device=device)
     first = torch.zeros_like(later)
     if (

@@ -106,7 +106,7 @@ def packing_leak(run: Run) -> Check:
         )
     with without_outlier_columns(run.model) as int8:
         own, leak = _moved(run)
-    repaired = ", after separate_packed_falcon" if "separate_packed_falcon" in run.repairs else ""
+    repaired = ", after separate_packed" if "separate_packed" in run.repairs else ""
     figure = f"{leak:.2g} in the next conversation's logits, {own:.2g} in its own{repaired}"
     if not int8 or leak > _NOISE * own:
         repair = "Repair the mask, which ignores position_ids, in base/repairs.py"
