@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from qlora_recipes.kernels.experts import pack, stacks
+from qlora_recipes.kernels.experts import Dequantize, pack, stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +93,11 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
             return plain_convert(self, input_dict, **others)
         kind: Any = {"quant_type": precision.quant_type, "compress_statistics": precision.double_quant}
         whole = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        return {name: Params4bit(value, **kind).to(value.device) for name, value in whole.items()}
+        packed = {name: Params4bit(value, **kind).to(value.device) for name, value in whole.items()}
+        for name, weight in packed.items():
+            first, original = Dequantize()(weight)[0].float(), whole[name][0].float()
+            vars(weight)["error"] = float((first - original).norm() / original.norm())
+        return packed
 
     with (
         mock.patch.object(HfQuantizer, "preprocess_model", preprocess_model),

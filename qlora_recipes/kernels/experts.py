@@ -7,7 +7,8 @@ Transformers has multiplies by it. Knows nothing of recipes or runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
 
@@ -23,15 +24,19 @@ _PACKED = re.compile(r"parametrizations\.(\w+)\.original")
 class Dequantize(nn.Module):
     """From a 4-bit parameter to the 16-bit stack that it stands for."""
 
-    kept: torch.Tensor | None = None
+    expanded_weight: torch.Tensor | None = None
     """The stack itself, where there is memory for both; it belongs to no state dict."""
 
-    @torch.no_grad()
+    update: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What an adapter adds to the stack while its module computes."""
+
     def forward(self, packed: Any) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        found = dequantize_4bit(packed.data, packed.quant_state) if self.kept is None else self.kept
-        return cast(torch.Tensor, found)
+        stack = self.expanded_weight
+        if stack is None:
+            stack = cast(torch.Tensor, dequantize_4bit(packed.data, packed.quant_state))
+        return stack if self.update is None else self.update(stack)
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -60,11 +65,11 @@ def pack(module: nn.Module, name: str, owner: nn.Module | None) -> None:
 
 def _forward(self: Any, *arguments: Any, **others: Any) -> Any:
     """Compute with each stack dequantized once, and dequantized anew for the gradient instead of kept for it."""
-    chains = self.parametrizations.values()
-    adapted = any(len(chain) > 1 for chain in chains)  # PEFT takes its part away again before the gradient is computed
-    kept = any(chain[0].kept is not None for chain in chains)
+    stacks = [chain[0] for chain in self.parametrizations.values()]
+    adapted = any(stack.update is not None for stack in stacks)  # which is gone when the gradient is computed
+    expanded = any(stack.expanded_weight is not None for stack in stacks)
     inside = getattr(self.owner[0], "gradient_checkpointing", False)
-    if adapted or kept or inside or not (self.training and torch.is_grad_enabled()):
+    if adapted or expanded or inside or not (self.training and torch.is_grad_enabled()):
         return _compute(self, *arguments, **others)
     return checkpoint(_compute, self, *arguments, use_reentrant=False, **others)
 
@@ -72,3 +77,56 @@ def _forward(self: Any, *arguments: Any, **others: Any) -> Any:
 def _compute(self: Any, *arguments: Any, **others: Any) -> Any:
     with parametrize.cached():
         return type(self).forward(self, *arguments, **others)
+
+
+def adapt(wrapper: Any) -> bool:
+    """Have PEFT's adapter of a 4-bit stack hand its update to what dequantizes the stack; whether it is one.
+
+    PEFT 0.21 would put a parametrization of its own behind the one that is there. It does not take it away again, and
+    of two parameters of a module that are adapted it trains one, because it reads the other from a cache too early.
+    """
+    base, name = wrapper.get_base_layer(), wrapper.parameter_name
+    if not parametrize.is_parametrized(base, name):
+        return False
+    like = torch.empty(0, dtype=getattr(base, name).dtype, device=base.parametrizations[name].original.device)
+    wrapper.get_param = lambda: like  # PEFT asks for its dtype and device alone; the stack need not be dequantized
+    wrapper.forward = MethodType(_adapted, wrapper)
+    return True
+
+
+def _adapted(self: Any, x: torch.Tensor, *arguments: Any, **others: Any) -> Any:
+    names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+    stack = self.get_base_layer().parametrizations[self.parameter_name][0]
+    stack.update = _Update(*self.get_delta_factors(names[0])) if names else None
+    try:
+        return self.base_layer(x, *arguments, **others)
+    finally:
+        stack.update = None
+
+
+@dataclass(frozen=True)
+class _Update:
+    """Adds scaling x left x right to a stack, in the dtype of the stack."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+
+    def __call__(self, stack: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(stack.device.type, enabled=False):
+            return torch.baddbmm(stack, self.left, self.right, alpha=self.scaling)
+
+
+def full_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the full name of each parameter that ends with one of the names, as PEFT must be told those in 4 bits.
+
+    PEFT nests the adapters of one module, in the order of its parameters, or of their names where these are in 4 bits.
+    Here the parameters are put into the order of their names, so that an adapter is called the same on every base.
+    """
+    found = [stored_name(name) for name, _ in model.named_parameters()]
+    found = [name for name in found if any(f".{name}".endswith(f".{target}") for target in targets)]
+    for owner in {model.get_submodule(name.rpartition(".")[0]) for name in found}:
+        for name, weight in sorted(owner.named_parameters(recurse=False)):
+            delattr(owner, name)
+            setattr(owner, name, weight)
+    return sorted(found)

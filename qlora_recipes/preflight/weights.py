@@ -78,8 +78,15 @@ def quantization_error(run: Run) -> Check:
 
 
 def base_dtype(run: Run) -> Check:
-    """What is not quantized is in the run's 16-bit dtype; 4-bit layers dequantize to it and multiply in it."""
-    found = {_name(weight.dtype) for name, weight in run.model.named_parameters() if "lora_" not in name}
+    """What is not quantized is in the run's 16-bit dtype; 4-bit layers dequantize to it and multiply in it.
+
+    Transformers keeps in float32 what a model's class names, such as the bias of a router.
+    """
+    model = cast(PreTrainedModel, run.model.get_base_model())
+    kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
+    weights = [(name, weight) for name, weight in run.model.named_parameters() if "lora_" not in name]
+    by_design = {name for name, weight in weights if weight.dtype == torch.float32 and any(k in name for k in kept)}
+    found = {_name(weight.dtype) for name, weight in weights if name not in by_design}
     compute = {_name(module.compute_dtype) for module in run.model.modules() if getattr(module, "compute_dtype", None)}
     states = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
     restored = {_name(state.dtype) for state in states if state is not None}

@@ -29,6 +29,7 @@ from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.run.display import progress_bar
+from qlora_recipes.preflight.probes import keeps_apart
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 from qlora_recipes.stages import Loaded, Prepared, Run
@@ -85,6 +86,8 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
+    with run.model.disable_adapter():
+        padding_free = has_own_attention(run) and keeps_apart(cast(PreTrainedModel, run.model))
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),
@@ -94,7 +97,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = RunTrainer(
             model=run.model,
-            args=make_sft_config(run.settings, aside, padding_free=has_own_attention(run)),
+            args=make_sft_config(run.settings, aside, padding_free=padding_free),
             train_dataset=cast(Rows, run.data.train).dataset(),
             eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
             processing_class=run.tokenizer,
