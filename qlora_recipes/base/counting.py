@@ -37,7 +37,7 @@ def quantizable(outline: PreTrainedModel) -> dict[str, int]:
         if module is output or isinstance(module, nn.Embedding | _ConvNd):
             continue
         for name, weight in module.named_parameters(recurse=False):
-            if type(module) is nn.Linear and name == "weight" or isinstance(module, Conv1D) and weight.ndim == 2:
+            if (type(module) is nn.Linear and name == "weight") or (isinstance(module, Conv1D) and weight.ndim == 2):
                 found[f"{prefix}.{name}"] = weight.numel()
             elif weight.ndim == 2 and min(weight.shape) > experts:
                 others[f"{prefix}.{name}"] = weight.numel()

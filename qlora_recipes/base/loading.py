@@ -28,7 +28,7 @@ from qlora_recipes.errors import ModelError, QuantizationError, SetupError, Temp
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import row_scales
-from qlora_recipes.kernels.experts import stacks
+from qlora_recipes.kernels.experts import sort_parameters, stacks
 from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, quantization_config
 from qlora_recipes.run.receipt import BaseReceipt
@@ -114,6 +114,7 @@ def load_base(
             output_loading_info=True,
         )
     made += while_loading
+    sort_parameters(base)
     _check_unused(model, loading["unexpected_keys"])
     if repairs.plain_linears(outline) and repairs.plain_linears(base):  # every precision computes alike
         made.append("plain_linears")

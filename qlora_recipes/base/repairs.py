@@ -48,7 +48,9 @@ def _computes_linear(layer: nn.Linear) -> bool:
     """Whether a layer multiplies and adds, and does nothing else: tried with small weights, which are not its own."""
     draw = torch.Generator("cpu").manual_seed(0)
     sizes = ((3, 16), (8, 16), (8,))
-    x, weight, bias = (torch.randn(*size, generator=draw, device="cpu") for size in sizes)  # a model may be made as meta
+    x, weight, bias = (
+        torch.randn(*size, generator=draw, device="cpu") for size in sizes
+    )  # a model may be made as meta
     given = {"weight": weight} | ({} if layer.bias is None else {"bias": bias})
     try:
         found = torch.func.functional_call(layer, given, x)
@@ -66,7 +68,7 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
     stay in 16 bits: most of the model. Here each stack is quantized as it is loaded, so that at most one is in memory
     in 16 bits. bitsandbytes has no int8 for them. Linear layers of a class of their own: see `plain_linears`.
     """
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -93,7 +95,8 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
             return plain_convert(self, input_dict, **others)
         kind: Any = {"quant_type": precision.quant_type, "compress_statistics": precision.double_quant}
         whole = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        packed = {name: Params4bit(value, **kind).to(value.device) for name, value in whole.items()}
+        make: Any = Params4bit
+        packed = {name: make(value, **kind).to(value.device) for name, value in whole.items()}
         for name, weight in packed.items():
             first, original = Dequantize()(weight)[0].float(), whole[name][0].float()
             vars(weight)["error"] = float((first - original).norm() / original.norm())

@@ -81,7 +81,7 @@ def attention(
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
     bounds = attention_mask
-    compute = sdpa_attention_forward
+    compute: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
     if any(others.get(name) is not None for name in ("s_aux", "softcap")):  # which `sdpa` passes over or refuses
         compute = _written_out
     causal = others.get("is_causal", True) is not False and getattr(module, "is_causal", True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class Dequantize(nn.Module):
 
         stack = self.expanded_weight
         if stack is None:
-            stack = cast(torch.Tensor, dequantize_4bit(packed.data, packed.quant_state))
+            stack = dequantize_4bit(packed.data, packed.quant_state)
         return stack if self.update is None else self.update(stack)
 
 
@@ -60,7 +60,7 @@ def pack(module: nn.Module, name: str, owner: nn.Module | None) -> None:
     parametrize.register_parametrization(module, name, Dequantize(), unsafe=True)
     if "forward" not in vars(module):
         vars(module)["owner"] = (owner,)  # no submodule of the one that is in it
-        module.forward = MethodType(_forward, module)  # type: ignore[method-assign]  # of this module alone
+        module.forward = MethodType(_forward, module)  # of this module alone
 
 
 def _forward(self: Any, *arguments: Any, **others: Any) -> Any:
@@ -79,19 +79,18 @@ def _compute(self: Any, *arguments: Any, **others: Any) -> Any:
         return type(self).forward(self, *arguments, **others)
 
 
-def adapt(wrapper: Any) -> bool:
-    """Have PEFT's adapter of a 4-bit stack hand its update to what dequantizes the stack; whether it is one.
+def adapt(wrapper: Any) -> None:
+    """Have PEFT's adapter of a stack hand its update to what dequantizes the stack, where it is in 4 bits.
 
     PEFT 0.21 would put a parametrization of its own behind the one that is there. It does not take it away again, and
     of two parameters of a module that are adapted it trains one, because it reads the other from a cache too early.
     """
     base, name = wrapper.get_base_layer(), wrapper.parameter_name
     if not parametrize.is_parametrized(base, name):
-        return False
+        return
     like = torch.empty(0, dtype=getattr(base, name).dtype, device=base.parametrizations[name].original.device)
     wrapper.get_param = lambda: like  # PEFT asks for its dtype and device alone; the stack need not be dequantized
     wrapper.forward = MethodType(_adapted, wrapper)
-    return True
 
 
 def _adapted(self: Any, x: torch.Tensor, *arguments: Any, **others: Any) -> Any:
@@ -118,15 +117,18 @@ class _Update:
 
 
 def full_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the full name of each parameter that ends with one of the names, as PEFT must be told those in 4 bits.
+    """Return the full name of each parameter that ends with one of the names, as PEFT must be told those in 4 bits."""
+    names = sorted(stored_name(name) for name, _ in model.named_parameters())
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
 
-    PEFT nests the adapters of one module, in the order of its parameters, or of their names where these are in 4 bits.
-    Here the parameters are put into the order of their names, so that an adapter is called the same on every base.
+
+def sort_parameters(model: nn.Module) -> None:
+    """Put the parameters of modules with stacks into the order of their names.
+
+    PEFT nests the adapters of one module in the order of its parameters, and in that of their names where these are in
+    4 bits: otherwise an adapter would be called differently on another base.
     """
-    found = [stored_name(name) for name, _ in model.named_parameters()]
-    found = [name for name in found if any(f".{name}".endswith(f".{target}") for target in targets)]
-    for owner in {model.get_submodule(name.rpartition(".")[0]) for name in found}:
+    for owner in {module for _, module, _ in stacks(model)}:
         for name, weight in sorted(owner.named_parameters(recurse=False)):
             delattr(owner, name)
             setattr(owner, name, weight)
-    return sorted(found)

@@ -82,8 +82,10 @@ def fuse_lora_layers(model: nn.Module) -> int:
     call, several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
     gathers a weight when the module that owns it is called, and here it is not called.
     """
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    adapted = [layer for layer in adapted if not (isinstance(layer, ParamWrapper) and adapt(layer))]
+    for wrapper in model.modules():
+        if isinstance(wrapper, ParamWrapper):
+            adapt(wrapper)
+    adapted = (module for module in model.modules() if isinstance(module, LoraLayer))
     plain = [layer for layer in adapted if _is_plain(layer, layer.active_adapters[0])]
     for layer in plain:
         layer.forward = MethodType(_forward, layer)

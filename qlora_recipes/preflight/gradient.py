@@ -14,7 +14,16 @@ from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
-from qlora_recipes.preflight.probes import NOISE, collate, forward, gradients, logits, probe_batch, without_outlier_columns
+from qlora_recipes.preflight.probes import (
+    NOISE,
+    collate,
+    forward,
+    gradients,
+    keeps_apart,
+    logits,
+    probe_batch,
+    without_outlier_columns,
+)
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
@@ -94,10 +103,14 @@ def packing_leak(run: Run) -> Check:
     """
     args = cast(SFTConfig, run.trainer.args)
     if not run.trainer.padding_free:
+        mixes = run.settings.training.get("padding_free") is None and not keeps_apart(run.model)
+        alone = "not packed, because this model would mix conversations of one row; one a row"
         return warn_unless(
             not args.packing,
             f"packing_strategy {args.packing_strategy} lays conversations end to end, without a mask between"
             if args.packing
+            else alone
+            if mixes
             else "not packed; one conversation a row",
             "Set --packing_strategy bfd, which keeps them apart.",
         )

@@ -13,7 +13,6 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_recipes.data.encoding import IGNORED, Encoded
@@ -102,10 +101,10 @@ def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def keeps_apart(model: PreTrainedModel) -> bool:
+def keeps_apart(model: Any) -> bool:
     """Whether a model takes conversations that share a row, and the second is the same whatever the first one is.
 
-    Convolutions and states along time, as in LFM2 or Mamba, may mix them, or refuse such rows without a kernel for GPUs.
+    Convolutions and states along time, as in LFM2 or Mamba, mix them, or refuse such rows without a kernel for GPUs.
     """
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     found = []

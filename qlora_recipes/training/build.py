@@ -28,8 +28,8 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
-from qlora_recipes.run.display import progress_bar
 from qlora_recipes.preflight.probes import keeps_apart
+from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
 from qlora_recipes.stages import Loaded, Prepared, Run
@@ -87,7 +87,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
     with run.model.disable_adapter():
-        padding_free = has_own_attention(run) and keeps_apart(cast(PreTrainedModel, run.model))
+        padding_free = has_own_attention(run) and keeps_apart(run.model)
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),
