@@ -93,11 +93,11 @@ def load_base(
     _check_device(precision, dtype, device)
     config = _from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made = _repair_architecture(config)
-    with torch.device("meta"):  # no weights: here what quantization overlooks still counts as expected
-        outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    _check_experts(model, outline, precision)
-    if repairs.separate_packed(outline):
-        made.append("separate_packed")
+    outline = _outline(config, trust_remote_code)  # here what quantization overlooks still counts as expected
+    if outline is not None:
+        _check_experts(model, outline, precision)
+        if repairs.separate_packed(outline):
+            made.append("separate_packed")
     with repairs.quantize_experts(precision) as while_loading:
         base, loading = _from_hub(
             AutoModelForCausalLM.from_pretrained,
@@ -116,8 +116,10 @@ def load_base(
     made += while_loading
     sort_parameters(base)
     _check_unused(model, loading["unexpected_keys"])
-    if repairs.plain_linears(outline) and repairs.plain_linears(base):  # every precision computes alike
-        made.append("plain_linears")
+    if outline is None:
+        raise ModelError(f"{model} cannot be counted: its class cannot be made without weights. Use another model")
+    if repairs.plain_linears(outline) and not precision.quantized and repairs.plain_linears(base):
+        made.append("plain_linears")  # so that every precision computes alike
     if repairs.keep_4bit_gradients(base):
         made.append("keep_4bit_gradients")
     base.requires_grad_(False)
@@ -170,9 +172,16 @@ def load_outline(model: str, revision: str | None, *, trust_remote_code: bool = 
     location = model_location(model)
     try:
         config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except Exception:  # a damaged configuration may raise anything
+        return None
+    return _outline(config, trust_remote_code)
+
+
+def _outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel | None:
+    try:
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # a damaged configuration may raise anything
+    except Exception:  # as above
         return None
     return cast("PreTrainedModel", outline)
 
