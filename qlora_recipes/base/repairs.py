@@ -135,7 +135,7 @@ def separate_packed(outline: PreTrainedModel) -> bool:
         return True
     forward, scope = backbone.forward, inspect.unwrap(backbone.forward).__globals__
     makers = {name: maker for name, maker in scope.items() if re.fullmatch(r"create_\w*mask", name)}
-    if not _forgets_positions(outline, scope, makers):
+    if not makers or not _forgets_positions(outline, scope, makers):
         return False
     current: list[torch.Tensor | None] = [None]
 

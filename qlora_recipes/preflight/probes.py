@@ -116,7 +116,7 @@ def keeps_apart(model: Any) -> bool:
             given = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
             try:
                 found.append(model(**given, use_cache=False).logits[0].float())
-            except ValueError:  # as Transformers raises for a model that would mix them
+            except (TypeError, ValueError):  # as Transformers raises for a model that would mix them
                 return False
     own, other = (float(part.abs().max()) for part in (found[0] - found[1]).tensor_split([len(first)]))
     return other <= NOISE * own
