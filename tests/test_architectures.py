@@ -127,7 +127,7 @@ def test_matrices_that_are_passed_over_are_named_with_their_share(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(repairs, "stacks", lambda model: [])
+    monkeypatch.setattr(repairs.experts, "stacks", lambda model: [])
     run = ready(recipe_for(lora=dict(r=4, target_modules=["q_proj"])), small("qwen3_moe"), tmp_path / "run")
     check = verdict_of(weights.quantized_linears, run)
     assert check.verdict == "fail"

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from qlora_recipes.kernels.experts import Dequantize, pack, stacks
+from qlora_recipes.kernels import experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,9 +82,11 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
         if plain_linears(model):
             made.append("plain_linears")
         layers = [layer for layer in model.modules() if hasattr(layer, "gradient_checkpointing")]
-        owner = {module: layer for layer in layers for _, module, _ in stacks(layer)}  # the innermost comes last
+        owner = {
+            module: layer for layer in layers for _, module, _ in experts.stacks(layer)
+        }  # the innermost comes last
         if precision.quant_type:
-            overlooked.update({full: (module, name, owner.get(module)) for full, module, name in stacks(model)})
+            overlooked.update({full: (module, name, owner.get(module)) for full, module, name in experts.stacks(model)})
         plain_prepare(self, model, *arguments, **others)
 
     def param_needs_quantization(self: Any, model: Any, param_name: str, **others: Any) -> bool:
@@ -98,7 +100,7 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
         make: Any = Params4bit
         packed = {name: make(value, **kind).to(value.device) for name, value in whole.items()}
         for name, weight in packed.items():
-            first, original = Dequantize()(weight)[0].float(), whole[name][0].float()
+            first, original = experts.Dequantize()(weight)[0].float(), whole[name][0].float()
             vars(weight)["error"] = float((first - original).norm() / original.norm())
         return packed
 
@@ -110,7 +112,7 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
         yield made
     packed = [found for found in overlooked.values() if isinstance(getattr(found[0], found[1]), Params4bit)]
     for module, name, layer in packed:
-        pack(module, name, layer)
+        experts.pack(module, name, layer)
     if packed:
         made.append("quantize_experts")
 

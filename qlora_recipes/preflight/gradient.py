@@ -103,7 +103,7 @@ def packing_leak(run: Run) -> Check:
     """
     args = cast(SFTConfig, run.trainer.args)
     if not run.trainer.padding_free:
-        mixes = run.settings.training.get("padding_free") is None and not keeps_apart(run.model)
+        mixes = not run.settings.packing_asked and not keeps_apart(run.model)
         alone = "not packed, because this model would mix conversations of one row; one a row"
         return warn_unless(
             not args.packing,

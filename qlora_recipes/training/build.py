@@ -86,8 +86,10 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
+    settings, padding_free = run.settings, has_own_attention(run)
     with run.model.disable_adapter():
-        padding_free = has_own_attention(run) and keeps_apart(run.model)
+        if not settings.packing_asked and not keeps_apart(run.model):
+            settings, padding_free = replace(settings, training={**settings.training, "packing": False}), False
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),
@@ -97,7 +99,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = RunTrainer(
             model=run.model,
-            args=make_sft_config(run.settings, aside, padding_free=padding_free),
+            args=make_sft_config(settings, aside, padding_free=padding_free),
             train_dataset=cast(Rows, run.data.train).dataset(),
             eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
             processing_class=run.tokenizer,
