@@ -82,9 +82,7 @@ def quantize_experts(precision: Precision) -> Iterator[list[str]]:
         if plain_linears(model):
             made.append("plain_linears")
         layers = [layer for layer in model.modules() if hasattr(layer, "gradient_checkpointing")]
-        owner = {
-            module: layer for layer in layers for _, module, _ in experts.stacks(layer)
-        }  # the innermost comes last
+        owner = {module: layer for layer in layers for _, module, _ in experts.stacks(layer)}  # the innermost
         if precision.quant_type:
             overlooked.update({full: (module, name, owner.get(module)) for full, module, name in experts.stacks(model)})
         plain_prepare(self, model, *arguments, **others)
