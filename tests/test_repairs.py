@@ -56,13 +56,29 @@ def linears_in_4_bits(model: PreTrainedModel) -> int:
 
 def test_falcon_linears_are_passed_over_without_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
     found = linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon")))
-    assert found == 0, mended("quantize_falcon_linears")
+    assert found == 0, mended("plain_linears")
 
 
 def test_falcon_linears_are_quantized_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
-    assert repairs.quantize_falcon_linears()
-    assert not repairs.quantize_falcon_linears()  # nothing is left to fix
-    assert linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))) == 8
+    with repairs.quantize_experts(precision_named("nf4")) as made:
+        model = in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))
+    assert made == ["plain_linears"]
+    assert linears_in_4_bits(model) == 8
+
+
+def test_a_linear_layer_that_does_more_is_not_made_plain() -> None:
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    class Added(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T + self.bias
+
+    model = torch.nn.Sequential(Scaled(4, 4), Added(4, 4), torch.nn.Linear(4, 4))
+    assert repairs.plain_linears(model)
+    assert [type(layer) for layer in model] == [Scaled, torch.nn.Linear, torch.nn.Linear]
+    assert not repairs.plain_linears(model)  # nothing is left to fix
 
 
 def dora_start(folder: Path) -> float:
@@ -98,14 +114,18 @@ def leak(model: PreTrainedModel) -> float:
 
 def test_packed_falcon_leaks_without_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
     model = fresh_falcon.FalconForCausalLM.from_pretrained(tiny("falcon"), dtype=torch.float32).eval()
-    assert leak(model) > 1e-3, mended("separate_packed_falcon")
+    assert leak(model) > 1e-3, mended("separate_packed")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_falcon_is_separate_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny, attention: str) -> None:
-    assert repairs.separate_packed_falcon()
-    assert not repairs.separate_packed_falcon()
     kind = fresh_falcon.FalconForCausalLM
+    with torch.device("meta"):
+        outline = kind(kind.config_class.from_pretrained(tiny("falcon")))
+    assert repairs.separate_packed(outline)
+    forward = fresh_falcon.FalconModel.forward
+    assert repairs.separate_packed(outline)  # it is in place
+    assert fresh_falcon.FalconModel.forward is forward
     model = kind.from_pretrained(tiny("falcon"), dtype=torch.float32, attn_implementation=attention).eval()
     assert leak(model) == 0
 

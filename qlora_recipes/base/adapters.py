@@ -17,6 +17,7 @@ from qlora_recipes.base import repairs
 from qlora_recipes.base.loading import raw_bytes
 from qlora_recipes.base.starts import from_weights, peft_fields, start_from_weights
 from qlora_recipes.errors import ModelError, RecipeError, nearest
+from qlora_recipes.kernels.experts import full_names, stored_name
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.run.weights import weights_sha256
 
@@ -42,6 +43,8 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int, revision: 
     """
     _check_names(base, lora)
     repairs.float32_dora_norm()
+    if lora.get("target_parameters"):
+        lora = {**lora, "target_parameters": full_names(base, lora["target_parameters"])}
     set_seed(seed)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **peft_fields(lora)))
     initialization = lora.get("init_lora_weights", True)
@@ -62,7 +65,7 @@ def _check_names(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
     """Refuse unknown modules and layers; PEFT accepts a list if one name matches and silently ignores the others."""
     modules = dict(base.named_modules())
     linears = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
-    parameters = dict(base.named_parameters())
+    parameters = {stored_name(name) for name, _ in base.named_parameters()}
     for field in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
         names, known = lora.get(field) or (), parameters if field == "target_parameters" else modules
         for name in () if isinstance(names, str) else names:

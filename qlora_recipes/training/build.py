@@ -30,6 +30,7 @@ from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.memory.sizes import described, sizes_for
+from qlora_recipes.preflight.probes import keeps_apart
 from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
@@ -90,6 +91,10 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
+    settings, padding_free = run.settings, has_own_attention(run)
+    with run.model.disable_adapter():
+        if not settings.packing_asked and not keeps_apart(run.model):
+            settings, padding_free = replace(settings, training={**settings.training, "packing": False}), False
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),
@@ -99,7 +104,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
         trainer = RunTrainer(
             model=run.model,
-            args=make_sft_config(run.settings, aside, padding_free=has_own_attention(run)),
+            args=make_sft_config(settings, aside, padding_free=padding_free),
             train_dataset=cast(Rows, run.data.train).dataset(),
             eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
             processing_class=run.tokenizer,
