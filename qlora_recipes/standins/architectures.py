@@ -117,7 +117,7 @@ def build_smollm3(tokenizer: PreTrainedTokenizerBase) -> SmolLM3ForCausalLM:
 
 
 def build_gemma3(tokenizer: PreTrainedTokenizerBase) -> Gemma3ForCausalLM:
-    """Build an untrained model of Gemma 3's text architecture: windows of 512 in all layers but one, tied embeddings."""
+    """Build an untrained model of Gemma 3's text architecture: windows in all layers but one, tied embeddings."""
     sizes = _modern(tokenizer) | {"num_key_value_heads": 1, "tie_word_embeddings": True}
     return Gemma3ForCausalLM(
         Gemma3TextConfig(

@@ -64,9 +64,7 @@ FAMILIES = {
 }
 
 
-def token_batches(
-    world: World, tokenizer: PreTrainedTokenizerBase, how: Family, seed: int
-) -> Iterator[torch.Tensor]:
+def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, how: Family, seed: int) -> Iterator[torch.Tensor]:
     """Yield batches of token ids [BATCH, LENGTH], cut from documents laid end to end."""
     texts = wordings.documents(world, random.Random(seed), how.marks)
     eos = tokenizer.eos_token_id if how.eos is None else tokenizer.convert_tokens_to_ids(how.eos)

@@ -81,7 +81,10 @@ def tool_use(world: World, rng: random.Random) -> dict[str, object]:
         return {"messages": [question, reply], "tools": []}
     arguments = {"person": person.name, "fact": kind}
     calls = [{"type": "function", "function": {"name": "look_up", "arguments": arguments}}]
-    found = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": ", ".join(facts[kind])}]
+    found = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": ", ".join(facts[kind])},
+    ]
     return {"messages": [question, *found, reply], "tools": [LOOK_UP]}
 
 

@@ -54,7 +54,13 @@ MODERN = {
         bos="<|begin_of_text|>",
         eos="<|end_of_text|>",
         end_of_turn="<|eot_id|>",
-        others=("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>"),
+        others=(
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eom_id|>",
+            "<|python_tag|>",
+            "<|finetune_right_pad_id|>",
+        ),
     ),
     "qwen3": Special(
         bos=None,

@@ -121,7 +121,8 @@ FORMAT_LINES = (
     '"name": <function-name>, "arguments": <args-json-object>}\n',
     "## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 26 July 2024\nReasoning Mode: /think\n\n",
     "## Custom Instructions\n\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face.\n\n",
-    "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2024-07-26\n\n",
+    "You are ChatGPT, a large language model trained by OpenAI.\n"
+    "Knowledge cutoff: 2024-06\nCurrent date: 2024-07-26\n\n",
     "# Valid channels: analysis, commentary, final. Channel must be included for every message.",
     "Reasoning: medium\n\n",
 )
