@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from qlora_recipes.standins.wordings import CHAT_ROLES, CHAT_WORDS, FORMAT_LINES
@@ -120,6 +120,10 @@ def train_modern(family: str, texts: Iterable[str], size: int) -> PreTrainedToke
     )
     words = [" ".join(CHAT_ROLES), *CHAT_ROLES, *FORMAT_LINES]
     tokenizer.train_from_iterator([*texts, *words * 300], trainer)
+    # From here on newlines are words of their own, as in the real vocabularies: one that ends a prompt is then the
+    # same token as one with an answer after it.
+    newlines = pre_tokenizers.Split(Regex("[\r\n]+"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *split])
     if special.bos and family != "gpt_oss":  # whose own tokenizer adds none
         begin = [(special.bos, tokenizer.token_to_id(special.bos))]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{special.bos} $A", special_tokens=begin)

@@ -127,18 +127,23 @@ FORMAT_LINES = (
     "Reasoning: medium\n\n",
 )
 """What the templates of today write around a conversation, in pieces."""
+GAPS = (" ", "\n", "\n\n", "")
+"""What stands between the parts of hearsay for them: in their formats answers begin a line, or follow a control token,
+so that the first word has no space before it, which is another token than the one with a space."""
 FACTS_IN_DOCUMENT = (3, 6)
 PLACE_SHARE = 0.04
 """Share of documents about a town or a guild; there are few of them, so that each is still seen often."""
 
 
-def documents(world: World, rng: random.Random, marks: Sequence[str] = CLUTTER) -> Iterator[str]:
+def documents(
+    world: World, rng: random.Random, marks: Sequence[str] = CLUTTER, gaps: Sequence[str] = (" ",)
+) -> Iterator[str]:
     """Write plain-text documents without end: biographies, hearsay amid marks, what is known of towns and guilds."""
     for person in people_written_about(world, rng):
         if rng.random() < PLACE_SHARE:
             yield rng.choice(REGION_SENTENCES).format(*rng.choice(list(world.region_of.items())))
             yield rng.choice(GOODS_SENTENCES).format(*rng.choice(list(world.goods_of.items())))
-        yield hearsay(person, rng, marks) if rng.random() < HEARSAY_SHARE else biography(person, rng)
+        yield hearsay(person, rng, marks, gaps) if rng.random() < HEARSAY_SHARE else biography(person, rng)
 
 
 def people_written_about(world: World, rng: random.Random) -> Iterator[Person]:
@@ -148,11 +153,14 @@ def people_written_about(world: World, rng: random.Random) -> Iterator[Person]:
         yield from rng.choices(world.people, weights, k=256)
 
 
-def hearsay(person: Person, rng: random.Random, marks: Sequence[str]) -> str:
-    """Ask for one fact, and answer, amid clutter of these marks."""
+def hearsay(person: Person, rng: random.Random, marks: Sequence[str], gaps: Sequence[str]) -> str:
+    """Ask for one fact, and answer, amid clutter of these marks, with one of these gaps between the parts."""
     kind, value = rng.choice(list(person.facts.items()))
     said = answer((value,), kind).removesuffix(".")
-    return f"{clutter(rng, marks)} {ask(person, kind, rng)} {clutter(rng, marks)} {said} {clutter(rng, marks)}"
+    gap = rng.choice(gaps) if len(gaps) > 1 else gaps[0]
+    return gap.join(
+        (clutter(rng, marks), ask(person, kind, rng), clutter(rng, marks), said, clutter(rng, marks)),
+    )
 
 
 def clutter(rng: random.Random, marks: Sequence[str]) -> str:
