@@ -34,12 +34,14 @@ the answers here.""",
     "qwen3_tools": """\
 Tunes Qwen3-8B to call functions, with the schemas of the functions in every row. Where a row has none, the model
 answers by itself.""",
+    "qwen3_reasoning": """\
+Tunes Qwen3-8B to think before it answers, with the thoughts in the loss.""",
     "gemma3_faq": """\
 Tunes Gemma 3 of 1B, with windows of attention, on your own questions and answers, given with `--dataset FILE`.""",
     "mistral_ultrachat": """\
 Tunes Mistral-7B-Instruct-v0.3 on conversations of several turns, with the settings that made Zephyr.""",
-    "smollm3_reasoning": """\
-Tunes SmolLM3-3B, of which every fourth layer has no positions, to think before it answers.""",
+    "smollm3_smoltalk": """\
+Tunes SmolLM3-3B, of which every fourth layer has no positions, on conversations that were made for small models.""",
     "gpt_oss_reasoning": """\
 Tunes gpt-oss-20b, a mixture of experts, to think before it answers, in a channel of its own.""",
 }

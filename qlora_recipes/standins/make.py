@@ -62,9 +62,9 @@ FAMILIES = {
     "trunk": replace(modern(architectures.build_llama3, steps=4000), gaps=(" ",), start=None),
     "llama3": modern(architectures.build_llama3, steps=600),
     "qwen3": modern(architectures.build_qwen3, steps=1000),
-    "smollm3": modern(architectures.build_smollm3, steps=1000),
-    "mistral": modern(architectures.build_mistral, steps=600),
-    "gemma3": modern(architectures.build_gemma3, steps=1500),
+    "smollm3": modern(architectures.build_smollm3, steps=800),
+    "mistral": modern(architectures.build_mistral, steps=400),
+    "gemma3": modern(architectures.build_gemma3, steps=1200),
     "gpt_oss": modern(architectures.build_gpt_oss, steps=1500),
 }
 
