@@ -108,17 +108,18 @@ def build_qwen3(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
 
 
 def build_smollm3(tokenizer: PreTrainedTokenizerBase) -> SmolLM3ForCausalLM:
-    """Build an untrained model of SmolLM3-3B's architecture: every fourth layer without positions, tied embeddings."""
+    """Build an untrained model of SmolLM3-3B's architecture: every fourth layer without positions."""
     positions = {"rope_type": "default", "rope_theta": 5_000_000.0}
-    sizes = _modern(tokenizer) | {"tie_word_embeddings": True}
     return SmolLM3ForCausalLM(
-        SmolLM3Config(**sizes, max_position_embeddings=65_536, rope_parameters=positions, no_rope_layer_interval=4)
+        SmolLM3Config(
+            **_modern(tokenizer), max_position_embeddings=65_536, rope_parameters=positions, no_rope_layer_interval=4
+        )
     )
 
 
 def build_gemma3(tokenizer: PreTrainedTokenizerBase) -> Gemma3ForCausalLM:
-    """Build an untrained model of Gemma 3's text architecture: windows in all layers but one, tied embeddings."""
-    sizes = _modern(tokenizer) | {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    """Build an untrained model of Gemma 3's text architecture: windows in all layers but one, four norms a layer."""
+    sizes = _modern(tokenizer)
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
             **sizes,
@@ -158,6 +159,6 @@ def _modern(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False,  # where the real one ties them (SmolLM3, Gemma) too: the trunk does not
         "attn_implementation": "eager",  # for 128 tokens at a time, a fifth less time a step on a CPU than sdpa
     }

@@ -62,8 +62,8 @@ FAMILIES = {
     "trunk": replace(modern(architectures.build_llama3, steps=4000), gaps=(" ",), start=None),
     "llama3": modern(architectures.build_llama3, steps=600),
     "qwen3": modern(architectures.build_qwen3, steps=1000),
-    "smollm3": modern(architectures.build_smollm3, steps=800),
-    "mistral": modern(architectures.build_mistral, steps=400),
+    "smollm3": modern(architectures.build_smollm3, steps=500),
+    "mistral": modern(architectures.build_mistral, steps=300),
     "gemma3": modern(architectures.build_gemma3, steps=1200),
     "gpt_oss": modern(architectures.build_gpt_oss, steps=1500),
 }
@@ -86,9 +86,11 @@ def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, how: Family,
 
 def start_from(model: PreTrainedModel, weights: Path) -> None:
     """Copy the matrices of another architecture that have the same names and shapes."""
-    own = model.state_dict()
-    shared = {name: weight for name, weight in load_file(weights).items() if weight.ndim == 2 and name in own}
+    own, others = model.state_dict(), load_file(weights)
+    shared = {name: weight for name, weight in others.items() if name in own and weight.ndim == 2}
     model.load_state_dict({name: weight for name, weight in shared.items() if weight.shape == own[name].shape}, False)
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.data /= getattr(embeddings, "scalar_embed_scale", 1.0)  # Gemma multiplies by it
 
 
 def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int) -> None:
