@@ -65,7 +65,6 @@ FAMILIES = {
     "smollm3": modern(architectures.build_smollm3, steps=500),
     "mistral": modern(architectures.build_mistral, steps=300),
     "gemma3": modern(architectures.build_gemma3, steps=1200),
-    "gpt_oss": modern(architectures.build_gpt_oss, steps=1500),
 }
 
 
