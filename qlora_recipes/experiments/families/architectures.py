@@ -10,7 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_recipes.experiments.families.vocabularies import (LLAMA_2, LLAMA_3, LLAMA_3_2, QWEN_2_5, QWEN_3, GEMMA, GEMMA_4, PHI_3, SMOLLM_3, COHERE_2, GPT_NEOX, FALCON, OLMO_2, GRANITE, GPT_OSS, LFM_2, Vocabulary)
+from qlora_recipes.experiments.families.vocabularies import (
+    COHERE_2,
+    FALCON,
+    GEMMA,
+    GEMMA_4,
+    GPT_NEOX,
+    GPT_OSS,
+    GRANITE,
+    LFM_2,
+    LLAMA_2,
+    LLAMA_3,
+    LLAMA_3_2,
+    OLMO_2,
+    PHI_3,
+    QWEN_2_5,
+    QWEN_3,
+    SMOLLM_3,
+    Vocabulary,
+)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> None:
     names = asked.families or list(ARCHITECTURES)
     for name in names:
         if name not in ARCHITECTURES:
-            raise UsageError(f"no architecture {name!r}.{nearest(name, ARCHITECTURES)} They are: {', '.join(ARCHITECTURES)}")
+            raise UsageError(
+                f"no architecture {name!r}.{nearest(name, ARCHITECTURES)} They are: {', '.join(ARCHITECTURES)}"
+            )
     from qlora_recipes.experiments.families.make import make  # after --help
 
     if asked.make:

@@ -19,7 +19,10 @@ from qlora_recipes.standins.tokenizer import FALCON_SPECIAL, LLAMA_2_SPECIAL, tr
 
 _WORDS = 900
 # As the tokenizers of Llama 3 and Qwen cut words before they merge; GPT-2's is that of `ByteLevel`.
-_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 _GPT_2_CLASSES = ("GPTNeoXTokenizer", "GPT2Tokenizer", "CohereTokenizer")
 
 
@@ -67,7 +70,10 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         return tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_CUT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_CUT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     return tokenizer
 
@@ -79,7 +85,11 @@ def _pieces(vocabulary: Vocabulary) -> Tokenizer:
     own = ["\n", "▁▁"] if bare else []
     tokenizer = Tokenizer(
         models.BPE(
-            _numbered([*vocabulary.first, *own, *words]), merges, unk_token=vocabulary.unk, fuse_unk=True, byte_fallback=True
+            _numbered([*vocabulary.first, *own, *words]),
+            merges,
+            unk_token=vocabulary.unk,
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     spaces = normalizers.Replace(" ", "▁")

@@ -62,6 +62,7 @@ class Specification:
     """What every arm of one comparison shares."""
 
     family: str
+    """Of the recipe's model; where it is none of `SPECS`, what the package finds in the folder."""
     model: str
     rows: str
     precision: str
@@ -111,7 +112,7 @@ def make_base(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, fold
 def settings_of(spec: Specification) -> Settings:
     """Return the settings of the recipe's arm, with everything open that a recipe may leave open."""
     declared = {
-        "model": SPECS[spec.family],
+        "model": SPECS.get(spec.family, spec.model),
         "dataset": DatasetSpec(spec.rows, held_out=0.0),
         "lora": dict(r=spec.r, lora_alpha=spec.r),
         "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
@@ -175,7 +176,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
             bnb_4bit_use_double_quant=stored.double_quant,
             **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
         )
-    layers = list(SPECS[spec.family].linear_layers)
+    layers = list(read.settings.lora["target_modules"])
     others: dict[str, Any] = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
     if sixteen:
         others["model_init_kwargs"] = {"dtype": spec.dtype}
