@@ -157,7 +157,8 @@ def _look_at_model(found: Examined, run: Run, scratch: Path) -> None:
     found.quantized_share = quantized_share(run.model, outline)
     share = f"{found.quantized_share:.1%} of the weights of linear layers and experts are in 4 bits"
     found.expect("4-bit", found.quantized_share >= _LEAST_SHARE, f"{share}, expected {_LEAST_SHARE:.0%}")
-    _compare_plan(found, run.settings, run.base.bytes)
+    with found.part("plan"):
+        _compare_plan(found, run.settings, run.base.bytes)
     whole = Run(run.prepared, run.loaded, build_trainer(run, RunFolder(scratch / "checked")))
     _check(found, "nf4", preflight.BEFORE_TRAINING, whole)
 
