@@ -114,9 +114,15 @@ def settings_for(model: Path, rows: Path, precision: str, steps: int, output_dir
 
 
 def examine(
-    name: str, model: Path, rows: Path, *, steps: int = 4, speed: bool = False, trains: bool = True
+    name: str,
+    model: Path,
+    rows: Path,
+    *,
+    steps: int = 4,
+    precisions: Sequence[str] = PRECISIONS,
+    speed: bool = False,
 ) -> Examined:
-    """Return what came out for the model in a folder; without `trains` only plan, rows and template are looked at."""
+    """Return what came out for the model in a folder; with no precision only its plan, rows and template."""
     found = Examined(name)
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch:
 
@@ -132,10 +138,10 @@ def examine(
                 found.mask = mask_beside_trl(run, model)
                 found.expect("mask", found.mask in _SAME_MASK, found.mask)
             _check(found, "nf4", preflight.BEFORE_LOADING, run)
-            if trains:
+            if precisions:
                 with found.part("model"):
                     _look_at_model(found, load_model(run), Path(scratch))
-        for precision in PRECISIONS if trains else ():
+        for precision in precisions:
             with found.part(precision):
                 _train(found, settings(precision))
         if speed:
