@@ -32,7 +32,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> dict[str, int]:
     tokenizer.save(str(folder / "tokenizer.json"))
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     added = {
-        str(ids[token]): {"content": token, "normalized": False, "special": token not in vocabulary.plain}
+        str(ids[token]): {"content": token, **_flags(vocabulary, token)}
         for token in (*vocabulary.first, *vocabulary.last)
     }
     config = {
@@ -52,14 +52,17 @@ def _build(vocabulary: Vocabulary) -> Tokenizer:
     build = _byte_level if vocabulary.kind == "bytes" else _pieces
     tokenizer = build(vocabulary)
     for token in (*vocabulary.first, *vocabulary.last):
-        special = token not in vocabulary.plain
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+        tokenizer.add_tokens([AddedToken(token, **_flags(vocabulary, token))])
     if vocabulary.adds_bos:
         bos = str(vocabulary.bos)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     return tokenizer
+
+
+def _flags(vocabulary: Vocabulary, token: str) -> dict[str, bool]:
+    return {"special": token not in vocabulary.plain, "normalized": False, "rstrip": token in vocabulary.swallows}
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:

@@ -19,6 +19,8 @@ class Vocabulary:
     """Control tokens after them."""
     plain: tuple[str, ...] = ()
     """Those of both that are added tokens but not special, such as <think>."""
+    swallows: tuple[str, ...] = ()
+    """Those that take the white space after them with them."""
     bos: str | None = None
     eos: str = ""
     pad: str | None = None
@@ -110,6 +112,7 @@ PHI_3 = Vocabulary(
     eos="<|endoftext|>",
     pad="<|endoftext|>",
     unk="<unk>",
+    swallows=("<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
 )
 SMOLLM_3 = Vocabulary(
     "bytes",
