@@ -131,7 +131,7 @@ def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
 
 def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder: Path) -> dict[str, Any]:
     """Prepare and check `count` rows; return the marks, the receipt and the sizes of the files."""
-    from qlora_recipes.base.loading import load_tokenizer
+    from qlora_recipes.base.tokenizer import load_tokenizer
     from qlora_recipes.data.encoding import ConversationEncoder
     from qlora_recipes.data.prepare import prepare
     from qlora_recipes.preflight import BEFORE_LOADING, run_checks

@@ -35,6 +35,10 @@ class ModelError(RecipesError, OSError):
     """A base model or an adapter that is missing, gated or damaged."""
 
 
+class UnreadableModelError(ModelError):
+    """A model whose `config.json` is missing, damaged or out of reach; loading it may say more."""
+
+
 class QuantizationError(RecipesError, RuntimeError):
     """The base is not stored in the requested precision."""
 

@@ -43,6 +43,7 @@ class Reason:
     UNENCODABLE = "unencodable text"
     DOES_NOT_PARSE = "does not parse"
     CONTROL_STRING = "control string"
+    TEMPLATE = "refused by the template"
     UNKNOWN_ROLE = "unknown role"
     ROLES_OUT_OF_ORDER = "roles out of order"
     NO_ASSISTANT_TURN = "no assistant turn"

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
 from qlora_recipes.formatters import FORMATTERS, Message
-from qlora_recipes.models import ModelSpec
+from qlora_recipes.models import ModelSpec, spec_named
 
 # Fields that follow from other choices, and what to set instead.
 DERIVED = {
@@ -86,9 +86,9 @@ class Recipe:
     """
 
     model: ClassVar[ModelSpec]
-    """The model to tune."""
+    """The model to tune; a hub id or a folder stands for the spec of ours that has it, or `ModelSpec(it)`."""
     dataset: ClassVar[DatasetSpec]
-    """The rows to tune it on."""
+    """The rows to tune it on; a hub id or a file stands for `DatasetSpec(it)`."""
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
@@ -124,6 +124,9 @@ class Recipe:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, spec in (("model", spec_named), ("dataset", DatasetSpec)):
+            if isinstance(source := cls.__dict__.get(name), str) and source.strip():
+                setattr(cls, name, spec(source))
         for name in ("lora", "training"):
             if isinstance(declared := cls.__dict__.get(name), Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
@@ -159,8 +162,8 @@ class Recipe:
 
 def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _unknown_attributes(cls)
-    yield from _typed(cls, "model", ModelSpec, "a ModelSpec, such as qlora_recipes.models.LLAMA_2_7B_CHAT")
-    yield from _typed(cls, "dataset", DatasetSpec, 'a DatasetSpec, such as DatasetSpec("my_rows.jsonl")')
+    yield from _typed(cls, "model", ModelSpec, 'a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec')
+    yield from _typed(cls, "dataset", DatasetSpec, 'a file or a hub id, such as "my_rows.jsonl", or a DatasetSpec')
     yield from _settings_faults(cls, "lora", "LoraConfig")
     yield from _settings_faults(cls, "training", "SFTConfig")
     with suppress(TypeError, AttributeError):  # a value of the wrong type has been reported above

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_recipes.errors import UsageError, nearest
+from qlora_recipes.errors import UnreadableModelError, UsageError, nearest
+from qlora_recipes.families.configuration import read_config
 from qlora_recipes.masking import masked, names_secret
-from qlora_recipes.models import ModelSpec
+from qlora_recipes.models import MODELS, ModelSpec, spec_named
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
 from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
 from qlora_recipes.standins import ROWS, STANDINS
@@ -44,6 +45,8 @@ class Settings:
     """Everything that decides a run. Two runs with equal settings give the same adapter."""
 
     recipe: type[Recipe]
+    spec: ModelSpec
+    """What is known of the base that is loaded; see `spec_of`."""
     model: str
     """Hub id or folder of the base model, or `standin-` and a family."""
     revision: str | None
@@ -73,10 +76,6 @@ class Settings:
     def trust_remote_code(self) -> bool:
         """Whether code of the model's repository may run; only if a flag or the recipe allows it."""
         return bool(self.training.get("trust_remote_code"))
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.recipe.model
 
     @property
     def data(self) -> DatasetSpec:
@@ -120,15 +119,16 @@ def resolve(
 
     Raises:
         UsageError: for an unknown or contradictory choice, or a demo without rows.
+        ModelError: for a model that cannot be tuned, or that must be looked at and cannot be had.
     """
     stored = precision_named(precision)
     check_storage(storage, stored)
-    standin = STANDINS.get(recipe.model.family) if demo else None
+    standin = STANDINS.get(recipe.model.family or "llama2") if demo else None
     if demo and standin is None and model is None:
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
     # A demo saves no checkpoints: starting again takes less time.
     demo_lora, demo_training = (standin.lora, {**standin.training, "save_strategy": "no"}) if standin else ({}, {})
-    lora = {"target_modules": list(recipe.model.linear_layers), **recipe.lora, **demo_lora, **(lora or {})}
+    lora = {**recipe.lora, **demo_lora, **(lora or {})}
     above = {**demo_training, **(training or {})}
     training = {**recipe.training, **above}
     if faults := list(bound_faults(lora, training)):
@@ -136,8 +136,11 @@ def resolve(
     source = model or (f"{STANDIN}{standin.family}" if standin else recipe.model.hub_id)
     revision = lora.pop("revision", None) or (recipe.model.revision if source == recipe.model.hub_id else None)
     _check_remote_code(training, source, revision)
+    spec = spec_of(recipe.model, source, revision, trust_remote_code=bool(training.get("trust_remote_code")))
+    lora = {"target_modules": list(spec.linear_layers or ()), **lora}
     settings = Settings(
         recipe=recipe,
+        spec=spec,
         model=source,
         revision=revision,
         dataset=dataset or (_demo_rows(recipe) if demo else recipe.dataset.source),
@@ -154,6 +157,36 @@ def resolve(
     )
     folder = output_dir or RUNS / settings.name / f"{precision}-seed{settings.seed}"
     return replace(settings, output_dir=Path(folder))
+
+
+def spec_of(spec: ModelSpec, source: str, revision: str | None, *, trust_remote_code: bool = False) -> ModelSpec:
+    """Return what is known of the model at `source`, given what a recipe says of its own model.
+
+    A spec's template, pad token and linear layers are for its `hub_id`, the stand-in of its family, and copies and
+    fine-tuned versions of either: models whose `config.json` names the same `model_type` and number of tokens. Another
+    model has nothing of them; all of it is found. Where the files of `source` cannot be read the spec stays as it is:
+    loading says why.
+
+    Raises:
+        ModelError: for a model that cannot be tuned, or where linear layers must be found and nothing can be read.
+    """
+    location = model_location(source)
+    is_own = source in (spec.hub_id, f"{STANDIN}{spec.family}")
+    if is_own and spec.linear_layers is not None:
+        return spec
+    if source.startswith(STANDIN) and spec.family is None:
+        return next(each for each in MODELS.values() if source == f"{STANDIN}{each.family}")
+    try:
+        config = read_config(location, revision)
+        if not is_own and not spec.is_copied_by(config):
+            standin = STANDINS.get(spec.family or "")
+            if standin is None or not ModelSpec(str(standin.folder)).is_copied_by(config):
+                spec = replace(spec_named(source), revision=revision)
+        return spec.completed(config, location, revision, trust_remote_code=trust_remote_code)
+    except UnreadableModelError:
+        if spec.linear_layers is None:
+            raise
+        return spec
 
 
 def check_storage(storage: str, precision: Precision) -> None:

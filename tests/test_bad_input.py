@@ -16,6 +16,7 @@ from qlora_recipes import DatasetSpec, Recipe, cli, environment
 from qlora_recipes.base import upstream
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.commands.recipe_cli import main
+from qlora_recipes.models import LLAMA_2_7B_CHAT, ModelSpec
 
 Refused = Callable[..., str]
 
@@ -179,10 +180,11 @@ class Mine(Recipe):
 WHOLE = "model = LLAMA_2_7B_CHAT\n    dataset = DatasetSpec('rows.jsonl')\n    "
 
 RECIPES: dict[str, tuple[str, Sequence[str]]] = {
-    "no model": ("dataset = DatasetSpec('rows.jsonl')", ["Mine cannot work", "model: missing, expected a ModelSpec"]),
-    "no dataset": ("model = LLAMA_2_7B_CHAT", ["dataset: missing, expected a DatasetSpec"]),
+    "no model": ("dataset = DatasetSpec('rows.jsonl')", ["Mine cannot work", "model: missing, expected a hub id"]),
+    "no dataset": ("model = LLAMA_2_7B_CHAT", ["dataset: missing, expected a file or a hub id"]),
     "neither": ("pass", ["model: missing", "dataset: missing"]),
-    "a name for a model": (WHOLE + "model = 'meta-llama/x'", ["model: got 'meta-llama/x', expected a ModelSpec"]),
+    "a number for a model": (WHOLE + "model = 7", ["model: got 7, expected a hub id or a folder"]),
+    "no name for a model": (WHOLE + "model = ' '", ["model: got ' ', expected a hub id or a folder"]),
     "unknown LoRA field": (WHOLE + "lora = dict(rank=8)", ["LoraConfig has no field 'rank'"]),
     "unknown training field": (WHOLE + "training = dict(learning_rat=1)", ["Did you mean 'learning_rate'?"]),
     "unknown attribute": (WHOLE + "trainig = dict()", ["no such attribute. Did you mean 'training'?"]),
@@ -348,7 +350,6 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "of an unknown type": (other_type, "cannot load"),
     "without a tokenizer": (lambda folder: [f.unlink() for f in folder.glob("tokenizer*")], "cannot load"),
     "with more layers than its configuration says": (fewer_layers, "9 weights of the checkpoint have no place"),
-    "with fewer embeddings than tokens": (fewer_embeddings, "embedding_covers_ids"),
 }
 
 
@@ -358,6 +359,18 @@ def test_model(refused: Refused, model: Path, case: str) -> None:
     damage(model)
     message = refused("--model", str(model))
     assert part in message
+
+
+def test_a_model_with_fewer_embeddings_than_tokens(
+    refused: Refused, model: Path, recipe_for: Callable[..., type[Recipe]]
+) -> None:
+    fewer_embeddings(model)
+    assert "embedding_covers_ids" in refused(recipe=recipe_for(model=spoken_for(model)))
+
+
+def spoken_for(folder: Path) -> ModelSpec:
+    """Return a spec of the model in a folder that says all that a tokenizer needs."""
+    return replace(LLAMA_2_7B_CHAT, hub_id=str(folder), revision=None, sizes=None)
 
 
 def test_a_model_that_is_nowhere(refused: Refused, tmp_path: Path) -> None:
@@ -374,7 +387,8 @@ def test_an_architecture_that_cannot_be_quantized(
     shutil.copytree(tiny("llama2"), tmp_path / "gpt2")
     config = GPT2Config(vocab_size=1536, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    message = refused("--model", str(tmp_path / "gpt2"), recipe=recipe_for(lora=dict(target_modules=["c_attn"])))
+    recipe = recipe_for(model=spoken_for(tmp_path / "gpt2"), lora=dict(target_modules=["c_attn"]))
+    message = refused(recipe=recipe)
     assert "linear layers" in message
     assert "--precision bf16" in message
 
@@ -469,6 +483,7 @@ def test_an_output_folder_that_is_taken(refused: Refused, tmp_path: Path, kind: 
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ missing.name }}", "UndefinedError"),
         ("{% for %}", "TemplateSyntaxError"),
+        ("a\nb\n{% if %}", "in line 3"),
         ("{{ raise_exception('no') }}", "TemplateError: no"),
     ],
 )
@@ -484,7 +499,7 @@ def test_template(
 
     monkeypatch.setattr(encoding, "_RENDER_SECONDS", 0.3)
     (tmp_path / "mine.jinja").write_text(source)
-    spec = replace(recipe_for().model, chat_template=ChatTemplate(tmp_path / "mine.jinja", role_markers=r"\[/?INST\]"))
+    spec = replace(recipe_for().model, chat_template=ChatTemplate.from_file(tmp_path / "mine.jinja"))
     rows = recipe_for().dataset
     message = refused("--demo", recipe=recipe_for(model=spec, dataset=DatasetSpec(rows.source, demo=rows.demo)))
     assert "mine.jinja cannot render the conversation" in message

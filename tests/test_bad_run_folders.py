@@ -24,7 +24,8 @@ from test_damaged_files import MESSAGES, RECIPE
 
 from qlora_recipes import cli
 from qlora_recipes.base.adapters import adapter_sha256, attach
-from qlora_recipes.base.loading import load_base, load_tokenizer
+from qlora_recipes.base.loading import load_base
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT
 from qlora_recipes.errors import RunFolderError, SetupError
 from qlora_recipes.evaluation import harness, loaded

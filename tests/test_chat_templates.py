@@ -135,7 +135,7 @@ def test_text_that_could_forge_a_turn_is_found(template: ChatTemplate, text: str
 
 def test_a_template_that_is_not_there_is_named() -> None:
     with pytest.raises(TemplateError, match=r"no chat template at nowhere\.jinja"):
-        _ = ChatTemplate(Path("nowhere.jinja"), role_markers="x").source
+        ChatTemplate.from_file(Path("nowhere.jinja"))
 
 
 def load_tokenizer(template: ChatTemplate) -> PreTrainedTokenizerBase:

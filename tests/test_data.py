@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qlora_recipes import DatasetSpec, Recipe
-from qlora_recipes.base.loading import load_tokenizer
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data import prepare as data_module
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded, Rendered

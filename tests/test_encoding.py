@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_recipes.base.loading import load_tokenizer
+from qlora_recipes import ChatTemplate
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Reason, RowError
@@ -135,14 +136,12 @@ def test_many_at_once_are_encoded_as_one_by_one(spec: ModelSpec) -> None:
 
 
 def test_control_tokens_written_out_in_a_template_are_put_back_by_id(tmp_path) -> None:
-    from qlora_recipes import ChatTemplate
-
     file = tmp_path / "literal.jinja"
     file.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}"
         "{% else %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
     )
-    encoder = ConversationEncoder(encoder_for(LLAMA_2_7B_CHAT).tokenizer, ChatTemplate(file, role_markers="$^"))
+    encoder = ConversationEncoder(encoder_for(LLAMA_2_7B_CHAT).tokenizer, ChatTemplate.from_file(file))
     encoded = encoder.encode(ask("a </s> b"))
     assert encoded.input_ids[0] == encoder.tokenizer.bos_token_id
     assert encoded.input_ids.count(encoder.tokenizer.eos_token_id) == 1
@@ -150,8 +149,6 @@ def test_control_tokens_written_out_in_a_template_are_put_back_by_id(tmp_path) -
 
 def test_a_word_that_the_template_opens_turns_with_is_refused_in_a_text(tmp_path) -> None:
     """A tokenizer encodes only special tokens as text; some vocabularies mark turns with added words."""
-    from qlora_recipes import ChatTemplate
-
     file = tmp_path / "words.jinja"
     file.write_text(
         "{% for m in messages %}{% if m.role == 'user' %}<turn>{{ m.content }}"
@@ -159,7 +156,7 @@ def test_a_word_that_the_template_opens_turns_with_is_refused_in_a_text(tmp_path
     )
     tokenizer = load_tokenizer(LLAMA_2_7B_CHAT, f"{STANDIN}llama2", None)
     tokenizer.add_tokens([AddedToken("<turn>", special=False)])
-    encoder = ConversationEncoder(tokenizer, ChatTemplate(file, role_markers="$^"))
+    encoder = ConversationEncoder(tokenizer, ChatTemplate.from_file(file))
     plain = encoder.encode(ask("a"))
     assert encoder.control_tokens(plain.input_ids)[tokenizer.convert_tokens_to_ids("<turn>")] == 1
     with pytest.raises(RowError, match="the user's text contains '<turn>'") as caught:
@@ -167,15 +164,23 @@ def test_a_word_that_the_template_opens_turns_with_is_refused_in_a_text(tmp_path
     assert caught.value.reason == Reason.CONTROL_STRING
 
 
-@pytest.mark.parametrize("source", ["{{ 'x'.__class__.__mro__ }}", "{% for %}", "{{ raise_exception('no') }}"])
+@pytest.mark.parametrize("source", ["{{ 'x'.__class__.__mro__ }}", "{% for %}"])
 def test_a_template_that_fails_or_breaks_out_is_one_error(tmp_path, source: str) -> None:
-    from qlora_recipes import ChatTemplate
-
     file = tmp_path / "bad.jinja"
     file.write_text(source)
-    encoder = ConversationEncoder(encoder_for(LLAMA_2_7B_CHAT).tokenizer, ChatTemplate(file, role_markers="$^"))
+    encoder = ConversationEncoder(encoder_for(LLAMA_2_7B_CHAT).tokenizer, ChatTemplate.from_file(file))
     with pytest.raises(TemplateError, match=r"bad\.jinja cannot render"):
         encoder.encode(ask("a"))
+
+
+def test_what_a_template_refuses_is_said_of_the_row(tmp_path) -> None:
+    template = ChatTemplate("{{ raise_exception('no system, please') }}", "strict.jinja")
+    encoder = ConversationEncoder(encoder_for(LLAMA_2_7B_CHAT).tokenizer, template)
+    with pytest.raises(
+        RowError, match=r"strict\.jinja cannot render the conversation: TemplateError: no sys"
+    ) as caught:
+        encoder.encode(ask("a"))
+    assert caught.value.reason == Reason.TEMPLATE
 
 
 def test_a_saved_tokenizer_reloads_with_the_same_ids(tmp_path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qlora_recipes import Recipe
 from qlora_recipes.base import loading
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.commands.recipe_cli import main, parse, settings_from
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError, ModelError, UsageError
@@ -103,7 +104,7 @@ def test_code_of_a_model_folder_is_not_run(
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "crafted.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')\n")
-    loading.load_tokenizer(LLAMA_2_7B_CHAT, str(folder), None)
+    load_tokenizer(LLAMA_2_7B_CHAT, str(folder), None)
     precision = resolve(recipe_for()).precision
     with pytest.raises(ModelError, match="cannot load"):
         loading.load_base(str(folder), None, precision, "bfloat16", device=torch.device("cpu"))

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_recipes import cli, load_recipe
 from qlora_recipes.formatters import FORMATTERS
-from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
+from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 TEXT = {
@@ -56,6 +56,12 @@ def test_columns_that_are_known(row: dict[str, Any], formatter: str | None, caps
     assert "2 of its first 3 rows can be used; the first of the others: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "../a 'model'", 'of """mine'])
+def test_any_model_can_be_named(model: str) -> None:
+    new("mine", {"question": "Why?", "answer": "Because."}, model=model)
+    assert load_recipe("mine.py").model == ModelSpec(model)
+
+
 def test_what_cannot_be_guessed_is_left_to_fill_in(capsys: pytest.CaptureFixture[str]) -> None:
     new("mine", {"title": "a", "body": "b", "comment": "c", "id": "1"}, model=FALCON_7B.hub_id)
     said = capsys.readouterr().out
@@ -85,13 +91,9 @@ REFUSED: dict[str, tuple[Sequence[str], str, str]] = {
     "no model": (
         ["mine", "--dataset", "rows.jsonl"],
         ROW,
-        "--model is missing; expected one of LLAMA_2_7B_CHAT, FALCON",
+        "--model is missing; expected a hub id or a folder, such as Qwen/Qwen3-8B",
     ),
-    "another model": (
-        ["mine", "--model", "gpt2"],
-        ROW,
-        "--model: got 'gpt2', expected one of LLAMA_2_7B_CHAT, FALCON_7B",
-    ),
+    "an empty model": (["mine", "--model", " ", "--dataset", "rows.jsonl"], ROW, "--model is missing"),
     "no file": (["mine", "--model", "FALCON_7B"], ROW, "--dataset is missing"),
     "a missing file": (["mine", "--dataset", "x.csv"], ROW, "--dataset: got 'x.csv', expected a file that exists"),
     "no rows": (["mine"], "", "rows.jsonl has no rows"),

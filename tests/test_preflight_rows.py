@@ -14,7 +14,6 @@ from preflight_runs import changed, read, verdict_of, with_data, with_rows
 from tokenizers import AddedToken
 
 from qlora_recipes import Recipe
-from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data import arrow_rows
 from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
@@ -179,7 +178,7 @@ def test_a_template_without_role_markers_is_refused(
     spec: ModelSpec, tiny: Callable[[str], Path], recipe_for: Callable[..., type[Recipe]]
 ) -> None:
     run = read(recipe_for(spec.family), tiny(spec.family))
-    careless = ChatTemplate(spec.chat_template.path, role_markers="never-there")
+    careless = replace(spec.chat_template, role_markers="never-there")
     run = changed(run, encoder=ConversationEncoder(run.tokenizer, careless))
     check = verdict_of(prompts.forged_turns, run)
     assert check.verdict == "fail"

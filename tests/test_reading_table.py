@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_recipes import DatasetSpec, Recipe
-from qlora_recipes.base.loading import load_tokenizer
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import PreparedData, prepare
 from qlora_recipes.data.reading import read_rows

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "qlora_recipes"
 ORDER = [
     "errors",
     "masking",
+    "environment",
     "chat_templates",
     "formatters",
     "families",
@@ -22,7 +23,6 @@ ORDER = [
     "recipe",
     "standins",
     "settings",
-    "environment",
     "run",
     "kernels",
     "data",

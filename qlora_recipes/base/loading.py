@@ -1,4 +1,4 @@
-"""The tokenizer and the base model, repaired, and counted after loading. The only place that loads a base.
+"""The base model, repaired, and counted after loading. The only place that loads a base.
 
 Knows nothing of rows or training.
 """
@@ -19,57 +19,25 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
-from qlora_recipes.errors import ModelError, QuantizationError, SetupError, TemplateError
+from qlora_recipes.errors import ModelError, QuantizationError, SetupError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import outlier_threshold, row_scales
-from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import Precision, quantization_config
 from qlora_recipes.run.receipt import BaseReceipt, QuantizedReceipt
 from qlora_recipes.settings import model_location
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _HTTP_ERROR = cast("type[Exception]", hub.HfHubHTTPError.__bases__[0])
 """Of the client that the hub's library uses; those without a `response` are of the connection."""
 # Buffers that old checkpoints hold and a model computes by itself: of rotary positions, positions and causal masks.
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$")
-
-
-def load_tokenizer(
-    spec: ModelSpec, model: str, revision: str | None, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer with the recipe's chat template and pad token.
-
-    Raises:
-        ModelError: when it cannot be loaded.
-        TemplateError: when a token that the recipe relies on is not in the vocabulary.
-    """
-    own = dict(spec.tokenizer, trust_remote_code=trust_remote_code)
-    tokenizer: Any = _from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
-    if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
-        raise ModelError(f"{model} has no tokenizer.json or tokenizer.model, expected one beside its config.json")
-    tokenizer.init_kwargs.update(spec.tokenizer)  # otherwise they are not saved, and a reload gives other ids
-    repaired = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
-    tokenizer.repairs = ["merge_spaces_last"] if repaired else []  # for the receipt
-    if spec.pad_token not in tokenizer.get_vocab():
-        raise TemplateError(
-            f"{model} has no token {spec.pad_token!r} to pad with, and a new one would resize the embedding; "
-            "set ModelSpec.pad_token to a token of its vocabulary that no conversation holds"
-        )
-    tokenizer.pad_token = spec.pad_token
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id == tokenizer.pad_token_id:
-        raise TemplateError(
-            f"{model} pads with {tokenizer.pad_token!r} and ends turns with {tokenizer.eos_token!r}; these must differ"
-        )
-    tokenizer.chat_template = spec.chat_template.source
-    tokenizer.padding_side = "right"
-    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def load_base(
@@ -89,9 +57,9 @@ def load_base(
         SetupError: when the device cannot hold or compute in that precision.
     """
     _check_device(precision, dtype, device)
-    config = _from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
+    config = from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made = _repair_architecture(config)
-    base, loading = _from_hub(
+    base, loading = from_hub(
         AutoModelForCausalLM.from_pretrained,
         model,
         revision,
@@ -174,7 +142,7 @@ def _repair_architecture(config: PretrainedConfig) -> list[str]:
     return list(family.repairs)
 
 
-def _from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
+def from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
     """Call a `from_pretrained`; if it fails, say in one sentence why."""
     location = model_location(model)
     kwargs["revision"] = revision or "main"

@@ -9,34 +9,44 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qlora_recipes.errors import TemplateError
 
 HERE = Path(__file__).parent
+Origin = Literal["recipe", "package", "tokenizer", "trl", "marked", "plain"]
+"""Where a template is from: the recipe, this package, the tokenizer (with marks of its own), TRL's training version of
+the tokenizer's, the tokenizer's with marks found here, or the plain one for a tokenizer that has none."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """A Jinja chat template with `{% generation %}` markers around the text in the loss."""
 
-    path: Path
-    """The `.jinja` file."""
+    source: str
+    """The text of the template."""
 
-    role_markers: str
+    name: str
+    """What receipts and errors call it."""
+
+    role_markers: str | None = None
     """Regular expression for the plain-text strings that open or close a turn. A message that contains one could
-    forge a turn, since no tokenizer can tell it from the template's own; such a row is dropped and counted."""
+    forge a turn, since no tokenizer can tell it from the template's own; such a row is dropped and counted. None in a
+    recipe leaves finding them to `data.templates.choose_template`; None in a chosen template: it writes none."""
 
-    @property
-    def source(self) -> str:
-        """The text of the template.
+    origin: Origin = "recipe"
+
+    @classmethod
+    def from_file(cls, path: Path, role_markers: str | None = None, origin: Origin = "recipe") -> ChatTemplate:
+        """Read a `.jinja` file.
 
         Raises:
-            TemplateError: when the file cannot be read.
+            TemplateError: when it cannot be read.
         """
         try:
-            return self.path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise TemplateError(f"no chat template at {self.path}: {error.strerror}") from error
+            return cls(path.read_text(encoding="utf-8"), path.name, role_markers, origin)
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"no chat template at {path}: {getattr(error, 'strerror', error)}") from error
 
     @property
     def sha256(self) -> str:
@@ -45,9 +55,11 @@ class ChatTemplate:
 
     def forged_marker(self, text: str) -> str | None:
         """Return the first role marker inside a message's text, or None."""
-        found = re.search(self.role_markers, text)
+        found = re.search(self.role_markers, text) if self.role_markers else None
         return found.group() if found else None
 
 
-LLAMA_2_CHAT = ChatTemplate(HERE / "llama2.jinja", role_markers=r"\[/?INST\]|<</?SYS>>")
-FALCON_CHAT = ChatTemplate(HERE / "falcon.jinja", role_markers=r"(?m)^[ \t]*(?:System|User|Assistant):")
+LLAMA_2_CHAT = ChatTemplate.from_file(HERE / "llama2.jinja", r"\[/?INST\]|<</?SYS>>", "package")
+FALCON_CHAT = ChatTemplate.from_file(HERE / "falcon.jinja", r"(?m)^[ \t]*(?:System|User|Assistant):", "package")
+PLAIN_CHAT = ChatTemplate.from_file(HERE / "plain.jinja", r"### (?:System|User|Assistant):", "plain")
+"""For a tokenizer that has no template, as those of base models."""

@@ -83,7 +83,7 @@ def answer(run: RestoredRun, messages: Sequence[Message], max_new_tokens: int) -
             top_p=None,
             use_cache=True,
             pad_token_id=run.tokenizer.pad_token_id,
-            eos_token_id=run.tokenizer.eos_token_id,
+            eos_token_id=run.encoder.end_id,
             streamer=TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
     return str(run.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)).strip()

@@ -88,13 +88,15 @@ def describe(run: Run, checks: list[Check]) -> Page:
     lengths = [len(row.encoded.input_ids) for row in run.data.train]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     chosen = {"shortest": order[0], "longest": order[-1], "random": random.Random(run.settings.seed).choice(order)}
-    receipt = run.data.receipt
+    receipt, template = run.data.receipt, run.data.template
     return Page(
         name=run.settings.name,
         summary=f"{receipt.source}: {receipt.rows_in:,} rows, of which {receipt.rows_used:,} train, "
         f"{receipt.rows_held_out:,} are held out and {sum(receipt.rows_dropped.values()):,} are dropped. "
         f"{receipt.supervised_tokens:,} of {receipt.tokens:,} tokens "
-        f"({receipt.supervised_tokens / receipt.tokens:.0%}) are in the loss.",
+        f"({receipt.supervised_tokens / receipt.tokens:.0%}) are in the loss. "
+        f"Template: {template.name} ({template.origin}); {template.end_token} ends an answer, and "
+        f"{run.tokenizer.pad_token} pads.",
         rows=[_show(run.encoder, title, run.data.train[number]) for title, number in chosen.items()],
         lengths=sorted(lengths),
         checks=checks,

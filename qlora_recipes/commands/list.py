@@ -14,6 +14,7 @@ from rich.text import Text
 from qlora_recipes.commands.flags import Parser
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.fields import Field
+from qlora_recipes.models import ModelSpec
 from qlora_recipes.recipe import SHIPPED, load_recipe
 from qlora_recipes.settings import recipe_name
 
@@ -80,4 +81,8 @@ def _describe(files: Sequence[Path], answers: Connection) -> None:
             answers.send(str(error))
             continue
         spec = recipe.model
-        answers.send([recipe_name(recipe), spec.hub_id, spec.chat_template.path.stem, recipe.dataset.source])
+        answers.send([recipe_name(recipe), spec.hub_id, _template(spec), recipe.dataset.source])
+
+
+def _template(spec: ModelSpec) -> str:
+    return spec.chat_template.name.removesuffix(".jinja") if spec.chat_template else "the tokenizer's"

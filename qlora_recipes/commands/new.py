@@ -26,7 +26,7 @@ from qlora_recipes.recipe import load_recipe
 _ABOUT = "Write a recipe for a data file into NAME.py, a program of about ten lines that can be trained as it is."
 _NAMES = {**{name: name for name in MODELS}, **{spec.hub_id: name for name, spec in MODELS.items()}}
 _FLAGS = (
-    Field("model", f"Literal{list(_NAMES)}", "the model to tune, under one of these names", "|".join(MODELS), None),
+    Field("model", "str", f"the model to tune: a hub id, a folder, {' or '.join(MODELS)}", "ID_OR_FOLDER", None),
     file_to_read("dataset", "your rows: a JSON, JSONL, CSV or Parquet file"),
 )
 _NAME = Field("name", "str", "the recipe's name, such as my_recipe", "NAME")
@@ -58,13 +58,16 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = Parser("qlora-recipes new", _ABOUT, {"flags": _FLAGS}, words=_NAME).parse(argv)
     file = _file(flags["name"].removesuffix(".py"))
-    for name, expected in {"model": f"one of {', '.join(MODELS)}", "dataset": "a file that exists"}.items():
-        if flags[name] is None:
+    for name, expected in {
+        "model": "a hub id or a folder, such as Qwen/Qwen3-8B",
+        "dataset": "a file that exists",
+    }.items():
+        if not (flags[name] or "").strip():
             raise UsageError(f"--{name} is missing; expected {expected}")
     rows = [row for _, row in islice(read_rows(flags["dataset"]), _ROWS)]
     shape = _shape([row for row in rows if isinstance(row, Mapping)], flags["dataset"])
     with file.open("x", encoding="utf-8") as out:
-        out.write(_source(file.stem, _NAMES[flags["model"]], flags["dataset"], shape))
+        out.write(_source(file.stem, flags["model"], flags["dataset"], shape))
     print(f"wrote {file}: {shape.says}")
     if shape.columns:
         print(f"Then try it: qlora-recipes train {file} --demo")
@@ -113,14 +116,18 @@ def _is_text(name: object, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def _source(name: str, model: str, dataset: str, shape: _Shape) -> str:
     """Return the text of the recipe's file."""
+    known = _NAMES.get(model)  # one of ours is imported, any other named
     title = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
-    if title in ("Recipe", "DatasetSpec", model) or keyword.iskeyword(title):
+    if title in ("Recipe", "DatasetSpec", known) or keyword.iskeyword(title):
         title = f"My{title}"
-    data = re.sub(r"[^\w. -]", "_", Path(dataset).name)
-    about = f'"""{MODELS[model].hub_id.split("/")[-1]} on {data}."""'
+    base, data = (
+        re.sub(r"[^\w. -]", "_", Path(each).name) for each in (MODELS[known].hub_id if known else model, dataset)
+    )
+    about = f'"""{base} on {data}."""'
     lines = [about, "", "from qlora_recipes import DatasetSpec, Recipe"]
     lines += [f"from qlora_recipes.formatters import {shape.formatter}"] if shape.formatter else []
-    lines += [f"from qlora_recipes.models import {model}", "", "", f"class {title}(Recipe):", f"    model = {model}"]
+    lines += [f"from qlora_recipes.models import {known}"] if known else []
+    lines += ["", "", f"class {title}(Recipe):", f"    model = {known or _quoted(model)}"]
     formatter = f", format_row={shape.formatter}" if shape.formatter else ""
     lines += [f"    dataset = DatasetSpec({_quoted(dataset)}{formatter})"]
     if not shape.formatter:

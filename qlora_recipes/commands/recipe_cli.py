@@ -150,7 +150,8 @@ def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:
 def _common(recipe: type[Recipe]) -> list[Field]:
     """Return the flags that are used most, each with its value in the recipe."""
     fields = {**fields_of("SFTConfig"), **fields_of("LoraConfig")}
-    values = {"target_modules": recipe.model.linear_layers, **recipe.lora, **recipe.training}
+    linears = recipe.model.linear_layers or "every linear layer of a decoder block"
+    values = {"target_modules": linears, **recipe.lora, **recipe.training}
     if not AUTO_FIELDS["batch"] & recipe.explicit_fields:
         values |= dict.fromkeys(AUTO_FIELDS["batch"], "fitted to the machine")
     shown = {name: f" (here: {_in_words(values[name])})" if name in values else "" for name in _COMMON}

@@ -30,8 +30,8 @@ FIGURES = numpy.dtype(
         ("bos", "i4"),  # BOS tokens; none where BOS is the end-of-turn token
         ("starts_with_bos", "?"),
         ("doubled_bos", "?"),  # two in succession
-        ("ends", "i4"),  # end-of-turn tokens in the loss
-        ("last_is_end", "?"),  # the last token is an end-of-turn token, and in the loss
+        ("ends", "i4"),  # answers in the loss that end as the template ends a turn
+        ("last_is_end", "?"),  # the last answer is one of them
         ("controls_fit", "?"),  # its control tokens are those that its roles require
         ("control_text", "?"),  # a control token is spelled out in a message
         ("answers", "i4"),
@@ -47,9 +47,10 @@ class RowMeter:
 
     def __init__(self, encoder: ConversationEncoder) -> None:
         tokenizer = encoder.tokenizer
-        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        self._bos, self._end, self._pad, self._unknown = (_NO_TOKEN if token is None else token for token in ids)
-        self._bos = _NO_TOKEN if self._bos == self._end else self._bos
+        ids = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        self._bos, self._pad, self._unknown = (_NO_TOKEN if token is None else token for token in ids)
+        self._bos = _NO_TOKEN if self._bos in (encoder.end_id, tokenizer.eos_token_id) else self._bos
+        self._closes = encoder.closes
         self._special_tokens = encoder.special_tokens
         self._controls = encoder.control_tokens
         self._structure = cache(encoder.structure)
@@ -64,6 +65,7 @@ class RowMeter:
         answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
         ids, labels = row.encoded.input_ids, row.encoded.labels
         needed, controls, bos = self._structure(roles), self._controls(ids), ids.count(self._bos)
+        closed = self._closes(labels)
         found = {
             "question": int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]),
             "words": hash(tuple(map(words, texts))),
@@ -81,8 +83,8 @@ class RowMeter:
             "bos": bos,
             "starts_with_bos": ids[0] == self._bos,
             "doubled_bos": bos > 1 and (self._bos, self._bos) in pairwise(ids),
-            "ends": labels.count(self._end),
-            "last_is_end": labels[-1] == self._end,
+            "ends": sum(closed),
+            "last_is_end": closed[-1:] == [True],
             "controls_fit": controls <= needed if row.truncated else controls == needed,
         }
         return tuple(found[name] for name in FIGURES.names or ())

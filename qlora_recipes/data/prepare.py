@@ -73,7 +73,7 @@ def prepare(
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not rows:
-        raise DataError(_nothing_usable(settings, tally.dropped))
+        raise DataError(_nothing_usable(settings, encoder, tally.dropped))
     every = numpy.concatenate(tally.figures)
     tally.figures.clear()  # 63 bytes a row, which are in `every` now
     distinct = numpy.unique(every["question"])
@@ -164,13 +164,13 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _nothing_usable(settings: Settings, dropped: Counter[str]) -> str:
+def _nothing_usable(settings: Settings, encoder: ConversationEncoder, dropped: Counter[str]) -> str:
     """Say what was expected, and show the first row."""
     place, row = next(read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision))
     shown = json.dumps(row, ensure_ascii=False, default=str)
     try:
-        _format(settings.recipe.formatter() or _detect(row, place), row, place)
-        why = "nothing by itself; it is longer than max_length, or its text contains the template's own role markers"
+        encoder.render(_format(settings.recipe.formatter() or _detect(row, place), row, place))
+        why = "nothing by itself; it is longer than max_length"
     except RowError as error:
         why = str(error)
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
@@ -205,10 +205,11 @@ def _data_receipt(settings: Settings, train: Rows, figures: numpy.ndarray, usabl
 
 def _template_receipt(encoder: ConversationEncoder, figures: numpy.ndarray) -> TemplateReceipt:
     return TemplateReceipt(
-        name=encoder.template.path.name,
+        name=encoder.template.name,
+        origin=encoder.template.origin,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
         bos_per_row=[int(figures["bos"].min()), int(figures["bos"].max())],
-        end_token=str(encoder.tokenizer.eos_token),
+        end_token=encoder.end_token,
         end_token_trained=bool((figures["truncated"] | figures["last_is_end"]).all()),
     )

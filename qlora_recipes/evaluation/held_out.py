@@ -84,7 +84,7 @@ def score_answers(
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
     answers: dict[int, list[int]] = {}
-    end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
+    end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
     for start in range(0, len(fitting), batch_size):
         batch = longest_first[start : start + batch_size]

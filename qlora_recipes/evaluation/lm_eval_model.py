@@ -43,6 +43,11 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         self.prompts_unlike_training = 0
         """Rendered prompts whose tokens differ from those of training, as when a document spells a control token."""
 
+    @property
+    def eot_token_id(self) -> int:
+        """Where generation stops: at the token that ends a turn, which need not be the tokenizer's EOS."""
+        return self._encoder.end_id
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render as HFLM does, and compare the tokens with those of training."""
         text: str = super().apply_chat_template(chat_history, add_generation_prompt)

@@ -121,7 +121,8 @@ def restore_run(
     """
     receipt, held_out = folder.receipt(), read_held_out(folder)
     tokenizer = _tokenizer(folder, receipt, other_template)
-    template = ChatTemplate(folder.adapter / "chat_template.jinja", role_markers=receipt.template.role_markers)
+    recorded = receipt.template
+    template = ChatTemplate(str(tokenizer.chat_template), recorded.name, recorded.role_markers, recorded.origin)
     encoder = ConversationEncoder(tokenizer, template)
     if key.precision == receipt.precision:
         advice = (

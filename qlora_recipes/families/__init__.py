@@ -1,22 +1,33 @@
-"""The decoder architectures that are known, one file each, found by the `model_type` of `config.json`."""
+"""The dimensions of a decoder of any architecture: computed where a family has a file here, else counted."""
 
 from __future__ import annotations
 
-from qlora_recipes.errors import ModelError
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_recipes.errors import UnreadableModelError
+from qlora_recipes.families import outline
 from qlora_recipes.families.falcon import FALCON
-from qlora_recipes.families.family import Family
-from qlora_recipes.families.llama import LLAMA
+from qlora_recipes.families.family import Family, Sizes
+from qlora_recipes.families.llama import LLAMA, MISTRAL
 
-FAMILIES: dict[str, Family] = {name: family for family in (LLAMA, FALCON) for name in family.model_types}
-"""`model_type` -> family."""
+FAMILIES: dict[str, Family] = {name: family for family in (LLAMA, MISTRAL, FALCON) for name in family.model_types}
+"""`model_type` -> family with arithmetic or repairs of its own."""
 
 
-def family_of(model_type: str) -> Family:
-    """Return the family of a `model_type`.
+def sizes_from(
+    config: Mapping[str, Any], location: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> Sizes:
+    """Return the dimensions that the `config.json` of a model states; those counted take a second, and import torch.
 
     Raises:
-        ModelError: naming the known ones.
+        UnreadableModelError: when they cannot be read.
+        ModelError: when it is no decoder of text that Transformers can make.
     """
-    if model_type not in FAMILIES:
-        raise ModelError(f"model_type {model_type!r} is not known, expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    family = FAMILIES.get(config["model_type"])
+    if family is None or not family.covers(config):
+        return outline.count(config, location, revision, trust_remote_code=trust_remote_code)
+    try:
+        return family.sizes_of(config)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise UnreadableModelError(f"{location}: cannot read its dimensions from config.json: {error!r}") from error

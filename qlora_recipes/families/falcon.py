@@ -12,14 +12,8 @@ from qlora_recipes.families.family import LAYER_NORM, Family, Linear, Sizes
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Falcon's key/value heads follow from three flags; only its second generation reads `num_kv_heads`."""
-    heads = config["num_attention_heads"]
-    if config.get("new_decoder_architecture"):
-        key_value_heads = config.get("num_kv_heads") or heads
-    else:
-        key_value_heads = 1 if config.get("multi_query", True) else heads
     return {
-        "num_key_value_heads": key_value_heads,
+        "num_key_value_heads": 1 if config.get("multi_query", True) else config["num_attention_heads"],
         "intermediate_size": config.get("ffn_hidden_size") or 4 * config["hidden_size"],
         "tied_embeddings": config.get("tie_word_embeddings", True),
     }
@@ -55,4 +49,6 @@ FALCON = Family(
     heap=(0.25, 1.0),
     repairs=("quantize_falcon_linears", "separate_packed_falcon"),
     attention_repair="route_falcon_attention",
+    # Falcon-40B has more norms, Falcon-RW has biases: both are counted.
+    assumes={"new_decoder_architecture": False, "parallel_attn": True, "bias": False},
 )

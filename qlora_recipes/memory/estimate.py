@@ -160,7 +160,7 @@ def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: 
     step = Step(sizes, precision, replace(work, rows=rows, packing=False))
     logits = (2 + (4 if work.device == "cuda" else 4 + 4)) * rows * sizes.vocab_size
     scoring = _memory(step, "scoring", logits=logits * work.length)
-    cache = 2 * 2 * step.work.tokens * sizes.key_value_size * sizes.num_hidden_layers
+    cache = 2 * 2 * rows * sizes.cached_positions(work.length) * sizes.key_value_size
     answering = _memory(step, "answering", cache=cache, logits=logits, workspace=step.forward_workspace)
     return max(scoring, answering, key=lambda memory: memory.total)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qlora_recipes.families.family import Sizes
-from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, linear_shapes, unquantized_parameters
+from qlora_recipes.families.family import Sizes, Weight
+from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, unquantized_parameters
 from qlora_recipes.memory.workload import Workload
 from qlora_recipes.precision import Precision
 
@@ -26,23 +26,22 @@ SHORT = 512
 
 
 def base_bytes(sizes: Sizes, precision: Precision) -> int:
-    """Return the bytes of the frozen base: linear layers as stored, everything else in 16 bits.
+    """Return the bytes of the frozen base: linear layers and experts as stored, everything else in 16 bits.
 
     For Llama-2-7B in NF4 3,866 MB. QLoRA (arXiv 2305.14314, figure 6) shows 5,048 MB for its 7B base without saying
     what that includes; an embedding and an output layer in float32 would account for 524 MB of the difference.
     """
-    linears = sum(_stored_bytes(shape, precision) for shape in linear_shapes(sizes).values())
-    return sizes.num_hidden_layers * linears + 2 * unquantized_parameters(sizes)
+    stored = sum(each.count * _stored_bytes(each, precision) for each in sizes.weights)
+    return stored + 2 * unquantized_parameters(sizes)
 
 
-def _stored_bytes(shape: tuple[int, int], precision: Precision) -> int:
-    """Return the bytes of a linear layer, constants and tables included (bitsandbytes' `QuantState`)."""
-    inputs, outputs = shape
-    weights = inputs * outputs
-    if not precision.quantized:
-        return 2 * weights
+def _stored_bytes(weight: Weight, precision: Precision) -> int:
+    """Return the bytes of a matrix, constants and tables included (bitsandbytes' `QuantState`)."""
+    weights = weight.numel
+    if not precision.quantized or (weight.experts and precision.quant_type is None):
+        return 2 * weights  # LLM.int8 has no product for experts
     if precision.quant_type is None:
-        return weights + 4 * outputs  # a float32 scale for each row
+        return weights + 4 * weight.outputs  # a float32 scale for each row
     blocks, table = math.ceil(weights / 64), 16 * 4
     if not precision.double_quant:
         return weights // 2 + 4 * blocks + table
@@ -88,7 +87,7 @@ class Step:
     def shared_kept(self) -> int:
         """Kept once for all layers: the rotary tables in 16 bits, and the mask, if any, a byte per entry."""
         mask = 0 if self.work.packing and self.work.tokens > SHORT else self.work.attention_pairs
-        return mask + 4 * self.work.tokens * self.sizes.hidden_size // self.sizes.num_attention_heads
+        return mask + 4 * self.work.tokens * self.sizes.head_size
 
     @property
     def layer_boundary(self) -> int:
@@ -97,8 +96,7 @@ class Step:
         bitsandbytes' int8 product holds on to its input by an attribute, which checkpointing does not see
         (`MatMul8bitLt` and `MatMul8bitFp` in `bitsandbytes/autograd/_functions.py`), so those inputs stay as well.
         """
-        family = self.sizes.family
-        held = sum(family.inputs_read(self.sizes, family.linear_layers)) if self.precision.name == "int8" else 0
+        held = self.sizes.inputs_read(self.sizes.linear_layers) if self.precision.name == "int8" else 0
         return 2 * self.work.tokens * (self.sizes.hidden_size + held)
 
     @property
@@ -110,7 +108,7 @@ class Step:
         """
         family, hidden, inner = self.sizes.family, self.sizes.hidden_size, self.sizes.intermediate_size
         norms = family.norms * (family.norm.bytes_kept * hidden + 4)
-        ranks = 2 * self.work.rank * len(self.work.targets)
+        ranks = 2 * self.work.rank * sum(each.count for each in self._targeted) // self.sizes.num_hidden_layers
         per_token = norms + 2 * family.mlp_kept * inner + ranks + self._adapter_inputs
         if self.precision.name == "int8" and not self.shares_inputs:
             per_token += 2 * (family.norms * hidden + inner)
@@ -120,11 +118,15 @@ class Step:
     @property
     def _adapter_inputs(self) -> int:
         """Kept per token by the adapters of their inputs; dropout keeps its mask, on a CPU in float32."""
-        shapes = linear_shapes(self.sizes)
         if self.shares_inputs:
-            return 2 * sum(self.sizes.family.inputs_read(self.sizes, self.work.targets))
+            return 2 * self.sizes.inputs_read(self.work.targets)
         mask = (1 if self.work.device == "cuda" else 4) if self.work.dropout else 0
-        return sum((2 + mask) * shapes[target][0] for target in self.work.targets)
+        widths = sum(each.count * each.inputs for each in self._targeted)
+        return (2 + mask) * widths // self.sizes.num_hidden_layers
+
+    @property
+    def _targeted(self) -> list[Weight]:
+        return [each for each in self.sizes.linears if each.name in self.work.targets]
 
     @property
     def _attention_kept(self) -> int:
@@ -134,13 +136,13 @@ class Step:
         apart, PyTorch's own attention keeps it as a 16-bit bias.
         """
         sizes, work = self.sizes, self.work
-        heads, hidden, key_value = sizes.num_attention_heads, sizes.hidden_size, sizes.key_value_size
+        heads, query, key_value = sizes.num_attention_heads, sizes.query_size, sizes.key_value_size
         if work.device == "cuda":
-            reads_output = any(each.reads == "attention" and each.name in work.targets for each in sizes.family.linears)
-            output = 0 if reads_output else 2 * hidden  # or the adapter after it keeps it
+            reads_output = any(each.reads == "attention" for each in self._targeted)
+            output = 0 if reads_output else 2 * query  # or the adapter after it keeps it
             mask = 0 if work.packing else 2 * work.attention_pairs
-            return work.tokens * (2 * hidden + 2 * 2 * key_value + output + 4 * heads) + mask
-        own = 2 * (hidden + 2 * key_value) + (2 * (hidden + key_value) if sizes.family.fused_qkv else 0)
+            return work.tokens * (2 * query + 2 * 2 * key_value + output + 4 * heads) + mask
+        own = 2 * (query + 2 * key_value) + (2 * (query + key_value) if sizes.family.fused_qkv else 0)
         masked = 0 if work.packing and work.tokens > SHORT else work.tokens * 4 * heads + 2 * work.attention_pairs
         return work.tokens * own + masked
 
@@ -166,10 +168,11 @@ class Step:
 
     @property
     def _dequantized(self) -> int:
-        """The largest linear layer in 16 bits (`dequantize_4bit`), or int8's copy to be scaled."""
+        """The largest linear layer, or all experts of one, in 16 bits (`dequantize_4bit`); int8's copy to be scaled."""
         if not self.precision.quantized or self.work.storage == "expanded":
             return 0
-        weights = max(inputs * outputs for inputs, outputs in linear_shapes(self.sizes).values())
+        stored = self.sizes.weights if self.precision.quant_type else self.sizes.linears
+        weights = max(each.numel for each in stored)
         if self.precision.quant_type is None:
             return weights * (2 if self.work.device == "cuda" else 10)  # a CPU multiplies by the scales in float32
         return 2 * weights + (2 * 4 * weights // 64 if self.precision.double_quant else 0)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qlora_recipes.memory.estimate import GIB, Memory, largest_micro_batch, plan
 from qlora_recipes.memory.fitting import USABLE, Machine, fit_to_memory
-from qlora_recipes.memory.sizes import adapter_parameters, parameter_count, sizes_for
+from qlora_recipes.memory.sizes import adapter_parameters, described, sizes_for
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.display import figures_table
@@ -62,7 +62,8 @@ def _run_table(settings: Settings, work: Workload) -> Table:
     return figures_table(
         {
             "recipe": settings.name,
-            "model": f"{settings.model}, {parameter_count(sizes):,} weights",
+            "model": settings.model,
+            **described(sizes),
             "dataset": settings.dataset_name,
             "precision": f"{settings.precision.name}, loaded and computed in {settings.dtype}",
             "global batch": f"{batch} rows = {work.rows} a micro-batch x {work.accumulation} accumulated "
@@ -128,5 +129,7 @@ def _remarks(settings: Settings, work: Workload, gpu_gib: float | None) -> Itera
                 f"The same global batch in larger micro-batches: --per_device_train_batch_size {most} "
                 f"--gradient_accumulation_steps {batch // most}"
             )
+    if sizes_for(settings).counted:
+        yield "The base is counted. What a step adds is an estimate: its rules were fitted to Llama and Falcon."
     if uncounted := left_out(settings):
         yield f"Not counted: {', '.join(uncounted)}."

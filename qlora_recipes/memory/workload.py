@@ -71,10 +71,10 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
 
 def left_out(settings: Settings) -> list[str]:
     """Return the settings that change the memory of a run and that no formula covers."""
-    lora = ("modules_to_save", "rank_pattern", "layers_to_transform", "use_dora", "bias")
+    lora = ("modules_to_save", "rank_pattern", "layers_to_transform", "target_parameters", "use_dora", "bias")
     training = ("fsdp", "deepspeed", "activation_offloading", "torch_compile", "use_liger_kernel")
     found = [name for name in lora if settings.lora.get(name) not in (None, False, "none", [], {})]
     targets = settings.lora.get("target_modules") or "all-linear"
-    if targets != "all-linear" and not set(targets) <= set(settings.spec.linear_layers):
+    if targets != "all-linear" and not set(targets) <= set(settings.spec.linear_layers or ()):
         found.append("target_modules")  # a pattern, or a layer outside the decoder blocks
     return found + [name for name in training if settings.training.get(name)]

@@ -5,11 +5,13 @@ Changes nothing of the run.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG
+from qlora_recipes.data.templates import fault_of, parts
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
@@ -24,29 +26,34 @@ _CUT_SHARE = 0.01  # of the supervised tokens; one or two long rows in a thousan
 
 
 def loss_is_the_answers(run: Run) -> Check:
-    """The tokens in the loss, turned back into text, are the assistant's messages: no question, no role name."""
+    """The tokens in the loss are the assistant's messages, no question and no role name; shown by changing messages."""
     rows = spread(run.data.train, _DECODED_ROWS)
-    wrong = [row.place for row in rows if not _supervises_answers(run, row)]
+    faults = [(row.place, fault) for row in rows if (fault := _fault(run, row))]
     receipt = run.data.receipt
     share = receipt.supervised_tokens / receipt.tokens
     figure = f"{receipt.supervised_tokens:,} of {receipt.tokens:,} tokens ({share:.0%}); {len(rows)} rows read back"
     return fail_unless(
-        not wrong,
-        f"{len(wrong)} of {len(rows)} rows have other words in the loss, {wrong[0]} first" if wrong else figure,
+        not faults,
+        f"{len(faults)} of {len(rows)} rows have other words in the loss, {faults[0][0]} first: {faults[0][1]}"
+        if faults
+        else figure,
         "Put the answer and its end-of-turn token, nothing else, in the template's {% generation %} block; "
         "`qlora-recipes inspect` shows each token.",
     )
 
 
-def _supervises_answers(run: Run, row: Conversation) -> bool:
-    supervised = [label for label in row.encoded.labels if label not in (IGNORED, run.tokenizer.eos_token_id)]
-    said = "".join(message["content"] for message in row.messages if message["role"] == "assistant")
+def _fault(run: Run, row: Conversation) -> str:
+    """Return what is wrong with the loss of a row: the template's marks, or tokens that are not what it marks."""
+    encoder, controls = run.encoder, run.encoder.control_tokens(row.encoded.input_ids)
+    words = re.sub("[\ufdd0-\ufdef]", "", "".join(parts(encoder.render(row.messages))[0]))
+    for control in encoder.unescaped_words:
+        words = words.replace(control, "")
     # encoded and decoded again, since some tokenizers normalize what they encode
-    expected = _as_text(run, run.tokenizer(said, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    got = _as_text(run, supervised)
-    if row.truncated:
-        return expected.startswith(got.rstrip("\ufffd"))  # truncation may fall inside a character
-    return got == expected
+    expected = _as_text(run, run.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    got = _as_text(run, [label for label in row.encoded.labels if label != IGNORED and label not in controls])
+    # truncation may fall inside a character
+    same = expected.startswith(got.rstrip("\ufffd")) if row.truncated else got == expected
+    return fault_of(encoder, row.messages) if same else "the tokens in the loss are not what the template marks"
 
 
 def _as_text(run: Run, ids: list[int]) -> str:
@@ -68,11 +75,13 @@ def end_of_turn(run: Run) -> Check:
 
 def beginning_of_text(run: Run) -> Check:
     """Two BOS tokens in a row come from a template that writes one and a tokenizer that adds one."""
-    bos, end = run.tokenizer.bos_token_id, run.tokenizer.eos_token_id
-    if bos is None or bos == end:
+    bos, ends = run.tokenizer.bos_token_id, (run.tokenizer.eos_token_id, run.encoder.end_id)
+    if bos is None or bos in ends:
         return passed("the family uses none")
     doubled, without = run.data.figures["doubled_bos"].sum(), (~run.data.figures["starts_with_bos"]).sum()
     fewest, most = run.data.template.bos_per_row
+    if most == 0 and run.encoder.template.origin in ("tokenizer", "trl", "marked"):
+        return passed("the model's own template writes none")  # as that of gpt-oss
     return fail_unless(
         not doubled and not without,
         f"{doubled} rows with two in a row, {without} that start without"

@@ -8,13 +8,13 @@ Needs no model.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.data.templates import turn_pieces
 from qlora_recipes.formatters import Message, Reason, RowError
 from qlora_recipes.preflight.checks import fail_unless, passed
 from qlora_recipes.preflight.rows import count_and_first, spread
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 50
-_ROLES = ("system", "user", "assistant", "user", "assistant")
 
 
 def template_agrees(run: Run) -> Check:
@@ -33,13 +32,17 @@ def template_agrees(run: Run) -> Check:
     # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
     figures = run.data.figures
     rows = spread(run.data.train, _ROWS, ~figures["truncated"] & ~figures["control_text"])
-    wrong = [row.place for row in rows if not _prompt_agrees(run, row)]
+    wrong = [row for row in rows if not _prompt_agrees(run, row)]
+    advice = "Let add_generation_prompt render exactly what comes before {% generation %} in training."
+    if wrong and _rendered(run, wrong[0].messages[:-1], add_generation_prompt=True).rstrip().endswith("<think>"):
+        advice = "The prompt opens the reasoning, and the rows have none: give rows with it, or a template of your own."
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
-        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0]} first"
+        f"{len(wrong)} of {len(rows)} prompts differ from training, {wrong[0].place} first"
         if wrong
-        else f"{len(rows)} prompts, sha256 {run.data.template.sha256[:12]}",
-        "Let add_generation_prompt render exactly what comes before {% generation %} in training.",
+        else f"{len(rows)} prompts, {run.data.template.name} ({run.data.template.origin}), "
+        f"sha256 {run.data.template.sha256[:12]}",
+        advice,
     )
 
 
@@ -50,11 +53,17 @@ def _prompt_agrees(run: Run, row: Conversation) -> bool:
     text, whole = _rendered(run, before, add_generation_prompt=True), _rendered(run, row.messages)
     return (
         trained.input_ids[: len(prompt)] == prompt
-        and IGNORED not in trained.labels[len(prompt) :]
+        and _all_until_the_end(trained.labels[len(prompt) :])
         and _ids(run, text) == prompt
         and _ids(run, whole) == trained.input_ids
         and whole.startswith(text)
     )
+
+
+def _all_until_the_end(labels: Sequence[int]) -> bool:
+    """Whether what follows the prompt is in the loss; white space after the last end-of-turn token need not be."""
+    inside = [label != IGNORED for label in labels]
+    return True in inside and inside == sorted(inside, reverse=True)
 
 
 def _rendered(run: Run, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -88,15 +97,17 @@ def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
+    encoder = run.encoder
     added = [token for token in run.tokenizer.get_added_vocab() if token.strip()]
-    tokens, pieces = [f"words {token} words" for token in added], _template_pieces(run)
-    refused, harmless = None, run.encoder.structure(("user", "assistant"))
-    forged = [text for text in tokens if _controls(run.encoder, text) not in (refused, harmless)]
+    pieces = [f"words\n{encoder.spelled(piece)}words" for piece in turn_pieces(encoder) if piece.strip()]
+    tokens = [f"words {token} words" for token in added]
+    refused, harmless = None, encoder.structure(("user", "assistant"))
+    forged = [text for text in tokens if _controls(encoder, text) not in (refused, harmless)]
     # Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
     # text, every piece must be refused.
     some_plain = any(not any(token in piece for token in added) for piece in pieces)
     allowed = (refused,) if some_plain else (refused, harmless)
-    forged += [piece for piece in pieces if _controls(run.encoder, piece) not in allowed]
+    forged += [piece for piece in pieces if _controls(encoder, piece) not in allowed]
     as_text = run.data.figures["control_text"].sum()
     dropped = run.data.receipt.rows_dropped.get(Reason.CONTROL_STRING, 0)
     return fail_unless(
@@ -106,14 +117,6 @@ def forged_turns(run: Run) -> Check:
         else f"0 of {len(tokens) + len(pieces)} tries; {as_text} rows hold control tokens as text, {dropped} dropped",
         "Add what is plain text in the template to role_markers of its ChatTemplate.",
     )
-
-
-def _template_pieces(run: Run) -> list[str]:
-    """Return what the template writes between messages, as words of a message."""
-    contents = [f"{role}\ue000{i}" for i, role in enumerate(_ROLES)]
-    messages = [{"role": role, "content": content} for role, content in zip(_ROLES, contents, strict=True)]
-    first, *others = re.split("|".join(contents), _rendered(run, messages))
-    return [f"words\n{first}words", *(f"words{piece}words" for piece in dict.fromkeys(others[:-1]))]
 
 
 def _controls(encoder: ConversationEncoder, question: str) -> Counter[int] | None:

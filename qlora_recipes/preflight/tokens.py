@@ -18,7 +18,7 @@ def padding_token(run: Run) -> Check:
     token = run.tokenizer.pad_token
     count, first = count_and_first(run.data.train, run.data.figures["padding"])
     return fail_unless(
-        not count and run.tokenizer.pad_token_id != run.tokenizer.eos_token_id,
+        not count and run.tokenizer.pad_token_id not in (run.tokenizer.eos_token_id, run.encoder.end_id),
         f"{token} occurs in {count} rows, {first} first" if count else f"{token} occurs in no row and ends none",
         "Set ModelSpec.pad_token to a token that no text contains.",
     )
@@ -27,7 +27,7 @@ def padding_token(run: Run) -> Check:
 def unknown_tokens(run: Run) -> Check:
     """All characters that the tokenizer has no token for become the same token."""
     unknown = run.tokenizer.unk_token_id
-    if unknown is None or unknown == run.tokenizer.eos_token_id:
+    if unknown is None or unknown in (run.tokenizer.eos_token_id, run.encoder.end_id):
         return passed("the vocabulary covers every byte")
     count = int(run.data.figures["unknown"].sum())
     return warn_unless(
@@ -62,7 +62,7 @@ def context_length(run: Run) -> Check:
 
 def generation_stops(run: Run) -> Check:
     """Generation stops at the token that ends answers in training."""
-    stops, end = run.model.generation_config.eos_token_id, run.tokenizer.eos_token_id
+    stops, end = run.model.generation_config.eos_token_id, run.encoder.end_id
     stops = stops if isinstance(stops, list) else [stops]
     return warn_unless(
         end in stops,

@@ -167,7 +167,7 @@ def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
     """Answer all questions in one batch, in the arithmetic of training."""
     run.model.eval()
     prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]
-    end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
+    end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     with run.trainer.compute_loss_context_manager():
         answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
     return [

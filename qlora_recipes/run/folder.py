@@ -83,7 +83,7 @@ class RunFolder:
             if got not in known:
                 raise RunFolderError(f"{file}, key {key}: got {got!r}, expected one of {', '.join(known)}. {_FIX}")
         try:
-            re.compile(receipt.template.role_markers)
+            re.compile(receipt.template.role_markers or "")
         except (re.error, RecursionError, OverflowError) as error:
             raise RunFolderError(
                 f"{file}, key template.role_markers: got no regular expression ({error}), expected the one of the "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from qlora_recipes.chat_templates import Origin
+
 
 @dataclass
 class DataReceipt:
@@ -44,14 +46,16 @@ class TemplateReceipt:
 
     name: str
     sha256: str
-    role_markers: str
-    """Regular expression for the strings of the template that a message's text may not hold."""
+    role_markers: str | None
+    """Regular expression for the strings of the template that a message's text may not hold; None for none."""
     bos_per_row: list[int]
     """Smallest and largest number of BOS tokens in a row: one a turn pair with Llama-2, none where BOS is EOS."""
     end_token: str
     """The token that ends an answer."""
     end_token_trained: bool
     """Whether it is in the loss in every answer that was not cut."""
+    origin: Origin = "recipe"
+    """Where the template is from."""
 
 
 @dataclass
@@ -88,6 +92,8 @@ class BaseReceipt:
     """Whether 4-bit weights were dequantized for every product (`packed`), or once and kept beside (`expanded`)."""
     missing_keys: list[str] = field(default_factory=list)
     """Weights that are not in the checkpoint: they are random."""
+    architecture: dict[str, str] = field(default_factory=dict)
+    """What was found of the model, as the plan shows it: layers, heads, experts, window, linears, weights."""
 
 
 @dataclass

@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import attach
-from qlora_recipes.base.loading import load_base, load_tokenizer
+from qlora_recipes.base.loading import load_base
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.arrow_rows import Rows
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import prepare
@@ -28,6 +29,7 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
+from qlora_recipes.memory.sizes import described, sizes_for
 from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings
@@ -45,7 +47,7 @@ def prepare_rows(settings: Settings, console: Console | None = None) -> Run:
     environment.share_threads()
     trusted = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.spec, settings.model, settings.revision, trust_remote_code=trusted)
-    encoder = ConversationEncoder(tokenizer, settings.spec.chat_template)
+    encoder = ConversationEncoder(tokenizer, tokenizer.template)
     with progress_bar("rows", console or Console(quiet=True)) as bar:
         row = bar.add_task("rows", total=None)
         data = prepare(settings, encoder, lambda rows: bar.advance(row, rows))
@@ -67,6 +69,7 @@ def load_model(run: Run) -> Run:
         device=device,
         trust_remote_code=settings.trust_remote_code,
     )
+    receipt.architecture = described(sizes_for(settings))
     if settings.storage == "expanded":
         expand(base, getattr(torch, settings.dtype))
         receipt.storage = "expanded"

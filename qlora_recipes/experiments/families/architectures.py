@@ -49,6 +49,8 @@ class Architecture:
     """TRL's copy of the chat template, or one of `templates/`; None for a base model."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes that differ from `SIZES`."""
+    known: Mapping[str, str] = field(default_factory=dict)
+    """What differs or is refused, to why this is right."""
 
 
 SIZES = dict(
@@ -237,6 +239,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         SMOLLM_3,
         ends=("<|im_end|>",),
         template="smollm3",
+        known={
+            "mask": "its own marks put the role's name into the loss, where it teaches nothing; here it is left out"
+        },
     ),
     "gpt_neox": Architecture(
         "EleutherAI/pythia-410m",

@@ -24,6 +24,7 @@ from qlora_recipes import DatasetSpec, Recipe, preflight
 from qlora_recipes.base.loading import load_outline
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import RecipesError
+from qlora_recipes.experiments.families.architectures import ARCHITECTURES
 from qlora_recipes.memory import estimate
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check
@@ -64,6 +65,8 @@ class Examined:
     """Tokens/s of the recipe by those of the plain script."""
     reasons: dict[str, str] = field(default_factory=dict)
     """What was refused or failed, and why."""
+    known: dict[str, str] = field(default_factory=dict)
+    """What differs or is refused rightly, and why."""
 
     @property
     def passes(self) -> bool:
@@ -147,6 +150,9 @@ def examine(
         if speed:
             with found.part("speed"):
                 found.speed = _speed(model, rows, steps, Path(scratch))
+    known = ARCHITECTURES[name].known
+    found.known = {part: known[part] for part in found.reasons if part in known}
+    found.reasons = {part: reason for part, reason in found.reasons.items() if part not in known}
     return found
 
 

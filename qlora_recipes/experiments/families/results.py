@@ -68,15 +68,15 @@ def _losses(found: Examined, precision: str) -> str:
 
 
 def reasons(found: Examined) -> list[str]:
-    """Return a sentence for everything that was refused or failed, each once."""
+    """Return a sentence for everything that was refused, failed or differs, each once."""
     told: dict[str, list[str]] = {}
-    for part, reason in found.reasons.items():
+    for part, reason in (found.reasons | found.known).items():
         told.setdefault(reason, []).append(part)
     return [f"{', '.join(parts)}: {reason}" for reason, parts in told.items()]
 
 
 def print_table(all_found: Sequence[Examined], console: Console) -> None:
-    """Print a row for each architecture, and below it the reasons of those that do not pass."""
+    """Print a row for each architecture, and below it the reasons."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("architecture", *COLUMNS):
         table.add_column(name, no_wrap=name == "architecture")
@@ -104,7 +104,7 @@ def markdown(all_found: Sequence[Examined], command: str) -> str:
         of = f"{found.name} | [{ARCHITECTURES[found.name].hub_id}](https://huggingface.co/{ARCHITECTURES[found.name].hub_id})"
         lines.append(f"| {of} | " + " | ".join(cells(found)) + " |")
     failing = [f"- {found.name}: {_escaped(reason)}" for found in all_found for reason in reasons(found)]
-    return "\n".join(lines + (["", "What fails, and why:", "", *failing] if failing else [])) + "\n"
+    return "\n".join(lines + (["", "What fails or differs, and why:", "", *failing] if failing else [])) + "\n"
 
 
 def _escaped(text: str) -> str:

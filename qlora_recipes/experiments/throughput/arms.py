@@ -37,7 +37,7 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
-from qlora_recipes.models import MODELS
+from qlora_recipes.models import MODELS, ModelSpec
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings, resolve
@@ -80,6 +80,7 @@ def base_config(family: str, hidden_size: int, num_hidden_layers: int, vocab_siz
         UsageError: for a width that is no multiple of the size of the family's attention heads.
     """
     whole = SPECS[family].sizes
+    assert whole is not None
     head = whole.hidden_size // whole.num_attention_heads
     if hidden_size % head or hidden_size <= 0:
         raise UsageError(f"--hidden_size {hidden_size}: expected a multiple of {head}, the size of {family}'s heads")
@@ -112,7 +113,7 @@ def make_base(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, fold
 def settings_of(spec: Specification) -> Settings:
     """Return the settings of the recipe's arm, with everything open that a recipe may leave open."""
     declared = {
-        "model": SPECS.get(spec.family, spec.model),
+        "model": _model(spec),
         "dataset": DatasetSpec(spec.rows, held_out=0.0),
         "lora": dict(r=spec.r, lora_alpha=spec.r),
         "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
@@ -120,9 +121,15 @@ def settings_of(spec: Specification) -> Settings:
     }
     recipe = type("Throughput", (Recipe,), declared)
     dtype = None if precision_named(spec.precision).dtype else spec.dtype
-    settings = resolve(recipe, precision=spec.precision, dtype=dtype, model=spec.model, storage=spec.storage)
+    settings = resolve(recipe, precision=spec.precision, dtype=dtype, storage=spec.storage)
     batch = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
     return replace(settings, training={**settings.training, **batch}, auto_fields=frozenset(("batch", "checkpointing")))
+
+
+def _model(spec: Specification) -> ModelSpec | str:
+    """Return the family's specification with the base in its place, or the folder alone."""
+    known = SPECS.get(spec.family)
+    return replace(known, hub_id=spec.model, revision=None, sizes=None) if known else spec.model
 
 
 def leave_out(arm: str, read: Run) -> Run:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qlora_recipes.families.family import Sizes
-from qlora_recipes.memory.sizes import linear_shapes, sizes_of
+from qlora_recipes.memory.sizes import linear_parameters, sizes_of
 
 _TURNS = 9
 _TOKENS = 2048
@@ -61,7 +61,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def tokens_per_second(machine: Machine, sizes: Sizes, supervised_share: float, packed_tokens: float | None) -> float:
     """Return the bound; `packed_tokens` are the tokens of a micro-batch if 4-bit weights are dequantized for each."""
-    linears = sizes.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linear_shapes(sizes).values())
+    linears = linear_parameters(sizes)
     head = sizes.vocab_size * sizes.hidden_size * supervised_share
     seconds = 4 * (linears + head) / machine.flops
     if packed_tokens:

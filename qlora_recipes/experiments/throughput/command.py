@@ -107,6 +107,7 @@ def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
     base = standins.STANDINS[asked.family].folder
     if not asked.standin:
         model = SPECS[asked.family]
+        assert model.sizes is not None
         try:
             tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer or base, **model.tokenizer)
         except (OSError, ValueError) as error:
