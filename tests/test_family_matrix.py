@@ -131,7 +131,7 @@ def test_table_tells_figures_and_reasons() -> None:
         raise ValueError("no <sinks> here")
     assert good.passes and not bad.passes
     text = results.markdown([good, bad], "python eval/families.py")
-    assert "| 100.0% | equal | 0 | 1.000 - | - | - - | 7.00 6.50 | - | - |" in text
+    assert "| 100.0% | - | equal | 0 | 1.000 - | - | - - | 7.00 6.50 | - | - |" in text
     assert "- gpt_oss: nf4: ValueError: no \\<sinks\\> here" in text
     assert "1 of 2 architectures" in text
     console = Console(width=160, record=True, quiet=False)

@@ -239,9 +239,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         SMOLLM_3,
         ends=("<|im_end|>",),
         template="smollm3",
-        known={
-            "mask": "its own marks put the role's name into the loss, where it teaches nothing; here it is left out"
-        },
+        known={"mask": "its own marks put the role's name into the loss, where it teaches nothing; here it is not"},
     ),
     "gpt_neox": Architecture(
         "EleutherAI/pythia-410m",

@@ -55,6 +55,7 @@ class Examined:
     plan: dict[str, float] = field(default_factory=dict)
     """Planned bytes of the base by what was counted: `bf16` on the meta device, `nf4` in memory."""
     template: str | None = None
+    """Where the chat template comes from."""
     mask: str | None = None
     """Ids and loss mask beside TRL's own for the same rows."""
     checks: dict[str, dict[str, Check]] = field(default_factory=dict)
@@ -136,7 +137,7 @@ def examine(
             _look_at_plan(found, settings("bf16"))
         with found.part("rows"):
             run = prepare_rows(settings("nf4"))
-            found.template = run.data.template.name
+            found.template = run.data.template.origin
             with found.part("mask"):
                 found.mask = mask_beside_trl(run, model)
                 found.expect("mask", found.mask in _SAME_MASK, found.mask)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _NONE = "-"
 COLUMNS = {
     "4-bit": "share of the weights of linear layers and experts that NF4 stores in 4 bits",
+    "template": "whose: TRL's training version, the tokenizer's with its own marks, one marked here, or the plain one",
     "mask": "ids and loss mask of the same rows beside those of TRL's own training template",
     "leak": "largest difference in a packed conversation's logits when the one before it changes",
     "plan": "planned bytes of the base by those counted: bf16 on the meta device, nf4 in memory",
@@ -35,6 +36,7 @@ def cells(found: Examined) -> list[str]:
     nf4 = found.checks.get("nf4", {})
     return [
         _NONE if found.quantized_share is None else f"{found.quantized_share:.1%}",
+        found.template or _NONE,
         found.mask or _NONE,
         nf4["packing_leak"].figure.split()[0] if "packing_leak" in nf4 else _NONE,
         " ".join(f"{found.plan[name]:.3f}" if name in found.plan else _NONE for name in ("bf16", "nf4")),
