@@ -23,7 +23,7 @@ from trl.chat_template_utils import get_training_chat_template
 from qlora_recipes import DatasetSpec, Recipe, preflight
 from qlora_recipes.base.loading import load_outline
 from qlora_recipes.data.encoding import IGNORED
-from qlora_recipes.errors import RecipesError
+from qlora_recipes.errors import CheckError, RecipesError
 from qlora_recipes.experiments.families.architectures import ARCHITECTURES
 from qlora_recipes.memory import estimate
 from qlora_recipes.run.folder import RunFolder
@@ -153,7 +153,8 @@ def examine(
                 found.speed = _speed(model, rows, steps, Path(scratch))
     known = ARCHITECTURES[name].known
     found.known = {part: known[part] for part in found.reasons if part in known}
-    found.reasons = {part: reason for part, reason in found.reasons.items() if part not in known}
+    others = {part: reason for part, reason in found.reasons.items() if part not in known}
+    found.reasons = {part: reason.replace(str(model), name) for part, reason in others.items()}
     return found
 
 
@@ -195,7 +196,12 @@ def _note(found: Examined, precision: str, checks: list[Check]) -> None:
 
 
 def _train(found: Examined, settings: Settings) -> None:
-    receipt = train(settings, console=Console(quiet=True)).receipt()
+    try:
+        receipt = train(settings, console=Console(quiet=True)).receipt()
+    except CheckError as error:
+        if any(check.verdict == "fail" for check in found.checks.get("nf4", {}).values()):
+            raise RecipesError("refused for the checks that fail") from error
+        raise
     found.losses[settings.precision.name] = receipt.training.first_loss, receipt.training.final_loss
     _note(found, settings.precision.name, receipt.checks)
 

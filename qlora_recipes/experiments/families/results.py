@@ -33,30 +33,25 @@ COLUMNS = {
 
 def cells(found: Examined) -> list[str]:
     """Return the text of each column."""
-    nf4 = found.checks.get("nf4", {})
     return [
         _NONE if found.quantized_share is None else f"{found.quantized_share:.1%}",
         found.template or _NONE,
         found.mask or _NONE,
-        nf4["packing_leak"].figure.split()[0] if "packing_leak" in nf4 else _NONE,
+        _figure(found, "packing_leak", until=" "),
         " ".join(f"{found.plan[name]:.3f}" if name in found.plan else _NONE for name in ("bf16", "nf4")),
-        nf4["forged_turns"].figure.split(" tries")[0]
-        if _passed(found, "nf4", "forged_turns")
-        else _verdict(found, "forged_turns"),
+        _figure(found, "forged_turns", until=" tries"),
         " ".join(_reloads(found, precision) for precision in ("nf4", "bf16")),
         *(_losses(found, precision) for precision in ("nf4", "bf16")),
         _NONE if found.speed is None else f"{found.speed:.2f}",
     ]
 
 
-def _passed(found: Examined, precision: str, check: str) -> bool:
-    made = found.checks.get(precision, {}).get(check)
-    return made is not None and made.verdict == "pass"
-
-
-def _verdict(found: Examined, check: str) -> str:
+def _figure(found: Examined, check: str, *, until: str) -> str:
+    """Return the beginning of what a check found, or its verdict where that is no pass."""
     made = found.checks.get("nf4", {}).get(check)
-    return made.verdict if made else _NONE
+    if made is None:
+        return _NONE
+    return made.figure.partition(until)[0] if made.verdict == "pass" else made.verdict
 
 
 def _reloads(found: Examined, precision: str) -> str:
