@@ -29,7 +29,7 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser, count, file_to_read, file_to_write
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.fields import Field
-from qlora_recipes.formatters import Message, detect
+from qlora_recipes.formatters import Formatted, detect
 from qlora_recipes.recipe import DatasetSpec, Recipe, load_recipe
 from qlora_recipes.settings import STANDIN, resolve
 from qlora_recipes.standins import ROWS
@@ -116,15 +116,16 @@ def measured(recipe: type[Recipe], rows: Path, meter: Meter) -> type[Recipe]:
 
     class Counted(Recipe):
         model = recipe.model
-        dataset = DatasetSpec(str(rows), held_out=recipe.dataset.held_out)
+        dataset = DatasetSpec(str(rows), held_out=recipe.datasets()[0].held_out)
         training = recipe.training
 
-        def format_row(self, row: Mapping[str, Any]) -> list[Message]:
+        def format_row(self, row: Mapping[str, Any]) -> Formatted:
             meter.row()
-            messages = formatter(row["row"])
-            first = next(message for message in messages if message["role"] == "user")
+            found = formatter(row["row"])
+            messages = found["messages"] if isinstance(found, dict) else found
+            first = next((message for message in messages if message["role"] == "user"), messages[0])
             first["content"] = f"({row['number']}) {first['content']}"
-            return messages
+            return found
 
     return Counted
 
@@ -135,17 +136,17 @@ def measure(recipe: type[Recipe], rows: Path, tokenizer: str, count: int, folder
     from qlora_recipes.data.encoding import ConversationEncoder
     from qlora_recipes.data.prepare import prepare
     from qlora_recipes.preflight import BEFORE_LOADING, run_checks
-    from qlora_recipes.stages import Run
+    from qlora_recipes.stages import Prepared, Run
 
     copies = folder / "copies.jsonl"
     write_copies(rows, count, copies)
     loaded = load_tokenizer(recipe.model, tokenizer, None)
-    encoder = ConversationEncoder(loaded, recipe.model.chat_template)
+    encoder = ConversationEncoder(loaded, loaded.template)
     with Meter(count) as meter:
         settings = resolve(measured(recipe, rows, meter), model=tokenizer, dataset=str(copies))
         data = prepare(settings, encoder)
         meter.mark("split and counted")
-        run_checks(BEFORE_LOADING, Run(settings, loaded, encoder, data))
+        run_checks(BEFORE_LOADING, Run(Prepared(settings, loaded, encoder, data)))
         meter.mark("checked")
     return {
         "marks": [asdict(mark) for mark in meter.marks],
@@ -184,7 +185,7 @@ def main(argv: Sequence[str]) -> None:
     about = "Measure how fast rows are prepared, and that memory does not grow with their number."
     flags = Parser("data_rate.py", about, {"flags": _FLAGS}).parse(argv)
     recipe = load_recipe(flags["recipe"])
-    rows = Path(flags["rows"]) if flags["rows"] else ROWS[str(recipe.dataset.demo)]
+    rows = Path(flags["rows"]) if flags["rows"] else ROWS[str(recipe.datasets()[0].demo)]
     tokenizer = flags["tokenizer"] or f"{STANDIN}{recipe.model.family}"
     with tempfile.TemporaryDirectory() as folder:
         found = measure(recipe, rows, tokenizer, flags["count"], Path(folder))

@@ -14,13 +14,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qlora_recipes.errors import EXIT_CODE, RecipeError, RecipesError, UsageError, nearest
 from qlora_recipes.fields import fields_of
-from qlora_recipes.formatters import FORMATTERS, Message
+from qlora_recipes.formatters import Formatted
+from qlora_recipes.formatters.datasets import DATASETS, dataset_faults, function_faults
+from qlora_recipes.formatters.datasets import DatasetSpec as DatasetSpec
 from qlora_recipes.models import ModelSpec, spec_named
 
 # Fields that follow from other choices, and what to set instead.
@@ -54,29 +55,6 @@ DERIVED = {
 }
 
 
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Where the rows come from and how a row becomes a conversation."""
-
-    source: str
-    """Hub id, or path of a JSON, JSONL, CSV or Parquet file."""
-
-    format_row: Callable[[Mapping[str, Any]], list[Message]] | None = None
-    """Formatter from row to messages; None picks the one that fits the columns."""
-
-    split: str = "train"
-    """Split of a hub dataset to read."""
-
-    revision: str | None = None
-    """Commit of a hub dataset; None takes the newest."""
-
-    held_out: float = 0.05
-    """Share of the rows held out for evaluation. A larger share gives more precise scores and less to train on."""
-
-    demo: str | None = None
-    """Name of the bundled rows of the same shape, which `--demo` reads where `source` is no file that is here."""
-
-
 class Recipe:
     """A model, a dataset and the settings to tune the model on it. Subclass it and set the attributes.
 
@@ -87,8 +65,8 @@ class Recipe:
 
     model: ClassVar[ModelSpec]
     """The model to tune; a hub id or a folder stands for the spec of ours that has it, or `ModelSpec(it)`."""
-    dataset: ClassVar[DatasetSpec]
-    """The rows to tune it on; a hub id or a file stands for `DatasetSpec(it)`."""
+    dataset: ClassVar[DatasetSpec | Sequence[DatasetSpec]]
+    """The rows to tune it on, or a list of such; a hub id or a file stands for `DatasetSpec(it)`."""
     lora: ClassVar[Mapping[str, Any]] = dict(
         r=16,  # a larger rank fits more and costs memory
         lora_alpha=16,  # scale of the update is lora_alpha / r
@@ -115,7 +93,7 @@ class Recipe:
     """Fields of `trl.SFTConfig`."""
     explicit_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that the recipe or a base class sets itself; some of the others are chosen to fit the machine."""
-    format_row: ClassVar[Callable[..., list[Message]] | None] = None
+    format_row: ClassVar[Callable[..., Formatted] | None] = None
     """For your own data: a function from row to messages, with or without `self`. It overrides the dataset's."""
     eval_tasks: ClassVar[Sequence[str]] = ()
     """lm-eval tasks to score the run on."""
@@ -127,6 +105,8 @@ class Recipe:
         for name, spec in (("model", spec_named), ("dataset", DatasetSpec)):
             if isinstance(source := cls.__dict__.get(name), str) and source.strip():
                 setattr(cls, name, spec(source))
+        if isinstance(several := cls.__dict__.get("dataset"), list | tuple):
+            cls.dataset = [DatasetSpec(each) if isinstance(each, str) else each for each in several]
         for name in ("lora", "training"):
             if isinstance(declared := cls.__dict__.get(name), Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
@@ -143,9 +123,14 @@ class Recipe:
             raise RecipeError(message)
 
     @classmethod
-    def formatter(cls) -> Callable[[Mapping[str, Any]], list[Message]] | None:
-        """Return the recipe's `format_row`, or else the dataset's; None if neither is set."""
-        return cls.dataset.format_row if cls.format_row is None else cls().format_row
+    def datasets(cls) -> tuple[DatasetSpec, ...]:
+        """Return the recipe's datasets, of which most have one."""
+        return (cls.dataset,) if isinstance(cls.dataset, DatasetSpec) else tuple(cls.dataset)
+
+    @classmethod
+    def formatter(cls, dataset: DatasetSpec | None = None) -> Callable[[Mapping[str, Any]], Formatted] | None:
+        """Return the recipe's `format_row`, or else the dataset's (the first one's); None if neither is set."""
+        return (dataset or cls.datasets()[0]).format_row if cls.format_row is None else cls().format_row
 
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> None:
@@ -163,19 +148,15 @@ class Recipe:
 def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _unknown_attributes(cls)
     yield from _typed(cls, "model", ModelSpec, 'a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec')
-    yield from _typed(cls, "dataset", DatasetSpec, 'a file or a hub id, such as "my_rows.jsonl", or a DatasetSpec')
+    if hasattr(cls, "dataset"):
+        yield from dataset_faults(cls.dataset)
+    else:
+        yield f"dataset: missing, expected {DATASETS}"
     yield from _settings_faults(cls, "lora", "LoraConfig")
     yield from _settings_faults(cls, "training", "SFTConfig")
     with suppress(TypeError, AttributeError):  # a value of the wrong type has been reported above
         yield from bound_faults(cls.lora, cls.training)
-    dataset = getattr(cls, "dataset", None)
-    if isinstance(dataset, DatasetSpec) and not 0 <= dataset.held_out < 1:
-        yield f"dataset.held_out: got {dataset.held_out!r}, expected a share from 0 up to 1"
-    functions = {"format_row": cls.format_row, "dataset.format_row": getattr(dataset, "format_row", None)}
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            known = f"qlora_recipes.formatters.{next(iter(FORMATTERS))}"
-            yield f"{name}: got {function!r}, expected a function from row to messages, such as {known}"
+    yield from function_faults("format_row", cls.format_row)
     if isinstance(cls.eval_tasks, str) or not all(isinstance(task, str) for task in cls.eval_tasks):
         yield f"eval_tasks: got {cls.eval_tasks!r}, expected a list of lm-eval task names"
     if not isinstance(cls.checks, (list, tuple)) or not all(map(callable, cls.checks)):

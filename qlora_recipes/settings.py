@@ -51,8 +51,8 @@ class Settings:
     """Hub id or folder of the base model, or `standin-` and a family."""
     revision: str | None
     """Commit of a hub model; None for a folder."""
-    dataset: str
-    """Hub id or file of the rows."""
+    datasets: tuple[DatasetSpec, ...]
+    """Where the rows come from: hub ids or files."""
     precision: Precision
     dtype: str
     """The 16-bit dtype to load the base and compute in."""
@@ -78,13 +78,21 @@ class Settings:
         return bool(self.training.get("trust_remote_code"))
 
     @property
-    def data(self) -> DatasetSpec:
-        return self.recipe.dataset
+    def dataset(self) -> str:
+        """Hub ids and files of the rows."""
+        return " + ".join(spec.source for spec in self.datasets)
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """Each dataset as receipts name it: a hub id, or the name of a file without its folders."""
+        sources = (spec.source for spec in self.datasets)
+        return [Path(source).name if Path(source).exists() else source for source in sources]
 
     @property
     def dataset_name(self) -> str:
-        """The dataset as receipts name it: a hub id, or the name of a file without its folders."""
-        return Path(self.dataset).name if Path(self.dataset).exists() else self.dataset
+        """The datasets as receipts name them, with their shares."""
+        shares = [f" ({spec.share:g})" if spec.share < 1 else "" for spec in self.datasets]
+        return " + ".join(map(str.__add__, self.dataset_names, shares))
 
     @property
     def name(self) -> str:
@@ -143,7 +151,7 @@ def resolve(
         spec=spec,
         model=source,
         revision=revision,
-        dataset=dataset or (_demo_rows(recipe) if demo else recipe.dataset.source),
+        datasets=_datasets(recipe, dataset, demo),
         precision=stored,
         dtype=resolve_dtype(stored, dtype),
         lora=lora,
@@ -213,9 +221,19 @@ def public(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: masked(value) for name, value in fields.items() if not names_secret(name)}
 
 
-def _demo_rows(recipe: type[Recipe]) -> str:
+def _datasets(recipe: type[Recipe], dataset: str | None, demo: bool) -> tuple[DatasetSpec, ...]:
+    """Return the datasets to read; the one that the command line gives replaces all of the recipe's."""
+    declared = recipe.datasets()
+    if dataset:
+        alike = len({spec.format_row for spec in declared}) == 1  # else the file's columns decide
+        format_row = declared[0].format_row if alike else None
+        return (replace(declared[0], source=dataset, share=1.0, format_row=format_row),)
+    return tuple(replace(spec, source=_demo_rows(recipe, spec)) if demo else spec for spec in declared)
+
+
+def _demo_rows(recipe: type[Recipe], spec: DatasetSpec) -> str:
     """Return the file that a recipe declares where it is there, and otherwise bundled rows of its shape."""
-    source, bundled = recipe.dataset.source, recipe.dataset.demo
+    source, bundled = spec.source, spec.demo
     if Path(source).is_file():
         return source
     if bundled in ROWS:

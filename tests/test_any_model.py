@@ -23,7 +23,7 @@ from qlora_recipes.memory.estimate import evaluation_memory, training_memory
 from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, parameter_count, sizes_of
 from qlora_recipes.memory.step import base_bytes
 from qlora_recipes.memory.workload import Workload
-from qlora_recipes.models import LLAMA_2_7B_CHAT
+from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import resolve
 from qlora_recipes.standins import STANDINS
@@ -159,18 +159,19 @@ def test_a_recipe_of_three_lines_from_a_folder_of_its_own(tmp_path: Path) -> Non
 
 
 def test_a_recipe_of_three_lines_trains(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With byte-level tokens: those of Llama 2 depend on `legacy`, which no file of the model says."""
     monkeypatch.chdir(tmp_path)
     rows = ({"question": f"How many is {i}?", "answer": f"It is {i}."} for i in range(40))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text(
         "from qlora_recipes import Recipe\nclass Mine(Recipe):\n"
-        f"    model = {str(tiny('llama2'))!r}\n    dataset = 'rows.jsonl'\n"
+        f"    model = {str(tiny('falcon'))!r}\n    dataset = 'rows.jsonl'\n"
     )
     cli.main(["train", "mine.py", "--max_steps", "2", "--max_length", "128", "--save_strategy", "no"])
     receipt = json.loads((tmp_path / "runs/mine/nf4-seed0/run.json").read_text())
-    assert receipt["adapter"]["targets"] == sorted(LLAMA_LINEARS)
-    assert receipt["base"]["architecture"]["architecture"] == "llama, 2 layers of 64"
-    assert receipt["base"]["architecture"]["linears"] == ", ".join(LLAMA_LINEARS)
+    assert set(receipt["adapter"]["targets"]) == set(FALCON_7B.linear_layers or ())
+    assert receipt["base"]["architecture"]["architecture"] == "falcon, 2 layers of 64"
+    assert receipt["base"]["architecture"]["linears"] == ", ".join(FALCON_7B.linear_layers or ())
 
 
 def test_the_plan_shows_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +232,7 @@ def test_a_demo_needs_no_network(recipe_for: Any) -> None:
 
 
 def test_a_model_that_must_be_looked_at_and_cannot_be_had() -> None:
-    with pytest.raises(UnreadableModelError, match="nobody/nothing: the hub cannot be reached"):
+    with pytest.raises(UnreadableModelError, match=r"cannot load nobody/nothing: .*the hub cannot be reached"):
         resolve(of_folder("nobody/nothing"))
     for name in ("/no/where", "no where", "x" * 300):
         with pytest.raises(UnreadableModelError, match="Expected a folder with config"):
@@ -253,14 +254,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "AWQ": (dict(model_type="qwen3", quantization_config={"quant_method": "awq"}), r"already quantized \(awq\)"),
     "fp8": (dict(model_type="deepseek_v3", quantization_config={"quant_method": "fp8"}), r"quantized \(fp8\)"),
-    "no model_type": (dict(hidden_size=8), "config.json in .* has no model_type"),
+    "no model_type": (dict(hidden_size=8), "its config.json has no model_type"),
     "an unknown type": (dict(model_type="nonesuch"), "Transformers .* does not know the model_type 'nonesuch'"),
     "code of its own": (
         dict(model_type="nonesuch", auto_map={"AutoModelForCausalLM": "its.Model"}),
         "its repository has code for it, which --trust_remote_code runs",
     ),
     "sizes that do not fit": (dict(model_type="qwen3", **{**TINY, "hidden_size": "wide"}), "refuses its config.json"),
-    "sizes that are missing": (dict(model_type="llama", hidden_size=8), "cannot read its dimensions from config.json"),
+    "sizes that are missing": (dict(model_type="llama", hidden_size=8), "dimensions in config.json: KeyError"),
 }
 
 
@@ -288,7 +289,7 @@ def test_files_that_are_no_base_are_refused(tmp_path: Path) -> None:
         tmp_path / "gguf": "gguf files are already quantized, for llama.cpp",
         tmp_path / "gguf" / "model-Q4_K_M.gguf": "gguf files are already quantized",
         tmp_path / "adapter": "an adapter of Qwen/Qwen3-8B, and no base",
-        tmp_path / "empty": "cannot read the config.json of",
+        tmp_path / "empty": "no config.json",
     }.items():
         with pytest.raises(ModelError, match=reason):
             resolve(of_folder(source))

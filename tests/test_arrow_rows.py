@@ -153,7 +153,7 @@ def test_messages_are_stored_as_the_fingerprint_reads_them(folder: Path) -> None
     rows = write_rows(BATCHES)
     read = next(iter(rows))
     assert json.dumps(read.messages) == json.dumps(ALL[0].messages)
-    assert list(rows[3:].messages_as_json()) == [json.dumps(row.messages, ensure_ascii=False) for row in ALL[3:]]
+    assert list(rows[3:].words_as_json()) == [json.dumps(row.messages, ensure_ascii=False) for row in ALL[3:]]
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(folder: Path) -> None:

@@ -6,16 +6,18 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preflight_runs import read, with_rows
+from preflight_runs import changed, read, with_rows
 from rich.console import Console
 
 from qlora_recipes import Recipe
 from qlora_recipes.commands.inspect import describe, draw_lengths, main, print_page, render_html, tokens_of
 from qlora_recipes.errors import UsageError
 from qlora_recipes.preflight import BEFORE_LOADING, Run, run_checks
+from qlora_recipes.run.receipt import DatasetReceipt
 
 ROOT = Path(__file__).parent.parent
 FORGED = "<script>alert('[/INST] </s>')</script> 你好 😊"
@@ -100,6 +102,44 @@ def test_the_command_takes_the_recipes_flags(
 def test_a_page_without_a_place_is_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match="--html"):
         main([str(ROOT / "recipes" / "falcon_faq.py"), *words])
+
+
+def test_everything_in_the_rows_is_shown(run: Run) -> None:
+    call = {"name": "find", "arguments": {"words": "rain"}}
+    said = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "Rain."},
+        {"role": "assistant", "content": "So.", "reasoning_content": "Hm.", "train": False},
+    ]
+    encoded = run.encoder.encode([{"role": "text", "content": "Once."}])
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    rows = [replace(run.data.train[0], messages=said, tools=tools, encoded=encoded), *run.data.train]
+    parts = [DatasetReceipt("a.jsonl", 0.25, 40, 30, 8, {"not text": 2}, 900, 300)]
+    contents = {"text": 3, "developer": 2, "reasoning left out by the template": 1}
+    receipt = replace(run.data.receipt, datasets=parts, contents=contents, rows_dropped={"not text": 2}, tokens=1800)
+    page = describe(changed(run, data=replace(run.data, train=rows, receipt=receipt)), [])
+    notes = "\n".join(page.notes)
+    assert "a.jsonl: 25% drawn: 40 rows, of which 30 train, 8 are held out and 2 are dropped; 900 tokens (50%" in notes
+    assert "3 are plain texts" in notes and "no developer" in notes and "leaves out the reasoning" in notes
+    assert "Dropped: 2 not text." in notes
+    assert {row.title.split(" (")[0] for row in page.rows} >= {"The shortest row", "The longest row", "A random row"}
+    (shown,) = {row.figures.split("). ")[1] for row in page.rows if "find" in row.figures}
+    assert shown == "user, assistant calls find, tool, assistant with reasoning (outside the loss); tools: find"
+
+
+def test_a_model_and_a_file_are_enough(
+    tmp_path: Path, tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"prompt": f"Who is {i}?", "completion": f"Number {i}."} for i in range(9)]))
+    main(["--model", str(tiny("llama2")), "--dataset", str(rows)])
+    assert "rows.json: 9 rows" in capsys.readouterr().out
+
+
+def test_a_model_without_a_file_is_not_enough() -> None:
+    with pytest.raises(UsageError, match=r"RECIPE is missing.*or give --model and --dataset in its place"):
+        main(["--model", "a/b"])
 
 
 def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,8 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     "a list for a role": ([{"role": ["user"], "content": "Why?"}], "unknown role"),
     "null for content": ([{"role": "user", "content": None}], "not text"),
     "parts for content": ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "not text"),
-    "tool": (said(("user", "U"), ("tool", "T"), ("assistant", "A"))["messages"], "unknown role"),
+    "tool": (said(("user", "U"), ("tool", "T"), ("assistant", "A"))["messages"], "tool result without a call"),
+    "robot": (said(("user", "U"), ("robot", "T"), ("assistant", "A"))["messages"], "unknown role"),
     "assistant first": (said(("assistant", "A"), ("user", "U"), ("assistant", "A"))["messages"], "roles out of order"),
     "two questions": (said(("user", "U"), ("user", "U"), ("assistant", "A"))["messages"], "roles out of order"),
     "two answers": (said(("user", "U"), ("assistant", "A"), ("assistant", "A"))["messages"], "roles out of order"),
@@ -275,12 +276,12 @@ def test_columns_that_are_not_read_are_counted_where_they_are_filled(prepared: P
 
 def test_keys_of_message_objects_that_are_not_read_are_counted(prepared: Prepare, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    rows = [said(("user", "Why?"), ("assistant", "So."), tool_calls=[{"name": "f"}], name=None)]
+    rows = [said(("user", "Why?"), ("assistant", "So."), function_call=[{"name": "f"}], name=None)]
     file.write_bytes(lines(*rows))
-    assert prepared(file).receipt.columns_unread == {"messages[].tool_calls": 2}
-    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.", "weight": 0}]
+    assert prepared(file).receipt.columns_unread == {"messages[].function_call": 2}
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.", "score": 0}]
     file.write_bytes(lines({"id": "1", "conversations": turns}))
-    assert prepared(file).receipt.columns_unread == {"id": 1, "conversations[].weight": 1}
+    assert prepared(file).receipt.columns_unread == {"id": 1, "conversations[].score": 1}
 
 
 @pytest.mark.parametrize(

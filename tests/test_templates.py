@@ -22,7 +22,7 @@ from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT, ChatTemplate
 from qlora_recipes.commands.chat import answer
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.data.templates import choose_template, mark
+from qlora_recipes.data.templates import choose_template, fault_of, mark
 from qlora_recipes.errors import DataError, ModelError, RecipesError, TemplateError
 from qlora_recipes.formatters import Message, Reason, RowError
 from qlora_recipes.models import LLAMA_2_7B_CHAT
@@ -172,6 +172,16 @@ def test_a_template_that_nobody_knows_is_marked() -> None:
     assert encoder.closes(encoder.encode(SEVERAL).labels) == [True, True]
     cut = encoder.encode(SEVERAL).labels[:-2]  # without <|im_end|> and the newline
     assert encoder.closes(cut) == [True, False]
+
+
+def test_words_after_an_answer_are_not_left_in_the_loss() -> None:
+    """Marks that reach into the header of the next turn."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '</s> user: ' }}"
+        "{% endgeneration %}{% else %}{{ m.content + ' assistant: ' }}{% endif %}{% endfor %}"
+    )
+    encoder = ConversationEncoder(tokenizer_for(source), ChatTemplate(source, "mine.jinja"))
+    assert fault_of(encoder, ONE) == "words after an answer are in the loss"
 
 
 def test_marks_that_hold_more_than_the_answer_are_replaced() -> None:

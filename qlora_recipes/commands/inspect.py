@@ -1,4 +1,7 @@
-"""What of a recipe's rows is in the loss, token by token: on the terminal, and as a page. Loads no model."""
+"""What of a recipe's rows is in the loss, token by token: on the terminal, and as a page. Loads no model.
+
+Without a recipe, a model and a file do: `qlora-recipes inspect --model ID_OR_FOLDER --dataset FILE`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from rich.text import Text
 
 from qlora_recipes.commands.flags import file_to_write
 from qlora_recipes.commands.recipe_cli import parse_with_recipe, settings_from
-from qlora_recipes.recipe import load_recipe
+from qlora_recipes.formatters import TEXT
+from qlora_recipes.models import MODELS
+from qlora_recipes.recipe import DatasetSpec, Recipe, load_recipe
 from qlora_recipes.run.files import write_text
 
 if TYPE_CHECKING:
@@ -26,8 +31,12 @@ if TYPE_CHECKING:
     from qlora_recipes.preflight import Run
     from qlora_recipes.run.receipt import Check
 
-_ABOUT = "Show the shortest, the longest and a random row, with the tokens that are in the loss in another color."
+_ABOUT = (
+    "Show the shortest, the longest and a random row, and the first with calls, reasoning or a plain text, with the "
+    "tokens that are in the loss in another color. In place of a recipe, --model and --dataset are enough."
+)
 _FLAGS = (file_to_write("html", "also write a page that shows every token", ".html"),)
+_SHOWN_TURNS = 12
 _SHOWN_TOKENS = 240  # of a long row on the terminal, from its two ends; the page has all
 # Both are readable on a dark and on a light terminal; the shades take turns, so that tokens can be told apart.
 _IN_LOSS = ("black on green", "black on bright_green")
@@ -59,6 +68,7 @@ class Page:
 
     name: str
     summary: str
+    notes: list[str]
     rows: list[ShownRow]
     lengths: list[int]
     checks: list[Check]
@@ -70,8 +80,9 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         RecipesError: for a recipe, a flag or data that cannot be used.
     """
-    flags = parse_with_recipe("qlora-recipes inspect", _ABOUT, _FLAGS, argv)
-    settings = settings_from(load_recipe(flags["recipe"]), flags)
+    flags = parse_with_recipe("qlora-recipes inspect", _ABOUT, _FLAGS, argv, instead=("model", "dataset"))
+    recipe = load_recipe(flags["recipe"]) if flags["recipe"] else _recipe_of(flags["model"], flags["dataset"])
+    settings = settings_from(recipe, flags)
     from qlora_recipes.preflight import BEFORE_LOADING, run_checks  # torch, which --help can do without
     from qlora_recipes.training.build import prepare_rows
 
@@ -83,11 +94,27 @@ def main(argv: Sequence[str]) -> None:
         print(f"written to {flags['html']}")
 
 
+def _recipe_of(model: str, dataset: str) -> type[Recipe]:
+    """Return a recipe of a model that this package knows or not, and of a dataset whose formatter is found."""
+    known = {spec.hub_id: spec for spec in MODELS.values()}
+    return type("Inspected", (Recipe,), {"model": known.get(model, model), "dataset": DatasetSpec(dataset)})
+
+
 def describe(run: Run, checks: list[Check]) -> Page:
     """Return what is shown of the rows of a run."""
-    lengths = [len(row.encoded.input_ids) for row in run.data.train]
+    lengths: list[int] = []
+    first: dict[str, int] = {}
+    for number, row in enumerate(run.data.train):
+        lengths.append(len(row.encoded.input_ids))
+        for kind in _kinds(row):
+            first.setdefault(kind, number)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    chosen = {"shortest": order[0], "longest": order[-1], "random": random.Random(run.settings.seed).choice(order)}
+    chosen = {
+        "The shortest row": order[0],
+        "The longest row": order[-1],
+        "A random row": random.Random(run.settings.seed).choice(order),
+    }
+    chosen |= {f"The first row with {kind}": at for kind, at in first.items() if at not in chosen.values()}
     receipt, template = run.data.receipt, run.data.template
     return Page(
         name=run.settings.name,
@@ -97,18 +124,63 @@ def describe(run: Run, checks: list[Check]) -> Page:
         f"({receipt.supervised_tokens / receipt.tokens:.0%}) are in the loss. "
         f"Template: {template.name} ({template.origin}); {template.end_token} ends an answer, and "
         f"{run.tokenizer.pad_token} pads.",
+        notes=list(_notes(run)),
         rows=[_show(run.encoder, title, run.data.train[number]) for title, number in chosen.items()],
         lengths=sorted(lengths),
         checks=checks,
     )
 
 
-def _show(encoder: ConversationEncoder, which: str, row: Conversation) -> ShownRow:
+def _kinds(row: Conversation) -> Iterator[str]:
+    """Yield what a row has that most rows have not."""
+    if row.messages[0]["role"] == TEXT:
+        yield "a plain text"
+    if any("tool_calls" in message for message in row.messages):
+        yield "a call"
+    if any("reasoning_content" in message for message in row.messages):
+        yield "reasoning"
+
+
+def _notes(run: Run) -> Iterator[str]:
+    """Yield a sentence for each dataset of several, for what the rows hold, and for what is not obvious of it."""
+    receipt, contents = run.data.receipt, run.data.receipt.contents
+    for part in receipt.datasets:
+        drawn = f"{part.share:.0%} drawn: " if part.share < 1 else ""
+        yield (
+            f"{part.source}: {drawn}{part.rows_in:,} rows, of which {part.rows_used:,} train, {part.rows_held_out:,} "
+            f"are held out and {sum(part.rows_dropped.values()):,} are dropped; {part.tokens:,} tokens "
+            f"({part.tokens / receipt.tokens:.0%} of all), {part.supervised_tokens:,} of them in the loss."
+        )
+    yield f"They hold {', '.join(f'{count:,} {what}' for what, count in contents.items())}."
+    if texts := contents.get(TEXT):
+        yield f"{texts:,} are plain texts: no template is used, and all of each is in the loss."
+    if contents.get("developer") and not run.encoder.knows_developer:
+        yield "The template has no developer; a developer's message is rendered as the system's."
+    if contents.get("reasoning left out by the template"):
+        yield "The template leaves out the reasoning of turns before the last, as it does when the model answers."
+    if run.data.receipt.rows_dropped:
+        dropped = (f"{count:,} {reason}" for reason, count in run.data.receipt.rows_dropped.items())
+        yield f"Dropped: {', '.join(dropped)}."
+
+
+def _spoken(row: Conversation) -> str:
+    """Return who speaks in a row, what is called, and what is not in the loss."""
+    turns = []
+    for message in row.messages:
+        calls = ", ".join(call["function"]["name"] for call in message.get("tool_calls", ()))
+        thinks = " with reasoning" if "reasoning_content" in message else ""
+        outside = " (outside the loss)" if message.get("train") is False else ""
+        turns.append(f"{message['role']}{thinks}{f' calls {calls}' if calls else ''}{outside}")
+    tools = f"; tools: {', '.join(tool['function']['name'] for tool in row.tools)}" if row.tools else ""
+    return f"{', '.join(turns[:_SHOWN_TURNS])}{', ...' if len(turns) > _SHOWN_TURNS else ''}{tools}"
+
+
+def _show(encoder: ConversationEncoder, title: str, row: Conversation) -> ShownRow:
     tokens, supervised = len(row.encoded.input_ids), row.encoded.supervised
     cut = f", cut here: {row.supervised_lost:,} more tokens of its answers are lost" if row.truncated else ""
     return ShownRow(
-        title=f"The {which} row ({row.place})" if which != "random" else f"A random row ({row.place})",
-        figures=f"{tokens:,} tokens, {supervised:,} in the loss ({supervised / tokens:.0%}){cut}",
+        title=f"{title} ({row.place})",
+        figures=f"{tokens:,} tokens, {supervised:,} in the loss ({supervised / tokens:.0%}){cut}. {_spoken(row)}",
         tokens=list(tokens_of(encoder, row)),
     )
 
@@ -140,7 +212,8 @@ def print_page(page: Page, console: Console) -> None:
     """Print rows, shares and checks in the width of the terminal."""
     from qlora_recipes.preflight import print_checks
 
-    console.print(Text(page.summary))
+    for line in (page.summary, *page.notes):
+        console.print(Text(line))
     if console.color_system:
         console.print(Text.assemble(("in the loss", _IN_LOSS[0]), " ", ("not in the loss", _NOT_IN_LOSS[0])))
     else:

@@ -81,7 +81,8 @@ def _describe(files: Sequence[Path], answers: Connection) -> None:
             answers.send(str(error))
             continue
         spec = recipe.model
-        answers.send([recipe_name(recipe), spec.hub_id, _template(spec), recipe.dataset.source])
+        sources = " + ".join(dataset.source for dataset in recipe.datasets())
+        answers.send([recipe_name(recipe), spec.hub_id, _template(spec), sources])
 
 
 def _template(spec: ModelSpec) -> str:

@@ -92,8 +92,8 @@ def _log_likelihoods(run: RestoredRun, model: nn.Module) -> list[float]:
     import torch
 
     values: list[float] = []
-    for messages in run.held_out[:PROBES]:
-        ids = torch.tensor([run.encoder.encode(messages).input_ids], device=run.model.device)
+    for row in run.held_out[:PROBES]:
+        ids = torch.tensor([run.encoder.encode(row.messages, row.tools).input_ids], device=run.model.device)
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
         values += scores.gather(1, ids[0, 1:, None]).squeeze(1).tolist()

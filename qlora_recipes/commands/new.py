@@ -58,11 +58,9 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = Parser("qlora-recipes new", _ABOUT, {"flags": _FLAGS}, words=_NAME).parse(argv)
     file = _file(flags["name"].removesuffix(".py"))
-    for name, expected in {
-        "model": "a hub id or a folder, such as Qwen/Qwen3-8B",
-        "dataset": "a file that exists",
-    }.items():
-        if not (flags[name] or "").strip():
+    needed = {"model": "a hub id or a folder, such as Qwen/Qwen3-8B", "dataset": "a file that exists"}
+    for name, expected in needed.items():
+        if flags[name] is None:
             raise UsageError(f"--{name} is missing; expected {expected}")
     rows = [row for _, row in islice(read_rows(flags["dataset"]), _ROWS)]
     shape = _shape([row for row in rows if isinstance(row, Mapping)], flags["dataset"])

@@ -121,8 +121,12 @@ def parse(recipe: type[Recipe], argv: Sequence[str], prog: str = "") -> dict[str
     return _with_config(Parser(prog, about, shown, more=sections, derived=DERIVED).parse(argv))
 
 
-def parse_with_recipe(prog: str, about: str, flags: Iterable[Field], argv: Sequence[str]) -> dict[str, Any]:
+def parse_with_recipe(
+    prog: str, about: str, flags: Iterable[Field], argv: Sequence[str], *, instead: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the flags of a command that takes a recipe's file, under `recipe`, and every flag of a recipe.
+
+    `instead` names the flags that a command can do with where no recipe is given; it is None then.
 
     Raises:
         UsageError: as for `parse`.
@@ -130,9 +134,14 @@ def parse_with_recipe(prog: str, about: str, flags: Iterable[Field], argv: Seque
     about = f"{about} Any flag of the recipe can follow; qlora-recipes train RECIPE --help all lists them."
     recipe = Field("recipe", "str", "a recipe's file, or the name of one that ships, such as llama2_guanaco", "RECIPE")
     hidden = [flag for section in _sections().values() for flag in section]
-    parser = Parser(prog, about, {"flags": flags}, words=recipe, hidden=hidden, derived=DERIVED)
-    given = parser.parse(argv)
-    return _with_config(given | {"recipe": str(find_recipe(given["recipe"]))})
+    words = replace(recipe, default=None) if instead else recipe
+    given = Parser(prog, about, {"flags": flags}, words=words, hidden=hidden, derived=DERIVED).parse(argv)
+    if given["recipe"] is not None:
+        return _with_config(given | {"recipe": str(find_recipe(given["recipe"]))})
+    if any(given.get(name) is None for name in instead):
+        other = " and ".join(f"--{name}" for name in instead)
+        raise UsageError(f"RECIPE is missing: {recipe.help}; or give {other} in its place. {prog} --help says more")
+    return _with_config(given)
 
 
 def settings_from(recipe: type[Recipe], flags: Mapping[str, Any]) -> Settings:

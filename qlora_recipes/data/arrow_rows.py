@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.errors import RecipesError, SetupError
-from qlora_recipes.formatters import Message
+from qlora_recipes.formatters import Message, Tools
 
 _PREFIX = "qlora-recipes-rows-"
 _READ = 500  # rows decoded at once
@@ -33,6 +33,7 @@ _SCHEMA = pyarrow.schema(
     {
         "place": pyarrow.string(),
         "messages": pyarrow.large_string(),  # as JSON; the offsets of `string` end at 2 GiB a batch
+        "tools": pyarrow.large_string(),  # as JSON; null where a row has none
         "input_ids": pyarrow.list_(pyarrow.int32()),
         "labels": pyarrow.list_(pyarrow.int32()),
         "supervised_lost": pyarrow.int32(),
@@ -53,6 +54,8 @@ class Conversation:
     supervised_lost: int
     """Tokens of the answers that truncation removed."""
     truncated: bool
+    tools: Tools | None = None
+    """Schemas of the tools that the row offers."""
 
 
 class Rows(Sequence[Conversation]):
@@ -78,10 +81,11 @@ class Rows(Sequence[Conversation]):
         for batch in self._table.iter(_READ):
             yield from map(_conversation, *batch.values())
 
-    def messages_as_json(self) -> Iterator[str]:
-        """Yield the messages of each row as JSON, the way they are stored."""
-        for batch in self._table.select_columns("messages").iter(_READ):
-            yield from batch["messages"]
+    def words_as_json(self) -> Iterator[str]:
+        """Yield the messages of each row, and its tools where it has any, as JSON, the way they are stored."""
+        for batch in self._table.select_columns(["messages", "tools"]).iter(_READ):
+            for messages, tools in zip(batch["messages"], batch["tools"], strict=True):
+                yield messages if tools is None else messages + tools
 
     def where(self, chosen: numpy.ndarray) -> Rows:
         """Return the rows for which `chosen`, one bool for each row, is true."""
@@ -108,14 +112,23 @@ class _RowFile:
 
 
 def _conversation(
-    place: str, messages: str, input_ids: list[int], labels: list[int], supervised_lost: int, truncated: bool
+    place: str,
+    messages: str,
+    tools: str | None,
+    input_ids: list[int],
+    labels: list[int],
+    supervised_lost: int,
+    truncated: bool,
 ) -> Conversation:
-    return Conversation(place, json.loads(messages), Encoded(input_ids, labels), supervised_lost, truncated)
+    encoded, read = Encoded(input_ids, labels), None if tools is None else json.loads(tools)
+    return Conversation(place, json.loads(messages), encoded, supervised_lost, truncated, read)
 
 
 def _columns(row: Conversation) -> dict[str, object]:
     """Return a row by the names of the schema: the other half of `_conversation`."""
-    return {**vars(row), **vars(row.encoded), "messages": json.dumps(row.messages, ensure_ascii=False)}
+    tools = None if row.tools is None else json.dumps(row.tools, ensure_ascii=False)
+    messages = json.dumps(row.messages, ensure_ascii=False)
+    return {**vars(row), **vars(row.encoded), "messages": messages, "tools": tools}
 
 
 def _remove(folder: str, lock: int, owner: int) -> None:

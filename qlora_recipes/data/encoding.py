@@ -5,7 +5,7 @@ these characters; the pieces in between are encoded as plain text, whatever they
 back by id. For text without control strings the ids are those of the tokenizer on the whole text.
 
 Control tokens are the special tokens of the vocabulary and what the template writes. Any other added token is a word,
-and becomes its token wherever a text spells it, as in pretraining.
+and becomes its token wherever a text spells it, as in pretraining. A plain text needs no template.
 Knows nothing of files or models.
 """
 
@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, cast
 
@@ -25,14 +25,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
+from qlora_recipes.data.outline import Fate, outline, shape_of
 from qlora_recipes.data.sandbox import limits
 from qlora_recipes.errors import TemplateError
-from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.formatters import TEXT, Message, Reason, RowError, Tools, is_trained, strings, words_of
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 _RENDER_BYTES = 2**29
 _RENDER_SECONDS = 10.0  # for one conversation, which normally takes less than a millisecond
 IGNORED = -100  # the label that PyTorch's cross-entropy ignores
+_SHAPES = 4096  # of conversations, for each of which the template is tried once
 _CALL = {"type": "function", "function": {"name": "words", "arguments": {"words": "words"}}}
 _PROBES: tuple[Sequence[Any], ...] = (
     [{"role": role, "content": "words"} for role in ("user", "assistant", "user", "assistant")],
@@ -70,6 +72,11 @@ class Rendered:
     spans: Sequence[tuple[int, int]]
     """Where each part that is in the loss begins and ends, in characters."""
 
+    @property
+    def in_loss(self) -> str:
+        """The parts that are in the loss."""
+        return "".join(self.text[begin:end] for begin, end in self.spans)
+
 
 class ConversationEncoder:
     """Encodes conversations with one tokenizer and one chat template."""
@@ -101,20 +108,27 @@ class ConversationEncoder:
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         self._cut = re.compile("([" + "".join(marks.values()) + "])")
+        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        self.knows_developer = re.search("['\"]developer['\"]", source) is not None
+        """Whether the template has a developer; where it has none, that is the system."""
+        self.knows_reasoning = re.search("reasoning_content|thinking", source) is not None
+        """Whether the template has a place of its own for an assistant's reasoning."""
+        self._tried = lru_cache(maxsize=_SHAPES)(self._try_shape)
 
-    def encode(self, messages: Sequence[Message]) -> Encoded:
+    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
         """Return ids and labels; the loss covers what the template generates for the assistant.
 
         Raises:
             RowError: when a message contains a role marker, an added word that the template writes, or one of the
-                stand-in characters, or when the template itself refuses the conversation.
+                stand-in characters, or when the template itself refuses the conversation or cannot keep a turn out of
+                the loss.
             TemplateError: when the template cannot be rendered.
         """
-        return self.tokenize([self.render(messages)])[0]
+        return self.tokenize([self.render(messages, tools)])[0]
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Return the ids of a conversation up to where the assistant's next answer starts."""
-        return self.tokenize([self.render(messages, add_generation_prompt=True)])[0].input_ids
+        return self.tokenize([self.render(messages, tools, add_generation_prompt=True)])[0].input_ids
 
     @property
     def end_id(self) -> int:
@@ -169,17 +183,42 @@ class ConversationEncoder:
         """Return how often each control token occurs among the ids."""
         return Counter(token for token in ids if token in self._controls)
 
-    def structure(self, roles: Sequence[str]) -> Counter[int]:
-        """Return the control tokens of a conversation with these roles, which do not depend on its text."""
-        return self.control_tokens(self.encode([{"role": role, "content": "words"} for role in roles]).input_ids)
+    def structure(self, messages: Sequence[Message], tools: Tools | None = None) -> Counter[int]:
+        """Return the control tokens of a conversation of this shape, which do not depend on its text."""
+        return self._tried(shape_of(messages, tools))[0]
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
+    def fate(self, messages: Sequence[Message], tools: Tools | None = None) -> Fate:
+        """Return what the template leaves out of a conversation of this shape, such as `the result of message 3`.
+
+        It is found by rendering other words in the same places. `forgotten` counts the reasoning of turns before the
+        last, which thinking templates leave out on purpose.
+        """
+        return self._tried(shape_of(messages, tools))[1]
+
+    def _try_shape(self, shape: str) -> tuple[Counter[int], Fate]:
+        found = outline(shape)
+        rendered = self.render(found.messages, found.tools)
+        controls = self.control_tokens(self.tokenize([rendered])[0].input_ids)
+        return controls, Fate.of(found, rendered.text, rendered.in_loss)
+
+    def for_template(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages as the template knows them: where it has no developer, that is the system."""
+        if self.knows_developer or all(message["role"] != "developer" for message in messages[:2]):
+            return list(messages)
+        return [{**message, "role": message["role"].replace("developer", "system")} for message in messages]
+
+    def render(
+        self, messages: Sequence[Message], tools: Tools | None = None, *, add_generation_prompt: bool = False
+    ) -> Rendered:
         """Return the text of a conversation: the first half of `encode`, with the same errors."""
+        if messages and messages[0]["role"] == TEXT:
+            return self._render_text(messages[0]["content"])
         try:
             with limits(_RENDER_SECONDS, _RENDER_BYTES):  # the template and its role markers may be a stranger's
-                self._refuse_forged(messages)
+                self._refuse_forged(messages, tools)
                 rendered = render_jinja_template(  # in Jinja's sandbox
-                    [list(messages)],
+                    [self.for_template(messages)],
+                    tools=cast(Any, tools),
                     chat_template=self._source,
                     return_assistant_tokens_mask=self._marked,  # True would warn where there are no marks
                     add_generation_prompt=add_generation_prompt,
@@ -192,24 +231,45 @@ class ConversationEncoder:
             if isinstance(error, jinja2.TemplateSyntaxError):
                 reason += f", in line {error.lineno}"
             message = f"{self.template.name} cannot render the conversation: {reason}"
-            if type(error) is jinja2.TemplateError:  # its raise_exception: what it cannot express
+            if type(error) is jinja2.TemplateError or isinstance(error, jinja2.UndefinedError | TypeError):
+                # the template's own raise_exception, or a part that it needs and the conversation lacks
                 raise RowError(Reason.TEMPLATE, message) from error
             raise TemplateError(message) from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
-        return Rendered(texts[0], spans[0] if spans else [])
+        return Rendered(texts[0], _trained_spans(messages, spans[0] if spans else []))
 
-    def _refuse_forged(self, messages: Sequence[Message]) -> None:
+    def _render_text(self, text: str) -> Rendered:
+        """Return a plain text, between BOS where the tokenizer adds one and EOS.
+
+        All of it is in the loss but its first token, before which there is nothing to tell it from.
+        """
+        self._refuse_forged([{"role": TEXT, "content": text}], None)
+        start = self._variables["bos_token"] if self._adds_bos else ""
+        whole = f"{start}{text}{self._variables['eos_token']}"
+        return Rendered(whole, [(1, len(whole))])
+
+    def _refuse_forged(self, messages: Sequence[Message], tools: Tools | None) -> None:
         for message in messages:
-            if marker := self._forged_marker(message["content"]):
-                raise RowError(Reason.CONTROL_STRING, f"the {message['role']}'s text contains {marker!r}")
-            if found := re.search("[\ufdd0-\ufdef]", message["content"]):
-                character = f"the noncharacter {found.group()!a}"
-                raise RowError(Reason.UNENCODABLE, f"the {message['role']}'s text contains {character}")
+            for text in words_of(message):
+                self._refuse_forged_text(text, message["role"])
+        for text in strings(tools):
+            self._refuse_forged_text(text, "tool")
+
+    def _refuse_forged_text(self, text: str, role: str) -> None:
+        marker = self._forged_word(text) if role == TEXT else self._forged_marker(text)
+        if marker:
+            raise RowError(Reason.CONTROL_STRING, f"the {role}'s text contains {marker!r}")
+        if found := re.search("[\ufdd0-\ufdef]", text):
+            character = f"the noncharacter {found.group()!a}"
+            raise RowError(Reason.UNENCODABLE, f"the {role}'s text contains {character}")
 
     def _forged_marker(self, text: str) -> str | None:
         """Return what a text must not contain, since it would become a part of the template, or None."""
-        spelled = next((token for token in self.unescaped_words if token in text), None)
-        return spelled or self.template.forged_marker(text)
+        return self._forged_word(text) or self.template.forged_marker(text)
+
+    def _forged_word(self, text: str) -> str | None:
+        """Return a word of the template in a text, which would become its token; a plain text has no other markers."""
+        return next((token for token in self.unescaped_words if token in text), None)
 
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
@@ -246,3 +306,14 @@ class ConversationEncoder:
 def _stretches(labels: Sequence[int]) -> list[tuple[int, ...]]:
     """Return what is in the loss, each stretch of it by itself."""
     return [tuple(stretch) for ignored, stretch in groupby(labels, IGNORED.__eq__) if not ignored]
+
+
+def _trained_spans(messages: Sequence[Message], spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """Return the spans of the turns that are in the loss, one for each assistant's turn."""
+    trained = [is_trained(message) for message in messages if message["role"] == "assistant"]
+    if all(trained):
+        return spans
+    if len(spans) != len(trained):
+        what = f"the template marks {len(spans)} parts in {len(trained)} turns of the assistant"
+        raise RowError(Reason.LEFT_OUT, f"{what}, so that a single turn cannot be kept out of the loss")
+    return [span for span, keep in zip(spans, trained, strict=True) if keep]

@@ -1,6 +1,6 @@
 """A few numbers for each row, taken while rows are written, so that checks need not read all of them again.
 
-They take 63 bytes of memory per row. Knows nothing of verdicts.
+They take 64 bytes of memory per row. Knows nothing of verdicts.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 
 import numpy
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.formatters import answer_of, is_trained, words_of
 
 FIGURES = numpy.dtype(
     [
+        ("dataset", "u1"),  # its place in the recipe's list
         ("question", "u8"),  # hash of the first question; among a million, two collide once in 37 million times
         ("words", "i8"),  # hash of all words, as this process hashes
         ("length", "i4"),  # tokens
@@ -32,9 +33,9 @@ FIGURES = numpy.dtype(
         ("doubled_bos", "?"),  # two in succession
         ("ends", "i4"),  # answers in the loss that end as the template ends a turn
         ("last_is_end", "?"),  # the last answer is one of them
-        ("controls_fit", "?"),  # its control tokens are those that its roles require
+        ("controls_fit", "?"),  # its control tokens are those that its turns require
         ("control_text", "?"),  # a control token is spelled out in a message
-        ("answers", "i4"),
+        ("answers", "i4"),  # turns in the loss
         ("wordless_answers", "i4"),
         ("one_word_answers", "i4"),
     ]
@@ -53,20 +54,21 @@ class RowMeter:
         self._closes = encoder.closes
         self._special_tokens = encoder.special_tokens
         self._controls = encoder.control_tokens
-        self._structure = cache(encoder.structure)
+        self._structure = encoder.structure
 
-    def measure(self, rows: Sequence[Conversation]) -> numpy.ndarray:
-        """Return the FIGURES of rows, one record for each."""
-        return numpy.array([self._figures(row) for row in rows], FIGURES)
+    def measure(self, rows: Sequence[Conversation], dataset: int = 0) -> numpy.ndarray:
+        """Return the FIGURES of rows of one dataset, one record for each."""
+        return numpy.array([self._figures(row, dataset) for row in rows], FIGURES)
 
-    def _figures(self, row: Conversation) -> tuple[int, ...]:
-        roles, texts = zip(*((message["role"], message["content"]) for message in row.messages), strict=True)
-        question = texts[roles.index("user")]
-        answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
+    def _figures(self, row: Conversation, dataset: int) -> tuple[int, ...]:
+        texts = [text for message in row.messages for text in words_of(message)]
+        question = next((message["content"] for message in row.messages if message["role"] == "user"), texts[0])
+        answers = [answer_of(message) for message in row.messages if is_trained(message)]
         ids, labels = row.encoded.input_ids, row.encoded.labels
-        needed, controls, bos = self._structure(roles), self._controls(ids), ids.count(self._bos)
-        closed = self._closes(labels)
+        needed, controls = self._structure(row.messages, row.tools), self._controls(ids)
+        bos, closed = ids.count(self._bos), self._closes(labels)
         found = {
+            "dataset": dataset,
             "question": int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]),
             "words": hash(tuple(map(words, texts))),
             "control_text": any(token in text for text in texts for token in self._special_tokens),

@@ -12,24 +12,45 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy
 
-from qlora_recipes.data.arrow_rows import Conversation, Rows, write_rows
+from qlora_recipes.data.arrow_rows import Conversation, write_rows
 from qlora_recipes.data.columns import ColumnUse, WatchedRow
 from qlora_recipes.data.encoding import ConversationEncoder, Rendered
-from qlora_recipes.data.figures import FIGURES, RowMeter
+from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
-from qlora_recipes.formatters import Formatter, Message, Reason, RowError, check_messages, detect
-from qlora_recipes.run.receipt import DataReceipt, TemplateReceipt
+from qlora_recipes.formatters import (
+    TEXT,
+    Formatter,
+    Message,
+    Reason,
+    RowError,
+    Tools,
+    check_conversation,
+    detect,
+    is_trained,
+    split_reasoning,
+)
+from qlora_recipes.recipe import DatasetSpec
+from qlora_recipes.run.receipt import DataReceipt, DatasetReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
 
-_Row = tuple[str, list[Message], Rendered]  # place, messages and text
 _BATCH = 2**18  # characters encoded at once; each of their tokens takes 200 bytes meanwhile
 TOO_LONG = "no answer within max_length"
 """Why a row is dropped when truncation leaves nothing in the loss."""
+
+
+class _Row(NamedTuple):
+    """A row on its way from the file to the encoder."""
+
+    place: str
+    messages: list[Message]
+    tools: Tools | None
+    rendered: Rendered
 
 
 @dataclass(frozen=True)
@@ -47,10 +68,15 @@ class PreparedData:
 
 @dataclass
 class _Tally:
-    """What is counted while rows are read."""
+    """What is counted while the rows of one dataset are read."""
 
+    spec: DatasetSpec
+    formatter: Formatter | None
+    name: str
+    """Stands before the places of its rows, where there are several datasets."""
     dropped: Counter[str] = field(default_factory=Counter)
-    figures: list[numpy.ndarray] = field(default_factory=lambda: [numpy.empty(0, FIGURES)])
+    contents: Counter[str] = field(default_factory=Counter)
+    figures: list[numpy.ndarray] = field(default_factory=list)
     columns: ColumnUse = field(default_factory=ColumnUse)
     revision: str | None = None
 
@@ -62,49 +88,102 @@ def prepare(
 
     `advance` is told of every batch how many rows it had.
     The split depends only on the text of the first question: it is the same for every seed, and rows with the same
-    first question stay on one side.
+    first question stay on one side. The draw of a dataset's share depends only on the places of its rows.
 
     Raises:
-        DataError: when the source cannot be read, or no row of it can be used.
+        DataError: when a source cannot be read, or no row of it can be used.
         SetupError: when the disk has no room for the encoded rows.
     """
-    tally = _Tally()
-    rows = write_rows(_encoded(settings, encoder, tally, advance))
+    several = len(settings.datasets) > 1
+    tallies = [
+        _Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "")
+        for spec in settings.datasets
+    ]
+    max_length = settings.training["max_length"]
+    rows = write_rows(
+        batch for number, tally in enumerate(tallies) for batch in _encoded(tally, number, encoder, max_length, advance)
+    )
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not rows:
-        raise DataError(_nothing_usable(settings, encoder, tally.dropped))
-    every = numpy.concatenate(tally.figures)
-    tally.figures.clear()  # 63 bytes a row, which are in `every` now
-    distinct = numpy.unique(every["question"])
-    count = min(math.ceil(settings.data.held_out * len(distinct)), len(distinct) - 1)
-    held_out = every["question"] < distinct[count]  # the smallest hashes, whatever the order and the seed
+    for tally in tallies:
+        if not any(map(len, tally.figures)):
+            raise DataError(_nothing_usable(tally, encoder))
+    every = numpy.concatenate([part for tally in tallies for part in tally.figures])
+    for tally in tallies:
+        tally.figures.clear()  # 64 bytes a row, which are in `every` now
+    held_out = _held_out(settings.datasets, every)
     train, figures = rows.where(~held_out), every[~held_out]
+    digest = hashlib.sha256()
+    for words in train.words_as_json():
+        digest.update(words.encode())
     return PreparedData(
         train=train,
         held_out=rows.where(held_out),
         figures=figures,
         held_out_figures=every[held_out],
-        receipt=_data_receipt(settings, train, figures, len(rows), tally),
+        receipt=_data_receipt(settings, digest.hexdigest(), figures, every[held_out], tallies),
         template=_template_receipt(encoder, figures),
     )
 
 
-def _rendered(settings: Settings, encoder: ConversationEncoder, tally: _Tally) -> Iterator[_Row]:
-    """Yield the rows that can be used, and count the others."""
-    formatter = settings.recipe.formatter()
-    rows = read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision)
+def _held_out(datasets: Sequence[DatasetSpec], every: numpy.ndarray) -> numpy.ndarray:
+    """Return which rows are held out: those of the smallest hashes in each dataset, whatever the order and the seed."""
+    held_out = numpy.zeros(len(every), dtype=bool)
+    for number, spec in enumerate(datasets):
+        own = every["dataset"] == number
+        distinct = numpy.unique(every["question"][own])
+        count = min(math.ceil(spec.held_out * len(distinct)), len(distinct) - 1)
+        held_out |= own & (every["question"] < distinct[count])
+    # a question that is in several datasets stays on one side too
+    held_out = numpy.isin(every["question"], every["question"][held_out])
+    if held_out.all():
+        raise DataError("every question of one dataset is held out for another, which has it too; lower held_out")
+    return held_out
+
+
+def _rendered(tally: _Tally, encoder: ConversationEncoder) -> Iterator[_Row]:
+    """Yield the rows of a dataset that can be used, and count the others."""
+    spec = tally.spec
+    rows = read_rows(spec.source, split=spec.split, revision=spec.revision)
     tally.revision = rows.revision
     for place, row in rows:
-        where = f"{settings.dataset}, {place}"
+        if spec.share < 1 and not _is_drawn(place, spec.share):
+            continue
         try:
-            formatter = formatter or _detect(row, where)  # the first valid row decides for the file
             watched = WatchedRow(row) if isinstance(row, dict) else row
-            messages = _format(formatter, watched, where)
+            rendered = _render(tally, watched, place, encoder)
             tally.columns.add(watched)
-            yield place, messages, encoder.render(messages)
+            yield rendered
         except RowError as error:
             tally.dropped[error.reason] += 1
+
+
+def _is_drawn(place: str, share: float) -> bool:
+    """Whether a row belongs to a share of its dataset: by a hash of its place, so that every arm draws the same."""
+    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8]) < share * 2**64
+
+
+def _render(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -> _Row:
+    """Return one row as the template renders it; the first valid row decides for its file which formatter fits.
+
+    Raises:
+        RowError: when the row cannot be used, or the template does not render all of it.
+    """
+    spec, where = tally.spec, f"{tally.spec.source}, {place}"
+    tally.formatter = tally.formatter or _detect(row, where)
+    messages, tools = _format(tally.formatter, row, where)
+    if spec.system and messages[0]["role"] not in ("system", "developer", TEXT):
+        messages = [{"role": "system", "content": spec.system.strip()}, *messages]
+    if encoder.knows_reasoning:
+        messages = split_reasoning(messages)
+    rendered = encoder.render(messages, tools)
+    left_out = list(encoder.fate(messages, tools).left_out)
+    if any(message["content"] not in rendered.text for message in messages if is_trained(message)):
+        left_out.append("words of the answer")  # such as what follows </think> in an answer that quotes it
+    if left_out:
+        what = f"{', '.join(left_out[:4])}{' and more' if len(left_out) > 4 else ''}"
+        raise RowError(Reason.LEFT_OUT, f"{encoder.template.name} does not render {what}")
+    return _Row(f"{tally.name}{place}", messages, tools, rendered)
 
 
 def _detect(row: Any, where: str) -> Formatter:
@@ -116,11 +195,11 @@ def _detect(row: Any, where: str) -> Formatter:
         raise DataError(f"{where}: {error}") from error
 
 
-def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
+def _format(formatter: Formatter, row: Any, place: str) -> tuple[list[Message], Tools | None]:
     """Apply a formatter, and name the row in whatever error it raises."""
     name = getattr(formatter, "__name__", "format_row")
     try:
-        return check_messages(formatter(row), source=name)
+        return check_conversation(formatter(row), source=name)
     except RowError:
         raise
     except Exception as error:  # a user's formatter can raise anything
@@ -132,22 +211,37 @@ def _format(formatter: Formatter, row: Any, place: str) -> list[Message]:
 
 
 def _encoded(
-    settings: Settings, encoder: ConversationEncoder, tally: _Tally, advance: Callable[[int], object]
+    tally: _Tally, number: int, encoder: ConversationEncoder, max_length: int, advance: Callable[[int], object]
 ) -> Iterator[list[Conversation]]:
     """Yield usable rows in batches, and append the figures of each batch to the tally."""
-    meter, max_length = RowMeter(encoder), settings.training["max_length"]
-    for batch in _batches(_rendered(settings, encoder, tally)):
+    meter = RowMeter(encoder)
+    for batch in _batches(_rendered(tally, encoder)):
         usable = []
-        for (place, messages, _), whole in zip(batch, encoder.tokenize([text for *_, text in batch]), strict=True):
+        encoded = encoder.tokenize([row.rendered for row in batch])
+        for (place, messages, tools, _), whole in zip(batch, encoded, strict=True):
             cut = whole.cut(max_length)
             lost, truncated = whole.supervised - cut.supervised, len(whole.input_ids) > max_length
             if cut.supervised:
-                usable.append(Conversation(place, messages, cut, lost, truncated))
+                usable.append(Conversation(place, messages, cut, lost, truncated, tools))
+                _count_contents(tally.contents, usable[-1], encoder)
             else:
                 tally.dropped[TOO_LONG] += 1
-        tally.figures.append(meter.measure(usable))
+        tally.figures.append(meter.measure(usable, number))
         advance(len(batch))
         yield usable
+
+
+def _count_contents(contents: Counter[str], row: Conversation, encoder: ConversationEncoder) -> None:
+    """Count what a row holds: its messages by role, and what few rows have."""
+    messages = row.messages
+    contents.update(message["role"] for message in messages)
+    if row.tools is not None:
+        contents["rows with tools"] += 1
+    if any(len(message) > 2 for message in messages):
+        contents["calls"] += sum(len(message.get("tool_calls", ())) for message in messages)
+        contents["reasoning"] += sum("reasoning_content" in message for message in messages)
+        contents["reasoning left out by the template"] += encoder.fate(messages, row.tools).forgotten
+        contents["assistant outside the loss"] += sum(message.get("train") is False for message in messages)
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
@@ -156,7 +250,7 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += len(row[2].text)
+        characters += len(row.rendered.text)
         if characters >= _BATCH:
             yield batch
             batch, characters = [], 0
@@ -164,42 +258,67 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _nothing_usable(settings: Settings, encoder: ConversationEncoder, dropped: Counter[str]) -> str:
+def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
     """Say what was expected, and show the first row."""
-    place, row = next(read_rows(settings.dataset, split=settings.data.split, revision=settings.data.revision))
+    spec = tally.spec
+    place, row = next(read_rows(spec.source, split=spec.split, revision=spec.revision))
+    if not tally.dropped:
+        return f"a share of {spec.share:g} draws no row of {spec.source}; raise it, or leave the dataset out"
     shown = json.dumps(row, ensure_ascii=False, default=str)
     try:
-        encoder.render(_format(settings.recipe.formatter() or _detect(row, place), row, place))
+        _render(tally, row, place, encoder)
         why = "nothing by itself; it is longer than max_length"
     except RowError as error:
         why = str(error)
-    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    counts = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
     return (
-        f"no row of {settings.dataset} can be used ({counts}).\n  the first ({place}): "
+        f"no row of {spec.source} can be used ({counts}).\n  the first ({place}): "
         f"{shown[:300]}{'...' if len(shown) > 300 else ''}\n  what is wrong with it: {why}\n"
         "  Give the recipe a formatter that fits these rows (qlora_recipes.formatters), or your own format_row"
     )
 
 
-def _data_receipt(settings: Settings, train: Rows, figures: numpy.ndarray, usable: int, tally: _Tally) -> DataReceipt:
-    digest = hashlib.sha256()
-    for messages in train.messages_as_json():
-        digest.update(messages.encode())
+def _data_receipt(
+    settings: Settings, fingerprint: str, figures: numpy.ndarray, held_out: numpy.ndarray, tallies: Sequence[_Tally]
+) -> DataReceipt:
+    dropped, contents, unread = (Counter[str]() for _ in range(3))
+    datasets = []
+    for number, tally in enumerate(tallies):
+        dropped.update(tally.dropped)
+        contents.update(tally.contents)
+        unread.update(tally.columns.unread())
+        used = figures[figures["dataset"] == number]
+        kept = int((held_out["dataset"] == number).sum())
+        datasets.append(
+            DatasetReceipt(
+                source=settings.dataset_names[number],
+                share=tally.spec.share,
+                rows_in=len(used) + kept + tally.dropped.total(),
+                rows_used=len(used),
+                rows_held_out=kept,
+                rows_dropped=dict(tally.dropped),
+                tokens=int(used["length"].sum()),
+                supervised_tokens=int(used["supervised"].sum()),
+                revision=tally.revision,
+            )
+        )
     return DataReceipt(
         source=settings.dataset_name,
-        fingerprint=digest.hexdigest(),
-        rows_in=usable + tally.dropped.total(),
-        rows_used=len(train),
-        rows_held_out=usable - len(train),
-        rows_dropped=dict(tally.dropped),
+        fingerprint=fingerprint,
+        rows_in=len(figures) + len(held_out) + dropped.total(),
+        rows_used=len(figures),
+        rows_held_out=len(held_out),
+        rows_dropped=dict(dropped),
         tokens=int(figures["length"].sum()),
         supervised_tokens=int(figures["supervised"].sum()),
         rows_truncated=int(figures["truncated"].sum()),
         answers_truncated=int((figures["supervised_lost"] > 0).sum()),
         supervised_tokens_lost=int(figures["supervised_lost"].sum()),
         max_length=settings.training["max_length"],
-        columns_unread=tally.columns.unread(),
-        revision=tally.revision,
+        columns_unread=dict(unread),
+        revision=tallies[0].revision if len(tallies) == 1 else None,
+        contents={name: count for name, count in contents.items() if count},
+        datasets=datasets if len(datasets) > 1 or datasets[0].share < 1 else [],
     )
 
 

@@ -218,9 +218,25 @@ def _parquet_rows(path: Path) -> _Placed:
         _check_distinct(file.schema_arrow.names, str(path))  # a row as a dict keeps one of two
         rows = (row for batch in file.iter_batches(_PARQUET_ROWS) for row in batch.to_pylist())
         for index, row in enumerate(rows):
-            yield f"row {index}", row
+            yield f"row {index}", _without_filled(row)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
+
+
+def _without_filled(value: Any, nested: bool = False) -> Any:
+    """Return a row without the None in its objects: Arrow gives every object of a column all keys of any of them.
+
+    Without this, the arguments of a tool's call would name the arguments of every other tool.
+    """
+    if isinstance(value, dict):
+        return {
+            name: _without_filled(part, True) if isinstance(part, dict | list) else part
+            for name, part in value.items()
+            if part is not None or not nested
+        }
+    if isinstance(value, list):
+        return [_without_filled(part, True) for part in value]
+    return value
 
 
 def _hub_rows(source: str, split: str, revision: str | None) -> Rows:
@@ -238,7 +254,7 @@ def _hub_rows(source: str, split: str, revision: str | None) -> Rows:
             f"no dataset {source!r} (split {split!r}) could be loaded: {_first_line(error)}. Expected a hub id that "
             f"can be reached, or a local file that ends in {', '.join(_READERS)}"
         ) from error
-    placed = ((f"row {index}", row) for index, row in enumerate(rows))
+    placed = ((f"row {index}", _without_filled(row)) for index, row in enumerate(rows))
     return Rows(_with_distinct_columns(placed, source), _commit(rows))
 
 

@@ -108,19 +108,34 @@ def fault_of(encoder: ConversationEncoder, messages: Sequence[Message]) -> str:
         return "text outside of the loss depends on an answer"
     if inside != parts(encoder.render(_changed(messages, lambda role: role != "assistant")))[0]:
         return "text in the loss depends on more than the answers"
+    if any(_has_words(_plain(after)) for after in _after_answers(encoder, messages)):
+        return "words after an answer are in the loss"
     if not whole.text.startswith(prompt):  # the check `template_agrees` says so
         return ""
     begin = next((begin for begin, end in whole.spans if begin <= len(prompt) < end), None)
     if begin is None:
         return "what follows the generation prompt is not in the loss"
     # TRL has the prompt's last words in the loss with gpt-oss. Reasoning may begin in the prompt.
-    if encoder.template.origin != "trl" and _has_words(re.sub(r"</?\w+>", "", whole.text[begin : len(prompt)])):
+    if encoder.template.origin != "trl" and _has_words(_plain(whole.text[begin : len(prompt)])):
         return f"{encoder.spelled(whole.text[begin : len(prompt)])!r}, the end of the prompt, is in the loss"
     if encoder.template.origin == "marked" and prompt == encoder.render(messages[:-1]).text:
         header = whole.text[len(prompt) :].split(answers[-1].strip() or None)[0]
         if _has_words(header):
             return f"it ignores add_generation_prompt, which would put {encoder.spelled(header)!r} into the loss"
     return ""
+
+
+def _after_answers(encoder: ConversationEncoder, messages: Sequence[Message]) -> list[str]:
+    """Return what is in the loss after each answer, up to the end of its part."""
+    changed = _changed(messages, lambda role: role == "assistant")
+    inside = parts(encoder.render(changed))[0]
+    answers = [message["content"] for message in changed if message["role"] == "assistant"]
+    return [part.partition(answer)[2] for part in inside for answer in answers if answer and answer in part]
+
+
+def _plain(text: str) -> str:
+    """Return a rendered text without control tokens and tags, such as those of a reasoning."""
+    return re.sub(r"[\ufdd0-\ufdef]|</?\w+>", "", text)
 
 
 def _has_words(text: str) -> bool:

@@ -208,7 +208,7 @@ def _job(
             f"{folder.path} kept no rows from training; set DatasetSpec(held_out=0.05) and train again, or leave "
             f"{own[0]} out of --tasks"
         )
-    kept = [hash_conversation(messages) for messages in rows[: options.limit]]
+    kept = [hash_conversation(row) for row in rows[: options.limit]]
     identities = {task.name: shared.get(task) or identity(task, kept) for task in tasks}
     return _Job(folder, receipt, options, tasks, identities, {})
 
@@ -228,7 +228,9 @@ def default_tasks(receipt: Receipt) -> list[str]:
     Raises:
         UsageError: when the recipe declares none and no rows were held out.
     """
-    return usual_tasks(receipt.demo, receipt.settings.eval_tasks, held_out=receipt.data.rows_held_out > 0)
+    tasks = usual_tasks(receipt.demo, receipt.settings.eval_tasks, held_out=receipt.data.rows_held_out > 0)
+    only_texts = bool(receipt.data.contents) and "assistant" not in receipt.data.contents  # which ask nothing
+    return [task for task in tasks if not (only_texts and task == "held_out_answers")]
 
 
 def _take_finished(job: _Job) -> None:

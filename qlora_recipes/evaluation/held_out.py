@@ -18,9 +18,9 @@ from qlora_recipes.base.adapters import generate
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.loaded import RestoredRun
+from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
-from qlora_recipes.formatters import Message
+from qlora_recipes.formatters import answer_of, before_last_answer, is_trained
 
 MAX_ANSWER_TOKENS = 256
 """Where an answer is cut. More costs time on answers that never end."""
@@ -37,7 +37,7 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
         DataError: when no row fits into the model's context.
     """
     rows = run.held_out[:limit]
-    encoded = [run.encoder.encode(messages) for messages in rows]
+    encoded = [run.encoder.encode(row.messages, row.tools) for row in rows]
     fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
@@ -48,7 +48,7 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
         bar.advance(len(batch))
     docs = []
     for i in fitting:
-        words = [message["content"] for message in rows[i] if message["role"] == "assistant"]
+        words = [answer_of(message) for message in rows[i].messages if is_trained(message)]
         bits, length = losses[i] / math.log(2), sum(len(text.encode()) for text in words)
         ids, target = encoded[i].input_ids, "\n".join(words)
         docs.append(_record("held_out", i, rows[i], ids, target, bits / length, bits=bits, bytes=length))
@@ -76,8 +76,8 @@ def score_answers(
     """
     from qlora_recipes.evaluation.text_metrics import Bleu, ChrF, RougeL  # evaluate, which takes seconds to import
 
-    rows = run.held_out[:limit]
-    prompts = [run.encoder.encode_prompt(messages[:-1]) for messages in rows]
+    rows = [row for row in run.held_out[:limit] if before_last_answer(row.messages)]  # a plain text asks nothing
+    prompts = [run.encoder.encode_prompt(before_last_answer(row.messages), row.tools) for row in rows]
     room = run.model.config.max_position_embeddings - MAX_ANSWER_TOKENS
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
@@ -100,13 +100,13 @@ def score_answers(
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
     texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
-    references = [rows[i][-1]["content"] for i in fitting]
+    references = [_reference(rows[i]) for i in fitting]
     rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
     chrf = ChrF(keep_in_memory=True).compute(predictions=texts, references=references)
     bleu = Bleu(keep_in_memory=True).compute(predictions=texts, references=references)
     docs = [
-        _record("held_out_answers", i, rows[i], prompts[i], rows[i][-1]["content"], score, answer=text[:SHOWN])
-        for i, text, score in zip(fitting, texts, rouge["documents"], strict=True)
+        _record("held_out_answers", i, rows[i], prompts[i], reference, score, answer=text[:SHOWN])
+        for i, text, reference, score in zip(fitting, texts, references, rouge["documents"], strict=True)
     ]
     ended = sum(answers[i][-1:] == [end] for i in fitting) / len(fitting)
     return Scores(
@@ -140,20 +140,27 @@ def _losses(run: RestoredRun, rows: Sequence[Encoded]) -> list[float]:
     return [float(total) for total in losses.double().sum(1)]
 
 
-def hash_conversation(messages: list[Message]) -> str:
+def _reference(row: HeldOutRow) -> str:
+    """Return what the last turn in the loss says; a turn that only calls says the calls."""
+    answer = row.messages[len(before_last_answer(row.messages))]
+    return str(answer["content"]) or answer_of(answer)
+
+
+def hash_conversation(row: HeldOutRow) -> str:
     """Return the hash that a held-out conversation has as a document."""
-    return sha256(json.dumps(messages, ensure_ascii=False))
+    tools = json.dumps(row.tools, ensure_ascii=False) if row.tools else ""
+    return sha256(json.dumps(row.messages, ensure_ascii=False) + tools)
 
 
 def _record(
-    task: str, index: int, messages: list[Message], ids: list[int], target: str, score: float, **more: Any
+    task: str, index: int, row: HeldOutRow, ids: list[int], target: str, score: float, **more: Any
 ) -> DocRecord:
-    question = "\n".join(message["content"] for message in messages[:-1])
+    question = "\n".join(message["content"] for message in before_last_answer(row.messages))
     return DocRecord(
         task=task,
         subject=None,
         doc_id=str(index),
-        doc_hash=hash_conversation(messages),
+        doc_hash=hash_conversation(row),
         prompt_hash=sha256(str(ids)),
         target_hash=sha256(target),
         score=score,

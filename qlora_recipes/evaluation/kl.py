@@ -57,10 +57,10 @@ def _log_probabilities(run: RestoredRun) -> Iterator[torch.Tensor]:
     left = records.TOKENS
     if not run.held_out:
         raise DataError(f"{run.folder.path} kept no conversation from training; KL is measured on those")
-    for messages in run.held_out:
+    for kept in run.held_out:
         if left <= 0:
             return
-        row = run.encoder.encode(messages).cut(run.receipt.data.max_length)
+        row = run.encoder.encode(kept.messages, kept.tools).cut(run.receipt.data.max_length)
         ids = torch.tensor([row.input_ids], device=run.model.device)
         supervised = torch.tensor(row.labels[1:]) != IGNORED
         if bool(supervised.any()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import sha256
-from qlora_recipes.formatters import Message, RowError, check_messages
+from qlora_recipes.formatters import Message, RowError, Tools, check_messages, check_tools
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.files import check_kind, read_record
 from qlora_recipes.run.folder import RunFolder
@@ -86,7 +86,7 @@ class RestoredRun:
     """The base with the adapter unmerged, or the base alone."""
     tokenizer: PreTrainedTokenizerBase
     encoder: ConversationEncoder
-    held_out: list[list[Message]]
+    held_out: list[HeldOutRow]
     """The conversations kept from training."""
     precision: str
     base_sha256: str
@@ -145,11 +145,12 @@ def restore_run(
 
 
 @dataclass(frozen=True)
-class _HeldOutRow:
+class HeldOutRow:
     """One conversation of `held_out.json`, and where it was in the data, for people."""
 
     place: str
     messages: list[Message]
+    tools: Tools | None = None
 
 
 def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> PreTrainedTokenizerBase:
@@ -170,7 +171,7 @@ def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> Pre
     return tokenizer
 
 
-def read_held_out(folder: RunFolder) -> list[list[Message]]:
+def read_held_out(folder: RunFolder) -> list[HeldOutRow]:
     """Return the conversations that the run kept from training; none where it kept none.
 
     Raises:
@@ -178,14 +179,15 @@ def read_held_out(folder: RunFolder) -> list[list[Message]]:
     """
     fix = "Train again, or restore the file from a copy"
     try:
-        rows = read_record(folder.held_out, list[_HeldOutRow], fix=fix)
+        rows = read_record(folder.held_out, list[HeldOutRow], fix=fix)
         for i, row in enumerate(rows):
             check_messages(row.messages, f"key {i}.messages")
+            check_tools(row.tools, f"key {i}.tools")
     except FileNotFoundError:
         return []
     except RowError as error:
         raise RunFolderError(f"{folder.held_out}, {error.detail}. {fix}") from error
-    return [row.messages for row in rows]
+    return rows
 
 
 def _check_same(what: str, found: str, expected: str, advice: str) -> None:
@@ -196,12 +198,12 @@ def _check_same(what: str, found: str, expected: str, advice: str) -> None:
 
 
 @torch.no_grad()
-def _on_off_difference(model: Any, encoder: ConversationEncoder, held_out: list[list[Message]]) -> float:
+def _on_off_difference(model: Any, encoder: ConversationEncoder, held_out: Sequence[HeldOutRow]) -> float:
     """Return the largest change of a logit when the adapter is switched off, on a few of the run's own prompts."""
-    prompts = held_out[:_PROBES] or [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]]
+    greeting = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     largest = 0.0
-    for messages in prompts:
-        ids = torch.tensor([encoder.encode(messages).input_ids[:512]], device=model.device)
+    for row in held_out[:_PROBES] or [HeldOutRow("", greeting)]:
+        ids = torch.tensor([encoder.encode(row.messages, row.tools).input_ids[:512]], device=model.device)
         on = model(input_ids=ids).logits.float()
         with model.disable_adapter():
             off = model(input_ids=ids).logits.float()

@@ -30,4 +30,4 @@ def sizes_from(
     try:
         return family.sizes_of(config)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise UnreadableModelError(f"{location}: cannot read its dimensions from config.json: {error!r}") from error
+        raise UnreadableModelError(f"cannot load {location}: dimensions in config.json: {error!r}") from error

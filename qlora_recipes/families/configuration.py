@@ -29,13 +29,13 @@ def read_config(location: str, revision: str | None = None) -> dict[str, Any]:
     except ModelError:
         raise
     except OSError as error:
-        raise UnreadableModelError(f"no config.json in {location}: {error.strerror}. {_EXPECTED}") from error
+        raise UnreadableModelError(f"cannot load {location}: no config.json: {error.strerror}. {_EXPECTED}") from error
     except (ValueError, RecursionError) as error:
-        raise UnreadableModelError(f"cannot read config.json in {location}: {error}. {_EXPECTED}") from error
+        raise UnreadableModelError(f"cannot load {location}: broken config.json: {error}. {_EXPECTED}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UnreadableModelError(
-            f"config.json in {location} has no model_type, so its architecture is unknown. Expected the file that "
-            "save_pretrained writes"
+            f"cannot load {location}: its config.json has no model_type, which names the architecture. Expected the "
+            "file that save_pretrained writes"
         )
     _check_usable(config, location)
     return config
@@ -77,7 +77,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         reason = "it is gated. Accept its terms on the hub, then run: hf auth login"
     except Exception as error:  # of the hub's library, or of its HTTP client
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    raise UnreadableModelError(f"cannot read the config.json of {repository}: {reason}. {_EXPECTED}")
+    raise UnreadableModelError(f"cannot load {repository}: no config.json: {reason}. {_EXPECTED}")
 
 
 def _is_adapter(location: str, file: Path) -> ModelError:

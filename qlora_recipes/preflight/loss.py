@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG
-from qlora_recipes.data.templates import fault_of, parts
+from qlora_recipes.data.templates import fault_of
+from qlora_recipes.formatters import TEXT
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
@@ -45,7 +46,9 @@ def loss_is_the_answers(run: Run) -> Check:
 def _fault(run: Run, row: Conversation) -> str:
     """Return what is wrong with the loss of a row: the template's marks, or tokens that are not what it marks."""
     encoder, controls = run.encoder, run.encoder.control_tokens(row.encoded.input_ids)
-    words = re.sub("[\ufdd0-\ufdef]", "", "".join(parts(encoder.render(row.messages))[0]))
+    if row.messages[0]["role"] == TEXT:  # the first token has nothing before it
+        return "" if row.encoded.labels[1:] == row.encoded.input_ids[1:] else "a part of the text is not in the loss"
+    words = re.sub("[\ufdd0-\ufdef]", "", encoder.render(row.messages, row.tools).in_loss)
     for control in encoder.unescaped_words:
         words = words.replace(control, "")
     # encoded and decoded again, since some tokenizers normalize what they encode
@@ -53,7 +56,12 @@ def _fault(run: Run, row: Conversation) -> str:
     got = _as_text(run, [label for label in row.encoded.labels if label != IGNORED and label not in controls])
     # truncation may fall inside a character
     same = expected.startswith(got.rstrip("\ufffd")) if row.truncated else got == expected
-    return fault_of(encoder, row.messages) if same else "the tokens in the loss are not what the template marks"
+    if not same:
+        return "the tokens in the loss are not what the template marks"
+    if misplaced := encoder.fate(row.messages, row.tools).misplaced:
+        return f"{misplaced[0]} is on the wrong side of a mark"
+    plain = row.tools is None and all(len(message) == 2 for message in row.messages)
+    return fault_of(encoder, row.messages) if plain else ""
 
 
 def _as_text(run: Run, ids: list[int]) -> str:

@@ -93,7 +93,7 @@ def _checkpoints(run: Run) -> int:
 def hub(run: Run) -> Check:
     """The hub is asked for only where the run needs it: a model or rows by id, or an upload at the end."""
     upload = bool(run.settings.training.get("push_to_hub"))
-    sources = (model_location(run.settings.model), run.settings.dataset)
+    sources = (model_location(run.settings.model), *(spec.source for spec in run.settings.datasets))
     by_id = [source for source in sources if not Path(source).exists()]
     if not upload and not by_id:
         return passed("not needed")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.data.templates import turn_pieces
-from qlora_recipes.formatters import Message, Reason, RowError
+from qlora_recipes.formatters import Message, Reason, RowError, Tools, before_last_answer
 from qlora_recipes.preflight.checks import fail_unless, passed
 from qlora_recipes.preflight.rows import count_and_first, spread
 from qlora_recipes.run.receipt import Check
@@ -32,9 +32,10 @@ def template_agrees(run: Run) -> Check:
     # a control token in a row is encoded as text, which no tokenizer does by itself: see forged_turns
     figures = run.data.figures
     rows = spread(run.data.train, _ROWS, ~figures["truncated"] & ~figures["control_text"])
+    rows = [row for row in rows if before_last_answer(row.messages)]  # a plain text has no prompt
     wrong = [row for row in rows if not _prompt_agrees(run, row)]
     advice = "Let add_generation_prompt render exactly what comes before {% generation %} in training."
-    if wrong and _rendered(run, wrong[0].messages[:-1], add_generation_prompt=True).rstrip().endswith("<think>"):
+    if wrong and _opens_reasoning(run, wrong[0]):
         advice = "The prompt opens the reasoning, and the rows have none: give rows with it, or a template of your own."
     return fail_unless(
         not wrong and run.tokenizer.chat_template == run.encoder.template.source,
@@ -46,29 +47,44 @@ def template_agrees(run: Run) -> Check:
     )
 
 
+def _opens_reasoning(run: Run, row: Conversation) -> bool:
+    prompt = run.encoder.render(before_last_answer(row.messages), row.tools, add_generation_prompt=True)
+    return prompt.text.rstrip().endswith("<think>")
+
+
 def _prompt_agrees(run: Run, row: Conversation) -> bool:
-    before, trained = row.messages[:-1], row.encoded
-    prompt = run.encoder.encode_prompt(before)
+    before, trained = before_last_answer(row.messages), row.encoded
+    prompt = run.encoder.encode_prompt(before, row.tools)
     # lm-eval and chat render to text and encode it; no BOS is added where the text starts with one
-    text, whole = _rendered(run, before, add_generation_prompt=True), _rendered(run, row.messages)
+    text = _rendered(run, before, row.tools, add_generation_prompt=True)
+    whole = _rendered(run, row.messages, row.tools)
+    is_last = len(before) == len(row.messages) - 1  # turns that are not trained may follow
     return (
         trained.input_ids[: len(prompt)] == prompt
-        and _all_until_the_end(trained.labels[len(prompt) :])
+        and _all_until_the_end(trained.labels[len(prompt) :], is_last)
         and _ids(run, text) == prompt
         and _ids(run, whole) == trained.input_ids
         and whole.startswith(text)
     )
 
 
-def _all_until_the_end(labels: Sequence[int]) -> bool:
-    """Whether what follows the prompt is in the loss; white space after the last end-of-turn token need not be."""
+def _all_until_the_end(labels: Sequence[int], is_last: bool) -> bool:
+    """Whether the answer that follows the prompt is in the loss; white space after its end-of-turn token need not be.
+
+    Where it is the last message, nothing after it is in the loss either.
+    """
     inside = [label != IGNORED for label in labels]
-    return True in inside and inside == sorted(inside, reverse=True)
+    return True in inside and (not is_last or inside == sorted(inside, reverse=True))
 
 
-def _rendered(run: Run, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+def _rendered(
+    run: Run, messages: Sequence[Message], tools: Tools | None = None, *, add_generation_prompt: bool = False
+) -> str:
     text = run.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        run.encoder.for_template(messages),
+        tools=cast(Any, tools),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
     )
     return cast(str, text)
 
@@ -99,9 +115,11 @@ def forged_turns(run: Run) -> Check:
     """Put every control token and every piece of the template itself into a message, and look for a new turn."""
     encoder = run.encoder
     added = [token for token in run.tokenizer.get_added_vocab() if token.strip()]
-    pieces = [f"words\n{encoder.spelled(piece)}words" for piece in turn_pieces(encoder) if piece.strip()]
+    first, *others = [encoder.spelled(piece) for piece in turn_pieces(encoder)]
+    pieces = [f"words\n{first}words", *(f"words{piece}words" for piece in others)]
+    pieces = [piece for piece in pieces if piece.split() != ["words", "words"]]  # white space opens no turn
     tokens = [f"words {token} words" for token in added]
-    refused, harmless = None, encoder.structure(("user", "assistant"))
+    refused, harmless = None, _controls(encoder, "words")
     forged = [text for text in tokens if _controls(encoder, text) not in (refused, harmless)]
     # Where every piece contains a control token (as in ChatML), a turn cannot open without one. Where some are plain
     # text, every piece must be refused.

@@ -14,7 +14,7 @@ import numpy
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.figures import words
 from qlora_recipes.data.prepare import TOO_LONG
-from qlora_recipes.formatters import Reason
+from qlora_recipes.formatters import Reason, words_of
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
@@ -129,7 +129,7 @@ def contamination(run: Run) -> Check:
 
 def _shingles(row: Conversation) -> Iterator[int]:
     """Yield a hash of every eight consecutive words of each message, or of a shorter message as a whole."""
-    said = [words(message["content"]) for message in row.messages]
+    said = [words(" ".join(words_of(message))) for message in row.messages]
     for before, current in zip([(), *said], said, strict=False):
         # a short answer is recognized only together with its question
         text = before + current if len(current) < _SHARED_WORDS else current

@@ -17,6 +17,7 @@ from qlora_recipes.base.adapters import generate
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.formatters import answer_of, before_last_answer
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
 from qlora_recipes.preflight.prompts import template_agrees, template_sha256
@@ -127,7 +128,7 @@ def tokenizer_reloads(run: Run) -> Check:
     saved = AutoTokenizer.from_pretrained(run.folder.adapter)
     encoder = ConversationEncoder(saved, run.encoder.template)
     rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
-    wrong = [row.place for row in rows if encoder.encode(row.messages).input_ids != row.encoded.input_ids]
+    wrong = [row.place for row in rows if encoder.encode(row.messages, row.tools).input_ids != row.encoded.input_ids]
     rendered = template_agrees(replace(run, prepared=replace(run.prepared, tokenizer=saved, encoder=encoder)))
     template, expected = template_sha256(saved), run.data.template.sha256
     fault = ""
@@ -147,6 +148,7 @@ def tokenizer_reloads(run: Run) -> Check:
 def answers_end(run: Run) -> Check:
     """Ask held-out questions, written with their answers to answers.json; an empty answer does not count as one."""
     rows = spread(run.data.held_out, _QUESTIONS, ~run.data.held_out_figures["truncated"])
+    rows = [row for row in rows if before_last_answer(row.messages)]  # a plain text asks nothing
     if not rows:
         return untested("no held-out row to ask")
     answers = _ask(run, rows)
@@ -166,17 +168,18 @@ def answers_end(run: Run) -> Check:
 def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
     """Answer all questions in one batch, in the arithmetic of training."""
     run.model.eval()
-    prompts = [run.encoder.encode_prompt(row.messages[:-1]) for row in rows]
+    asked = [before_last_answer(row.messages) for row in rows]
+    prompts = [run.encoder.encode_prompt(before, row.tools) for before, row in zip(asked, rows, strict=True)]
     end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     with run.trainer.compute_loss_context_manager():
         answers = generate(run.model, prompts, end=end, pad=pad, max_new_tokens=_NEW_TOKENS)
     return [
         {
             "place": row.place,
-            "question": row.messages[-2]["content"],
+            "question": before[-1]["content"],
             "answer": str(run.tokenizer.decode(new, skip_special_tokens=True)).strip(),
-            "expected": row.messages[-1]["content"],
+            "expected": answer_of(row.messages[len(before)]),
             "ended": new[-1:] == [end],
         }
-        for row, new in zip(rows, answers, strict=True)
+        for row, before, new in zip(rows, asked, answers, strict=True)
     ]

@@ -9,6 +9,23 @@ from qlora_recipes.chat_templates import Origin
 
 
 @dataclass
+class DatasetReceipt:
+    """What one of several datasets contributed."""
+
+    source: str
+    share: float
+    """Share of its rows that was drawn."""
+    rows_in: int
+    """Rows drawn."""
+    rows_used: int
+    rows_held_out: int
+    rows_dropped: dict[str, int]
+    tokens: int
+    supervised_tokens: int
+    revision: str | None = None
+
+
+@dataclass
 class DataReceipt:
     """What was read, what was used, and what the loss covers."""
 
@@ -38,6 +55,10 @@ class DataReceipt:
     """Columns that the formatter reads in no row, to the number of times that they are filled."""
     revision: str | None = None
     """Commit of a hub dataset that was read; None for a file, and where it is not known."""
+    contents: dict[str, int] = field(default_factory=dict)
+    """What the rows hold that are used or held out: each role to its messages, and `calls`, `reasoning` and such."""
+    datasets: list[DatasetReceipt] = field(default_factory=list)
+    """Each of several datasets, whose sums are above."""
 
 
 @dataclass

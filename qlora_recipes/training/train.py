@@ -6,7 +6,6 @@ import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
@@ -166,8 +165,7 @@ def prepare_run(
     preflight.check_names(skip_checks, preflight.names(settings.recipe))
     console = console or Console()
     main = Console(quiet=True) if not PartialState().is_main_process else console
-    rows = Path(settings.dataset)
-    say(f"reading and encoding {rows.name if rows.exists() else rows}", main)
+    say(f"reading and encoding {settings.dataset_name}", main)
     run = prepare_rows(settings, main)
     say("checking the rows", main)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
@@ -299,5 +297,9 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
     )
     plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
     accounting.write_model_card(folder, receipt)
-    write_json(folder.held_out, [{"place": row.place, "messages": row.messages} for row in run.data.held_out])
+    held_out = [
+        {"place": row.place, "messages": row.messages, **({"tools": row.tools} if row.tools else {})}
+        for row in run.data.held_out
+    ]
+    write_json(folder.held_out, held_out)
     folder.write_receipt(receipt)

@@ -114,7 +114,8 @@ def plan_benchmark(
             if dtype == "float16" and precision_named(precision).dtype is None:
                 given.setdefault("dtype", dtype)  # the quantized arms compute in the 16-bit arm's dtype
             arms.append(Arm(settings_from(recipe, given), argv_of(given)))
-    tasks = tasks or usual_tasks(bool(flags.get("demo")), recipe.eval_tasks, held_out=recipe.dataset.held_out > 0)
+    held_out = any(spec.held_out > 0 for spec in recipe.datasets())
+    tasks = tasks or usual_tasks(bool(flags.get("demo")), recipe.eval_tasks, held_out=held_out)
     return Plan(
         recipe_file=recipe_file,
         arms=arms,
