@@ -9,7 +9,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import CheckError, RecipesError
 from qlora_recipes.experiments.families.architectures import ARCHITECTURES
 from qlora_recipes.memory import estimate
+from qlora_recipes.models import spec_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import Settings, resolve
@@ -98,10 +99,14 @@ def write_rows(count: int, folder: Path) -> Path:
     return file
 
 
-def settings_for(model: Path, rows: Path, precision: str, steps: int, output_dir: Path) -> Settings:
-    """Return the settings of a recipe that names a folder, a file and little else."""
+def settings_for(name: str, model: Path, rows: Path, precision: str, steps: int, output_dir: Path) -> Settings:
+    """Return the settings of a recipe that names a folder, a file and little else.
+
+    The folder stands for the hub id of the architecture: with a specification of ours where that has one.
+    """
+    spec = spec_named(ARCHITECTURES[name].hub_id)
     declared = {
-        "model": str(model),
+        "model": replace(spec, hub_id=str(model), revision=None, sizes=None),
         "dataset": DatasetSpec(str(rows)),
         "lora": dict(r=8, lora_alpha=16),
         "training": dict(
@@ -131,7 +136,7 @@ def examine(
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch:
 
         def settings(precision: str) -> Settings:
-            return settings_for(model, rows, precision, steps, Path(scratch) / precision)
+            return settings_for(name, model, rows, precision, steps, Path(scratch) / precision)
 
         with found.part("plan"):
             _look_at_plan(found, settings("bf16"))
@@ -150,7 +155,7 @@ def examine(
                 _train(found, settings(precision))
         if speed:
             with found.part("speed"):
-                found.speed = _speed(model, rows, steps, Path(scratch))
+                found.speed = _speed(name, model, rows, steps, Path(scratch))
     known = ARCHITECTURES[name].known
     found.known = {part: known[part] for part in found.reasons if part in known}
     others = {part: reason for part, reason in found.reasons.items() if part not in known}
@@ -243,12 +248,12 @@ def quantized_share(model: nn.Module, outline: PreTrainedModel) -> float:
     return sum(torch.Size(state.shape).numel() for state in states if state is not None) / possible
 
 
-def _speed(model: Path, rows: Path, steps: int, scratch: Path) -> float:
+def _speed(name: str, model: Path, rows: Path, steps: int, scratch: Path) -> float:
     from qlora_recipes.experiments.throughput.arms import Specification
     from qlora_recipes.experiments.throughput.command import in_a_process
 
     spec = Specification(
-        family="",
+        family=spec_named(ARCHITECTURES[name].hub_id).family or "",
         model=str(model),
         rows=str(rows),
         precision="nf4",
