@@ -69,7 +69,7 @@ def test_folder_reads_as_it_is_declared(name: str, made: Callable[[str], Path]) 
 def test_rows_template_and_plan(name: str, made: Callable[[str], Path], rows: Path) -> None:
     found = examine(name, made(name), rows, precisions=())
     assert found.reasons == {}
-    assert found.mask in ("equal", "TRL has none")
+    assert found.mask in ("equal", "TRL has none") or "mask" in found.known
     assert found.plan["bf16"] == pytest.approx(1, abs=0.02)
     assert results.cells(found)[list(results.COLUMNS).index("forged")].startswith("0 of ")
 
