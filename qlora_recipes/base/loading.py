@@ -60,7 +60,10 @@ def load_base(
     """
     _check_device(precision, dtype, device)
     config = from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
-    made = _repair_architecture(config)
+    made: list[str] = []
+    family = FAMILIES.get(config.model_type)
+    if family and family.attention_repair:
+        getattr(repairs, family.attention_repair)(attention.NAME)
     outline = _outline(config, trust_remote_code)  # here what quantization overlooks still counts as expected
     if outline is not None:
         _check_experts(model, outline, precision)
@@ -152,18 +155,6 @@ def _outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedMod
     except Exception:  # as above
         return None
     return cast("PreTrainedModel", outline)
-
-
-def _repair_architecture(config: PretrainedConfig) -> list[str]:
-    """Make the repairs that the family of a model asks for, and return those that a receipt names."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        return []
-    for name in family.repairs:
-        getattr(repairs, name)()
-    if family.attention_repair:
-        getattr(repairs, family.attention_repair)(attention.NAME)
-    return list(family.repairs)
 
 
 def from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
