@@ -44,9 +44,7 @@ def _vllm(folder: RunFolder, config: Mapping[str, Any]) -> str:
         return f"cannot: the adapter has {unknown[0]}, and vLLM takes LoRA on linear layers alone. Merge it"
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        return (
-            "cannot: the adapter has ranks or scales of its own for some layers, and vLLM reads one of each. Merge it"
-        )
+        return "cannot: some layers have ranks or scales of their own, and vLLM reads one of each. Merge it"
     allowed = next((each for each in VLLM_RANKS if each >= rank), None)
     if allowed is None:
         return f"cannot: the rank is {rank}, and vLLM takes up to {VLLM_RANKS[-1]}. Merge it"
