@@ -98,7 +98,7 @@ def test_the_merged_folder_answers_as_the_run_in_plain_transformers(
     key = BaseKey.of(plain.receipt())
     with restore_run(plain, restore_base(key), key) as run:
         assert tokenizer.chat_template == without_markers(run.tokenizer.chat_template)
-        ids = torch.tensor([run.encoder.encode(run.held_out[0]).input_ids])
+        ids = torch.tensor([run.encoder.encode(run.held_out[0].messages).input_ids])
         with_adapter, merged = (one(input_ids=ids).logits.float() for one in (run.model, model))
         with run.model.disable_adapter():
             without = run.model(input_ids=ids).logits.float()
