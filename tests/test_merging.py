@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.checkpoint import weight_files
 from qlora_recipes.base.loading import load_base
+from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.commands import merge as command
 from qlora_recipes.deploy import choice, weights
 from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT
@@ -97,8 +98,8 @@ def test_the_merged_folder_answers_as_the_run_in_plain_transformers(
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     key = BaseKey.of(plain.receipt())
     with restore_run(plain, restore_base(key), key) as run:
-        assert tokenizer.chat_template == run.tokenizer.chat_template
-        ids = torch.tensor([run.encoder.encode(run.held_out[0]).input_ids])
+        assert tokenizer.chat_template == without_markers(run.tokenizer.chat_template)
+        ids = torch.tensor([run.encoder.encode(run.held_out[0].messages).input_ids])
         with_adapter, merged = (one(input_ids=ids).logits.float() for one in (run.model, model))
         with run.model.disable_adapter():
             without = run.model(input_ids=ids).logits.float()

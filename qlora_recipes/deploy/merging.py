@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_recipes.base.checkpoint import weight_files
+from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.comparison.paired import BitsPerByte
 from qlora_recipes.deploy import choice
 from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT, Bits, Documents
@@ -178,6 +179,8 @@ def _merge(
         write_merged(files, trained.changes, aside / way, dtype, through=through)
         write_configuration(next(iter(files.values())).parent, aside / way, receipt.dtype, end)
         trained.run.tokenizer.save_pretrained(aside / way)
+        template = aside / way / "chat_template.jinja"  # other servers do not know the tags of training
+        template.write_text(without_markers(template.read_text(encoding="utf-8")), encoding="utf-8")
         candidates[way], bits[way] = _measure(trained, aside / way, receipt)
     _check_written(candidates, trained, receipt)
     if len(ways) > 1:
