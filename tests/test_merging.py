@@ -252,7 +252,7 @@ def test_a_merge_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_what_is_known_of_experts_is_said_before_the_base_is_loaded(tmp_path: Path) -> None:
     """Dequantized weights would have 16-bit experts; an adapter on them has no weight of the checkpoint to go into."""
-    run = RunFolder(make_run(tmp_path))
+    run = RunFolder(make_run(tmp_path, "nf4"))
     receipt = run.receipt()
     receipt.base.linears["Experts4bit"] = 2
     write_json(run.path / "run.json", asdict(receipt))
