@@ -305,6 +305,7 @@ def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: Any) -> st
         (["<|reserved_0|>"], {"pad_token": "<|im_end|>"}, "<|reserved_0|>"),
         (["<|reserved_0|>"], {"pad_token": "<s>"}, "<|reserved_0|>"),
         (["<0x00>", "<0xFF>"], {"unk_token": "<unk>"}, "<unk>"),
+        ([">>TITLE<<", ">>SUFFIX<<"], {"unk_token": "<unk>"}, ">>TITLE<<"),  # Falcon's, which are used by no template
     ],
 )
 def test_the_pad_token_is_one_without_a_use(
