@@ -77,6 +77,8 @@ class TemplateReceipt:
     """Whether it is in the loss in every answer that was not cut."""
     origin: Origin = "recipe"
     """Where the template is from."""
+    date: str | None = None
+    """The day that it writes in place of today's, in ISO 8601; None where it writes none."""
 
 
 @dataclass

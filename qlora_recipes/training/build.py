@@ -85,16 +85,24 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     """Return the trainer of a run, with float32 adapter weights whatever the base is stored as.
 
     Raises:
-        UsageError: when SFTConfig refuses the settings, or they need held-out rows and none were kept.
+        UsageError: when SFTConfig refuses the settings, they need held-out rows and none were kept, or they pack rows
+            for a model that would mix them.
     """
     evaluates, patience = evaluates_held_out(run.settings), run.settings.training.get("early_stopping_patience")
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
     settings, padding_free = run.settings, has_own_attention(run)
+    given = settings.training
+    asked = settings.packing_asked and (given.get("packing") or given.get("padding_free"))
     with run.model.disable_adapter():
-        if not settings.packing_asked and not keeps_apart(run.model):
-            settings, padding_free = replace(settings, training={**settings.training, "packing": False}), False
+        if not keeps_apart(run.model):
+            if asked or given.get("eval_packing"):
+                raise UsageError(
+                    f"--packing: {type(run.model.get_base_model()).__name__} does not keep conversations apart that "
+                    "share a row; expected --packing false, and no padding_free or eval_packing: then each gets a row"
+                )
+            settings, padding_free = replace(settings, training={**given, "packing": False}), False
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),

@@ -26,7 +26,7 @@ from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
 from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
-from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.build import build_trainer, has_own_attention, load_model, prepare_rows
 from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
@@ -177,6 +177,8 @@ def prepare_run(
         run = load_model(run)
         say("checking what the first step needs", main)
         run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
+    if has_own_attention(run) and not run.trainer.padding_free and not settings.packing_asked:
+        say("each conversation gets a row, because this model would mix those that share one", main)
     checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
     _refuse_failed(checks, "Before training", main, all_checks)
     return run, checks
