@@ -242,7 +242,7 @@ def test_arms_that_go_on_with_their_own_first_runs_are_compared_as_a_whole(tmp_p
     [
         ([receipt("nf4", 0)], [receipt("bf16", 0, data__fingerprint="f2")], r"start\.receipt\.data\.fingerprint"),
         ([receipt("nf4", 0)], [receipt("bf16", 1)], r"start\.receipt\.seed"),
-        ([receipt("bf16", 0)], [receipt("bf16", 1)], r"start\.run: runs/first/bf16-seed0 and runs/first/bf16-seed1"),
+        ([receipt("bf16", 0)], [receipt("bf16", 1)], r"start\.run: runs/first/bf16-seed1 and runs/first/bf16-seed0"),
         ([receipt("nf4", 0), receipt("bf16", 1)], [receipt("bf16", 0), receipt("bf16", 1)], "from two with others"),
     ],
 )
