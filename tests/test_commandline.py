@@ -131,7 +131,7 @@ def test_every_command_refuses_alike(refused: Callable[[Callable[[], None]], str
             "limit": "2",
             "dtype": "float16",
             "bias": "all",
-            "model": "FALCON_7B",
+            "dataset": __file__,
         }.get(flag, "16")
         again = "true" if flag in ("packing", "trust_remote_code") else again
         assert f"--{flag} is given twice" in refused(lambda: call([*words, f"--{flag}={again}", f"--{flag}", again]))
