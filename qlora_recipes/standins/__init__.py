@@ -46,6 +46,9 @@ TRAINING = MappingProxyType(
 )
 LORA = MappingProxyType({"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})
 
+PREFERENCES = MappingProxyType({"learning_rate": 1e-3, "max_steps": 60, "warmup_steps": 6})
+"""What replaces some of TRAINING where preferences are learned."""
+
 STANDINS: dict[str, StandIn] = {
     family: StandIn(family, HERE / family, training=TRAINING, lora=LORA) for family in ("llama2", "falcon")
 }
@@ -55,6 +58,7 @@ ROWS: dict[str, Path] = {
     "guanaco_llama2": HERE / "data" / "guanaco_llama2.jsonl",
     "openassistant_guanaco": HERE / "data" / "openassistant_guanaco.jsonl",
     "faq": HERE / "data" / "faq.json",
+    "preferences": HERE / "data" / "preferences.jsonl",
 }
 """Shape of a dataset -> bundled rows of that shape about the stand-ins' world."""
 
