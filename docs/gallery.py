@@ -28,6 +28,20 @@ passes over them.""",
     "falcon_guanaco": """\
 Tunes Falcon-7b on the conversations of OpenAssistant-Guanaco, with LoRA of rank 64 on every linear layer. It is
 llama2_guanaco for another architecture, which has its own chat template, layers and repairs.""",
+    "llama3_no_robots": """\
+Tunes Llama-3.1-8B-Instruct on conversations that people wrote. Its chat template is its tokenizer's own, marked around
+the answers here.""",
+    "qwen3_tools": """\
+Tunes Qwen3-8B to call functions, with the schemas of the functions in every row. Where a row has none, the model
+answers by itself.""",
+    "qwen3_reasoning": """\
+Tunes Qwen3-8B to think before it answers, with the thoughts in the loss.""",
+    "gemma3_faq": """\
+Tunes Gemma 3 of 1B, with windows of attention, on your own questions and answers, given with `--dataset FILE`.""",
+    "mistral_ultrachat": """\
+Tunes Mistral-7B-Instruct-v0.3 on conversations of several turns, with the settings that made Zephyr.""",
+    "smollm3_smoltalk": """\
+Tunes SmolLM3-3B, of which every fourth layer has no positions, on conversations that were made for small models.""",
 }
 PAGE = """\
 # {name}

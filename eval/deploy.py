@@ -34,7 +34,7 @@ from qlora_recipes.evaluation.loaded import BaseKey, restore_base, restore_run
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.folder import RunFolder
 
-_REPEATS = 5
+_REPEATS = 3
 _STATUS = Path("/proc/self/status")
 _FLAGS = (
     count("new_tokens", "tokens of an answer (32)", 32),

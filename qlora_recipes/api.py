@@ -1,15 +1,17 @@
-"""The Python interface: train a recipe, score runs, compare them. The commands are made of it.
+"""The Python interface: train a recipe, score runs, compare them, ask them. The commands are made of it.
 
 Nothing heavy is imported before a function is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from qlora_recipes.environment import quiet_libraries
 from qlora_recipes.recipe import Recipe, find_recipe, load_recipe
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import LoggedStep, Receipt
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qlora_recipes.comparison.findings import Report
+    from qlora_recipes.deploy.mixing import MixedRuns
     from qlora_recipes.evaluation.harness import Options
     from qlora_recipes.evaluation.records import TaskResult
+    from qlora_recipes.formatters import Message
     from qlora_recipes.memory.estimate import MemoryPlan
 
+__all__ = ["Answering", "Choices", "Run", "compare", "evaluate", "load", "plan", "quiet_libraries", "train"]
 MARGIN = 1.0
 """Points. The spread of a leaderboard score from the order of its answers alone is about as large."""
 
@@ -174,6 +179,54 @@ def compare(
     if output is not None:
         write_report(report, Path(output))
     return report
+
+
+@contextmanager
+def load(*runs: Run | str | Path) -> Iterator[Answering]:
+    """Load runs of one base for as long as the context lasts, each adapter proven to be the run's.
+
+    Raises:
+        RecipesError: for a run that is not what its receipt says, or runs that cannot share a base in memory.
+    """
+    from qlora_recipes.deploy.mixing import restore_runs
+
+    with restore_runs([RunFolder(path_of(run)) for run in runs]) as loaded:
+        yield Answering(loaded)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Runs in memory on one base, as `load` makes them."""
+
+    runs: MixedRuns
+
+    @property
+    def names(self) -> list[str]:
+        """What can answer: the runs, and `base` for the base before tuning."""
+        return list(self.runs.adapters)
+
+    def answer(
+        self, questions: Sequence[str | Sequence[Message]], names: Sequence[str] | None = None, **settings: Any
+    ) -> list[str]:
+        """Return the answers to questions, or to conversations that end with one, in one batch.
+
+        `names` says for each question who answers it; all go to the first run without. `settings` are those of
+        `Generation`: temperature, top_p, top_k, repetition_penalty, max_new_tokens, num_beams, seed.
+
+        Raises:
+            RecipesError: for a name that is not loaded, a question that spells a role marker or does not fit.
+        """
+        from qlora_recipes.deploy.answering import Request, answer
+        from qlora_recipes.deploy.mixing import BASE
+        from qlora_recipes.evaluation.generation import Generation
+
+        names = names or [next(name for name in self.names if name != BASE)] * len(questions)
+        asked = [
+            Request([{"role": "user", "content": question}] if isinstance(question, str) else question, name)
+            for question, name in zip(questions, names, strict=True)
+        ]
+        found = answer(self.runs, asked, Generation(**settings), batch_size=len(asked))
+        return [each.text for each in found]
 
 
 def as_recipe(recipe: type[Recipe] | str) -> type[Recipe]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import resource
 import subprocess
+import sys
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -235,3 +238,20 @@ def hub_answers() -> bool:
         return True  # it answers
     except OSError:
         return False
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to what this package says; a library's warning that matters is a check of ours.
+
+    To be called before the libraries are imported.
+    """
+    if not sys.stderr.isatty():  # in a log file a bar is thousands of lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs to each other
+    warnings.filterwarnings("ignore", module="peft")  # what it would pass over is refused before
+    warnings.filterwarnings("ignore", message="IProgress not found")  # of notebooks without widgets
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load ..." of an optional kernel

@@ -71,6 +71,8 @@ class Settings:
     """Whether 4-bit weights are dequantized in every pass (`packed`) or once (`expanded`); `auto` depends on memory."""
     auto_fields: frozenset[str] = frozenset()
     """What is not set and fitted to the machine: `batch` (how a step is divided), `checkpointing`."""
+    packing_asked: bool = False
+    """Whether recipe or flags say if rows are packed; a model that would mix them is not packed otherwise."""
     start: StartReceipt | None = None
     """The finished run whose adapter is trained further; None for a new adapter."""
 
@@ -186,6 +188,7 @@ def resolve(
         output_dir=Path(),
         demo=demo,
         storage=storage,
+        packing_asked=bool({"packing", "padding_free"} & (recipe.explicit_fields | above.keys())),
         auto_fields=frozenset(
             name for name, fields in AUTO_FIELDS.items() if not fields & (recipe.explicit_fields | above.keys())
         ),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import small  # noqa: F401  # a fixture
 
 from qlora_recipes import DatasetSpec, Recipe, environment
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec

@@ -87,6 +87,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, 
         "float32",
         "one of bfloat16",
     ),
+    "eval/families.py": (program("families"), [], "famlies", "families", "steps", "1", "a whole number from 2 up"),
     "eval/data_rate.py": (program("data_rate"), [], "rowz", "rows", "count", "0", "a whole number"),
 }
 

@@ -25,7 +25,7 @@ from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.held_out import _reference, hash_conversation
 from qlora_recipes.evaluation.loaded import HeldOutRow
 from qlora_recipes.formatters import Reason, RowError, before_last_answer, check_conversation
-from qlora_recipes.preflight.loss import end_of_turn, loss_is_the_answers
+from qlora_recipes.preflight.loss import beginning_of_text, end_of_turn, loss_is_the_answers
 from qlora_recipes.preflight.prompts import control_tokens, template_agrees
 from qlora_recipes.settings import resolve
 from qlora_recipes.stages import Prepared, Run
@@ -212,14 +212,15 @@ def rows_of(*names: str) -> list[dict[str, Any]]:
 
 
 def test_rows_with_everything_pass_the_checks_and_are_counted(run: Callable[..., Run]) -> None:
-    it = run(*rows_of(*ROWS), {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
+    text = {"messages": [{"role": "text", "content": "Once upon a time."}]}
+    it = run(*rows_of(*ROWS), text, {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
     receipt = it.data.receipt
-    assert (receipt.rows_used, receipt.rows_dropped) == (len(ROWS) + 1, {})
+    assert (receipt.rows_used, receipt.rows_dropped) == (len(ROWS) + 2, {})
     assert receipt.contents == {
         "user": 13, "assistant": 16, "system": 2, "developer": 1, "tool": 4, "rows with tools": 4, "calls": 5,
-        "reasoning": 3, "assistant outside the loss": 1,
+        "reasoning": 3, "assistant outside the loss": 1, "text": 1,
     }  # fmt: skip
-    for check in (loss_is_the_answers, end_of_turn, control_tokens, template_agrees):
+    for check in (loss_is_the_answers, beginning_of_text, end_of_turn, control_tokens, template_agrees):
         assert verdict_of(check, it).verdict == "pass", verdict_of(check, it)
     read = next(row for row in it.data.train if row.tools)
     assert read.tools == [TOOL] and read.encoded == it.encoder.encode(read.messages, read.tools)

@@ -206,6 +206,11 @@ GOOD_ROWS: list[tuple[Formatter, dict[Any, Any], Any]] = [
         },
         {"messages": [*conversation("a"), CALLED, {"role": "tool", "content": "3"}, ANSWER], "tools": [TOOL]},
     ),
+    (
+        sharegpt,
+        {"conversations": turns(("human", "a"), ("gpt", "A"), keys=("from", "value")), "system": "S"},
+        conversation("a", "A", system="S"),
+    ),
     (prompt_completion, {"prompt": "a", "completion": "A"}, conversation("a", "A")),
     (
         prompt_completion,

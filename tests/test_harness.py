@@ -383,13 +383,13 @@ def test_held_out_loss_is_that_of_one_row_at_a_time(run: RunFolder) -> None:
     key = BaseKey.of(run.receipt())
     with restore_run(run, restore_base(key), key) as it, torch.no_grad():
         scores = score_held_out(it, batch_size=2, limit=None, bar=_silent())
-        for messages, doc in zip(it.held_out, scores.docs, strict=True):
-            row = it.encoder.encode(messages)
+        for kept, doc in zip(it.held_out, scores.docs, strict=True):
+            row = it.encoder.encode(kept.messages)
             labels = torch.tensor(row.labels[1:])
             logits = it.model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1].float()
             expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             assert doc.bits * torch.log(torch.tensor(2.0)) == pytest.approx(float(expected), rel=1e-2)  # bf16 batches
-            assert doc.bytes == sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+            assert doc.bytes == sum(len(m["content"].encode()) for m in kept.messages if m["role"] == "assistant")
 
 
 def _silent() -> Bar:

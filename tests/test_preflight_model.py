@@ -83,7 +83,7 @@ def test_a_leak_between_packed_conversations_is_refused(
     run = ready(recipe_for("falcon"), tiny("falcon"), tmp_path / "run", precision=precision, training=PACKED)
     mended = verdict_of(gradient.packing_leak, run)
     assert mended.verdict == "pass"
-    assert mended.figure.startswith("0 in the next") and "separate_packed_falcon" in mended.figure
+    assert mended.figure.startswith("0 in the next") and "separate_packed" in mended.figure
     repaired = modeling_falcon.create_causal_mask
 
     def without_positions(*args: object, **kwargs: object) -> object:

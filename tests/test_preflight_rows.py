@@ -320,7 +320,7 @@ def test_a_version_outside_is_a_warning_and_a_fail_where_what_is_replaced_has_ch
     assert check.figure.startswith("outside the tested versions: transformers 5.")
     assert "expected >=99" in check.figure and told in check.figure and "trl" not in check.figure
     assert ("has changed" in check.figure) == bool(changed)
-    assert "quantize_falcon_linears (5.23)" in check.advice and "pip install" in check.advice
+    assert "plain_linears (5.23)" in check.advice and "pip install" in check.advice
 
 
 @needs_real

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from transformers.models.falcon import modeling_falcon
 from qlora_recipes import Recipe
 from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import adapter_tensors
+from qlora_recipes.base.tokenizer import load_tokenizer
+from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import precision_named, quantization_config
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.training.build import build_trainer, load_model
@@ -35,8 +39,9 @@ def mended(repair: str) -> str:
 
 
 @pytest.fixture
-def fresh_falcon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fresh_falcon(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> ModuleType:
     """Return Falcon's module as it is installed, in the place of the one that other tests have repaired."""
+    tiny("falcon")  # AutoModelForCausalLM makes it, and keeps the class that it finds first: not that of this module
     spec = importlib.util.spec_from_file_location(modeling_falcon.__name__, modeling_falcon.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -56,13 +61,29 @@ def linears_in_4_bits(model: PreTrainedModel) -> int:
 
 def test_falcon_linears_are_passed_over_without_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
     found = linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon")))
-    assert found == 0, mended("quantize_falcon_linears")
+    assert found == 0, mended("plain_linears")
 
 
 def test_falcon_linears_are_quantized_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
-    assert repairs.quantize_falcon_linears()
-    assert not repairs.quantize_falcon_linears()  # nothing is left to fix
-    assert linears_in_4_bits(in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))) == 8
+    with repairs.quantize_experts(precision_named("nf4")) as made:
+        model = in_4_bits(fresh_falcon.FalconForCausalLM, tiny("falcon"))
+    assert made == ["plain_linears"]
+    assert linears_in_4_bits(model) == 8
+
+
+def test_a_linear_layer_that_does_more_is_not_made_plain() -> None:
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    class Added(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T + self.bias
+
+    model = torch.nn.Sequential(Scaled(4, 4), Added(4, 4), torch.nn.Linear(4, 4))
+    assert repairs.plain_linears(model)
+    assert [type(layer) for layer in model] == [Scaled, torch.nn.Linear, torch.nn.Linear]
+    assert not repairs.plain_linears(model)  # nothing is left to fix
 
 
 def dora_start(folder: Path) -> float:
@@ -98,14 +119,18 @@ def leak(model: PreTrainedModel) -> float:
 
 def test_packed_falcon_leaks_without_the_repair(fresh_falcon: ModuleType, tiny: Tiny) -> None:
     model = fresh_falcon.FalconForCausalLM.from_pretrained(tiny("falcon"), dtype=torch.float32).eval()
-    assert leak(model) > 1e-3, mended("separate_packed_falcon")
+    assert leak(model) > 1e-3, mended("separate_packed")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_falcon_is_separate_with_the_repair(fresh_falcon: ModuleType, tiny: Tiny, attention: str) -> None:
-    assert repairs.separate_packed_falcon()
-    assert not repairs.separate_packed_falcon()
     kind = fresh_falcon.FalconForCausalLM
+    with torch.device("meta"):
+        outline = kind(kind.config_class.from_pretrained(tiny("falcon")))
+    assert repairs.separate_packed(outline)
+    forward = fresh_falcon.FalconModel.forward
+    assert repairs.separate_packed(outline)  # it is in place
+    assert fresh_falcon.FalconModel.forward is forward
     model = kind.from_pretrained(tiny("falcon"), dtype=torch.float32, attn_implementation=attention).eval()
     assert leak(model) == 0
 
@@ -178,6 +203,32 @@ def test_merges_of_spaces_go_last_and_stay_there(tiny: Tiny, tmp_path: Path) -> 
     tokenizer.init_kwargs["legacy"] = True
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).tokenize("a  b") == ["▁a", "▁", "▁b"]
+
+
+def test_a_tokenizer_is_that_of_its_file(tiny: Tiny, tmp_path: Path) -> None:
+    """Llama 2's own tokenizer.json, as Meta's is converted by Transformers 4; TinyLlama and Vicuna have the same."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama2"), folder)
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    file.write_text(
+        json.dumps(content | {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None})
+    )
+    for legacy in ({}, {"legacy": False}):
+        named = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "unk_token": "<unk>", **legacy}
+        settings.write_text(json.dumps(named))
+        text = "<s>[INST]   a\n</s><s>b"
+        expected = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        without = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+        assert without != expected, mended("read_tokenizer_file")
+        tokenizer: Any = load_tokenizer(ModelSpec(str(folder)), str(folder), None)
+        assert tokenizer.repairs == ["read_tokenizer_file"]
+        assert tokenizer.bos_token == "<s>"  # which only the class names
+        tokenizer.save_pretrained(tmp_path / "saved")
+        shutil.copy(folder / "config.json", tmp_path / "saved")  # as a merged model has it
+        for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+            assert each(text, add_special_tokens=False)["input_ids"] == expected
 
 
 def test_transformers_converts_merges_by_id() -> None:

@@ -8,16 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template
 
-from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT
+from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, ChatTemplate
 from qlora_recipes.standins import HELD_OUT_TEXT, QUESTIONS, ROWS, STANDINS
-from qlora_recipes.standins.rows import CHOICES, bundled_files
+from qlora_recipes.standins.rows import CHOICES, LOOK_UP, bundled_files
+from qlora_recipes.standins.tokenizer import MODERN, SPECIAL
 from qlora_recipes.standins.wordings import WORDINGS
 from qlora_recipes.standins.world import World, make_world
 
 MEBIBYTE = 2**20
+TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
 ANY_TEXT = "Kōan «ß» Привет, 你好 😊\tfin  \x00\x7f ÿ\u200d\U0010ffff"
 
 
@@ -49,6 +53,11 @@ def test_config_is_of_the_family(family: str) -> None:
             "alibi": False,
             "bias": False,
         },
+        "llama3": {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 131_072},
+        "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False, "max_position_embeddings": 40_960},
+        "smollm3": {"model_type": "smollm3", "tie_word_embeddings": False, "no_rope_layers": [1, 1, 1, 0]},
+        "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
+        "gemma3": {"model_type": "gemma3_text", "tie_word_embeddings": False, "sliding_window": 512},
     }[family]
     assert {name: getattr(config, name) for name in real} == real
     assert config.vocab_size == len(load_tokenizer(family))
@@ -73,6 +82,43 @@ def test_special_tokens_are_the_real_ones() -> None:
     assert (llama2.bos_token, llama2.eos_token, llama2.pad_token) == ("<s>", "</s>", None)
     assert falcon.convert_ids_to_tokens([0, 10, 11]) == [">>TITLE<<", ">>MIDDLE<<", "<|endoftext|>"]
     assert (falcon.bos_token_id, falcon.eos_token_id, falcon.pad_token) == (11, 11, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "begin", "end", "pad", "others"),
+    [
+        ("llama3", "<|begin_of_text|>", "<|eot_id|>", None, ["<|start_header_id|>", "<|python_tag|>"]),
+        ("qwen3", None, "<|im_end|>", "<|endoftext|>", ["<|im_start|>", "<think>", "</tool_call>"]),
+        ("smollm3", None, "<|im_end|>", "<|im_end|>", ["<|im_start|>", "</think>"]),
+        ("mistral", "<s>", "</s>", None, ["[INST]", "[/INST]", "[TOOL_CALLS]"]),
+        ("gemma3", "<bos>", "<end_of_turn>", "<pad>", ["<start_of_turn>"]),
+    ],
+)
+def test_models_of_today_have_their_own_tokens_at_the_front_of_one_vocabulary(
+    family: str, begin: str | None, end: str, pad: str | None, others: list[str]
+) -> None:
+    tokenizer, shared = load_tokenizer(family), load_tokenizer("llama3")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (begin, end, pad)
+    assert max(tokenizer.convert_tokens_to_ids([end, *others])) < SPECIAL
+    words = range(SPECIAL, len(tokenizer))
+    assert tokenizer.convert_ids_to_tokens(words) == shared.convert_ids_to_tokens(words)
+
+
+@pytest.mark.parametrize(("family", "template"), [("qwen3", "qwen3"), ("gemma3", "gemma3")])
+def test_templates_are_those_that_trl_knows(family: str, template: str) -> None:
+    marked = Path(trl.__file__).parent / "chat_templates" / f"{template}_training.jinja"
+    assert get_training_chat_template(load_tokenizer(family)) == marked.read_text(encoding="utf-8")
+
+
+def test_thoughts_and_tools_are_rows_of_openai_s_shape() -> None:
+    thinking, looking_up = (
+        [json.loads(line) for line in ROWS[name].read_text(encoding="utf-8").splitlines()]
+        for name in ("reasoning", "tools")
+    )
+    assert all(row["messages"][-1]["reasoning_content"] for row in thinking)
+    calls = [row["messages"][1]["tool_calls"] for row in looking_up if row["tools"]]
+    assert len(looking_up) / 3 < len(calls) < len(looking_up)
+    assert {call["function"]["name"] for called in calls for call in called} == {LOOK_UP["function"]["name"]}
 
 
 def test_any_text_survives_the_tokenizer(family: str) -> None:
@@ -108,18 +154,29 @@ def test_every_question_has_its_answer_once_among_different_choices() -> None:
 
 def test_bundled_rows_fit_the_recommended_length(family: str) -> None:
     tokenizer = load_tokenizer(family)
-    texts = [json.loads(line)["text"] for line in ROWS["guanaco_llama2"].read_text(encoding="utf-8").splitlines()]
+    if family in MODERN:
+        rows = [json.loads(line) for line in ROWS["chat"].read_text(encoding="utf-8").splitlines()]
+        texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    else:
+        lines = ROWS["guanaco_llama2"].read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
     longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
     assert longest <= STANDINS[family].training["max_length"]
 
 
-def test_end_of_turn_is_one_token_in_the_chat_format(family: str) -> None:
-    template = {"llama2": LLAMA_2_CHAT, "falcon": FALCON_CHAT}[family]
+@pytest.mark.parametrize(("family", "template"), [("llama2", LLAMA_2_CHAT), ("falcon", FALCON_CHAT)])
+def test_end_of_turn_is_one_token_in_the_chat_format(family: str, template: ChatTemplate) -> None:
     tokenizer = load_tokenizer(family)
-    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
-    ids = tokenizer.apply_chat_template(messages, chat_template=template.source, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(TURNS, chat_template=template.source, return_dict=True)["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", MODERN)
+def test_the_tokenizer_s_own_template_ends_an_answer_with_its_end_token(family: str) -> None:
+    tokenizer = load_tokenizer(family)
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert text.rstrip().endswith(f"Here.{tokenizer.eos_token}")
 
 
 def test_package_imports_no_torch() -> None:

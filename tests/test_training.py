@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from preflight_runs import ready, verdict_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -17,8 +18,9 @@ from qlora_recipes import Recipe
 from qlora_recipes.base import loading
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, load_adapter
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.errors import ModelError, QuantizationError, RecipeError, RunFolderError, SetupError
+from qlora_recipes.errors import ModelError, RecipeError, RunFolderError, SetupError
 from qlora_recipes.precision import PRECISIONS, precision_named
+from qlora_recipes.preflight import weights
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import QuantizedReceipt
 from qlora_recipes.settings import resolve
@@ -187,19 +189,21 @@ def test_only_the_named_targets_are_adapted(
 
 
 def test_a_falcon_that_stays_unquantized_is_refused(
-    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path],
+    recipe_for: Callable[..., type[Recipe]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What upstream does without a word: every layer in 16 bits under the name of NF4."""
-    from transformers.models.falcon import modeling_falcon
-
-    class FalconLinear(torch.nn.Linear):
-        pass
-
-    monkeypatch.setattr(modeling_falcon, "FalconLinear", FalconLinear)
-    monkeypatch.setattr(loading, "_repair_architecture", lambda config: [])
-    with pytest.raises(QuantizationError, match="0 of 8 linear layers"), warnings.catch_warnings():
+    monkeypatch.setattr(loading.repairs, "plain_linears", lambda model: False)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loading.load_base(str(tiny("falcon")), None, precision_named("nf4"), "bfloat16", device=CPU)
+        run = ready(recipe_for("falcon"), tiny("falcon"), tmp_path / "run")
+    check = verdict_of(weights.quantized_linears, run)
+    assert check.verdict == "fail"
+    assert check.figure.startswith("0 of 8 as nf4") and "0.0% of their weights" in check.figure
+    assert "--skip_checks quantized_linears" in check.advice
+    assert run.base.quantized.share == 0
 
 
 def test_float16_asks_for_cuda_and_says_why(tiny: Callable[[str], Path]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +18,7 @@ from qlora_recipes.base import repairs
 from qlora_recipes.base.loading import raw_bytes
 from qlora_recipes.base.starts import from_weights, peft_fields, start_from_weights
 from qlora_recipes.errors import ModelError, RecipeError, nearest
+from qlora_recipes.kernels.experts import full_names, stored_name
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.run.weights import weights_sha256
 
@@ -43,6 +44,8 @@ def attach(base: PreTrainedModel, lora: Mapping[str, Any], seed: int, revision: 
     """
     _check_names(base, lora)
     repairs.float32_dora_norm()
+    if lora.get("target_parameters"):
+        lora = {**lora, "target_parameters": full_names(base, lora["target_parameters"])}
     set_seed(seed)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **peft_fields(lora)))
     initialization = lora.get("init_lora_weights", True)
@@ -63,7 +66,7 @@ def _check_names(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
     """Refuse unknown modules and layers; PEFT accepts a list if one name matches and silently ignores the others."""
     modules = dict(base.named_modules())
     linears = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
-    parameters = dict(base.named_parameters())
+    parameters = {stored_name(name) for name, _ in base.named_parameters()}
     for field in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
         names, known = lora.get(field) or (), parameters if field == "target_parameters" else modules
         for name in () if isinstance(names, str) else names:
@@ -124,3 +127,25 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
     fuse_lora_layers(model)
     return model
+
+
+def add_adapter(model: PeftModel, folder: Path, name: str) -> Any:
+    """Put one more saved adapter on a base, frozen and in float32; return the names that PEFT misses or did not expect.
+
+    PEFT 0.21 knows a parameter in 4 bits that carries an adapter by another name, would leave out what is saved for it,
+    and wants all adapters to give the same names.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    saved = set(config.target_parameters or ())
+    known: list[Any] = list(model.peft_config.values())
+    alike = [config, *(each for each in known if saved and saved == set(each.target_parameters or ()))]
+    plain = [each.target_parameters for each in alike]
+    try:
+        for each in alike:
+            each.target_parameters = full_names(model.get_base_model(), list(saved)) or None
+        model.add_adapter(name, config)
+    finally:
+        for each, names in zip(alike, plain, strict=True):
+            each.target_parameters = names
+    return model.load_adapter(str(folder), name, use_safetensors=True)

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from qlora_recipes.base.loading import base_name
 from qlora_recipes.kernels.dequantize import dequantized
+from qlora_recipes.kernels.experts import stored_name
 from qlora_recipes.settings import model_location
 
 _WEIGHTS = "model.safetensors"
@@ -48,12 +50,16 @@ def _file(model: str, revision: str | None, name: str) -> Path | None:
 def layer_errors(
     model: nn.Module, files: Mapping[str, Path], dtype: torch.dtype, *, sample: int | None = None
 ) -> Iterator[tuple[str, float]]:
-    """Yield name and relative error of each linear layer but the output layer, whatever it is stored as.
+    """Yield name and relative error of each linear layer but the output layer, and of each 4-bit stack of experts.
 
     The error is the Frobenius norm of (stored - original) over that of the original, which is the checkpoint's weight
     in the 16-bit `dtype` that it was loaded in. With `sample` only so many weights of a layer are compared, those of
-    its first rows. Layers whose name is not in the checkpoint are left out.
+    its first rows. Layers whose name is not in the checkpoint are left out. Stacks of experts have another name there,
+    and other shapes: their error was taken when they were quantized, of the first expert.
     """
+    for name, weight in model.named_parameters():
+        if hasattr(weight, "error"):
+            yield base_name(stored_name(name)), weight.error
     output = model.get_output_embeddings()  # type: ignore[operator]  # every causal language model has it
     for name, module in model.named_modules():
         key = f"{base_name(name)}.weight"
@@ -61,6 +67,8 @@ def layer_errors(
             continue
         rows = None if sample is None else max(1, sample // module.in_features)
         with safe_open(files[key], "pt") as checkpoint:
-            original = checkpoint.get_slice(key)[:rows].to(dtype).float()
+            whole = checkpoint.get_slice(key)
+            turned = getattr(module, "source_cls", None) is Conv1D  # [inputs, outputs], as GPT-2 stores them
+            original = (whole[:, :rows].T if turned else whole[:rows]).to(dtype).float()
         stored = dequantized(module)[:rows].float().cpu()
         yield base_name(name), float((stored - original).norm() / original.norm())

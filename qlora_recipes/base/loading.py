@@ -23,12 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
+from qlora_recipes.base.counting import count_matrices, count_quantized, parameters_by_storage, quantizable
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
-from qlora_recipes.kernels.dequantize import outlier_threshold, row_scales
+from qlora_recipes.kernels.dequantize import row_scales
+from qlora_recipes.kernels.experts import sort_parameters, stacks
 from qlora_recipes.precision import Precision, quantization_config
-from qlora_recipes.run.receipt import BaseReceipt, QuantizedReceipt
+from qlora_recipes.run.receipt import BaseReceipt
 from qlora_recipes.settings import model_location
 
 if TYPE_CHECKING:
@@ -53,41 +55,59 @@ def load_base(
 
     Raises:
         ModelError: when it cannot be loaded, or has weights that its configuration has no place for.
-        QuantizationError: when a linear layer is not stored as the precision says.
+        QuantizationError: when the precision has no storage for what the model mostly consists of.
         SetupError: when the device cannot hold or compute in that precision.
     """
     _check_device(precision, dtype, device)
     config = from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
-    made = _repair_architecture(config)
-    base, loading = from_hub(
-        AutoModelForCausalLM.from_pretrained,
-        model,
-        revision,
-        dtype=getattr(torch, dtype),
-        quantization_config=quantization_config(precision, dtype),
-        device_map={"": device},
-        use_safetensors=True,  # a pickle can run code when it is opened
-        attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
-        trust_remote_code=trust_remote_code,
-        # Transformers before 5.18 would look for an adapter at the newest commit.
-        adapter_kwargs={"revision": revision} if revision else {},
-        output_loading_info=True,
-    )
+    made: list[str] = []
+    family = FAMILIES.get(config.model_type)
+    if family and family.attention_repair:
+        getattr(repairs, family.attention_repair)(attention.NAME)
+    outline = _outline(config, trust_remote_code)  # here what quantization overlooks still counts as expected
+    if outline is not None:
+        _check_experts(model, outline, precision)
+        if repairs.separate_packed(outline):
+            made.append("separate_packed")
+    with repairs.quantize_experts(precision) as while_loading:
+        base, loading = from_hub(
+            AutoModelForCausalLM.from_pretrained,
+            model,
+            revision,
+            dtype=getattr(torch, dtype),
+            quantization_config=quantization_config(precision, dtype),
+            device_map={"": device},
+            use_safetensors=True,  # a pickle can run code when it is opened
+            attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
+            trust_remote_code=trust_remote_code,
+            # Transformers before 5.18 would look for an adapter at the newest commit.
+            adapter_kwargs={"revision": revision} if revision else {},
+            output_loading_info=True,
+        )
+    made += while_loading
+    sort_parameters(base)
     _check_unused(model, loading["unexpected_keys"])
+    if outline is None:
+        raise ModelError(f"{model} cannot be counted: its class cannot be made without weights. Use another model")
+    if repairs.plain_linears(outline) and not precision.quantized and repairs.plain_linears(base):
+        made.append("plain_linears")  # so that every precision computes alike
     if repairs.keep_4bit_gradients(base):
         made.append("keep_4bit_gradients")
     base.requires_grad_(False)
     base.config.use_cache = False
-    receipt = _describe_base(base, config, precision, model, revision, dtype)
+    receipt = _describe_base(base, outline, precision, model, revision, dtype)
     receipt.missing_keys = sorted(loading["missing_keys"])
-    quantized = receipt.quantized
-    if precision.quantized and not (quantized.found == quantized.expected > 0):
-        raise QuantizationError(
-            f"{quantized.found} of {quantized.expected} linear layers of {receipt.model} are stored as "
-            f"{precision.name}; found {receipt.linears}. The rest would train in {receipt.dtype} under the wrong name: "
-            "use --precision bf16, or add a repair for this architecture to qlora_recipes/base/repairs.py"
-        )
     return base, receipt, made
+
+
+def _check_experts(model: str, outline: PreTrainedModel, precision: Precision) -> None:
+    """Refuse int8 for fused experts, which would stay in 16 bits."""
+    names = [name for name, _, _ in stacks(outline)]
+    if names and precision.name == "int8":
+        raise QuantizationError(
+            f"--precision int8: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), and bitsandbytes "
+            "has int8 for linear layers alone: most of the model would stay in 16 bits. Use --precision nf4 or bf16"
+        )
 
 
 def _check_unused(model: str, names: Iterable[str]) -> None:
@@ -123,23 +143,18 @@ def load_outline(model: str, revision: str | None, *, trust_remote_code: bool = 
     location = model_location(model)
     try:
         config = AutoConfig.from_pretrained(location, revision=revision or "main", trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # a damaged configuration may raise anything
         return None
+    return _outline(config, trust_remote_code)
+
+
+def _outline(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel | None:
+    try:
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # as above
+        return None
     return cast("PreTrainedModel", outline)
-
-
-def _repair_architecture(config: PretrainedConfig) -> list[str]:
-    """Make the repairs that the family of a model asks for, and return those that a receipt names."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        return []
-    for name in family.repairs:
-        getattr(repairs, name)()
-    if family.attention_repair:
-        getattr(repairs, family.attention_repair)(attention.NAME)
-    return list(family.repairs)
 
 
 def from_hub(load: Any, model: str, revision: str | None, **kwargs: Any) -> Any:
@@ -185,14 +200,9 @@ def _check_device(precision: Precision, dtype: str, device: torch.device) -> Non
 
 
 def _describe_base(
-    base: PreTrainedModel, config: PretrainedConfig, precision: Precision, model: str, revision: str | None, dtype: str
+    base: PreTrainedModel, outline: PreTrainedModel, precision: Precision, model: str, revision: str | None, dtype: str
 ) -> BaseReceipt:
-    """Count what is in memory: linear layers by class, bytes by storage, and a hash of all of it."""
-    with torch.device("meta"):  # empty: here a layer that quantization overlooked still counts as expected
-        blueprint = AutoModelForCausalLM.from_config(config)
-    linears = _linears(base)
-    expected = len(_linears(blueprint)) if precision.quantized else 0
-    found = sum(_is_stored_as(module, precision) for module in linears) if precision.quantized else 0
+    """Count what is in memory: matrices by class, parameters and bytes by storage, and a hash of all of it."""
     storage: Counter[str] = Counter()
     for _, tensor in stored_tensors(base):
         storage[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
@@ -200,28 +210,14 @@ def _describe_base(
         model=model,
         revision=getattr(base.config, "_commit_hash", None) or revision,
         dtype=dtype,
-        linears=dict(Counter(type(module).__name__ for module in linears)),
-        quantized=QuantizedReceipt(expected, found, max(filter(None, map(outlier_threshold, linears)), default=None)),
-        parameters=sum(parameter.numel() for parameter in blueprint.parameters()),
+        linears=count_matrices(base, outline),
+        quantized=count_quantized(base, quantizable(outline) if precision.quantized else {}, precision),
+        parameters=sum(parameter.numel() for parameter in outline.parameters()),
         bytes=storage.total(),
         bytes_by_storage=dict(storage),
         sha256=base_sha256(base),
+        parameters_by_storage=parameters_by_storage(base),
     )
-
-
-def _linears(model: PreTrainedModel) -> list[nn.Module]:
-    """Return every linear layer but the output layer, which no precision quantizes."""
-    output = model.get_output_embeddings()
-    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not output]
-
-
-def _is_stored_as(module: nn.Module, precision: Precision) -> bool:
-    """Look at the weights themselves: a layer's class says what was intended, not what was done."""
-    weight = module.weight
-    if precision.quant_type is None:
-        return weight.dtype == torch.int8
-    state = getattr(weight, "quant_state", None)
-    return state is not None and state.quant_type == precision.quant_type and state.nested == precision.double_quant
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

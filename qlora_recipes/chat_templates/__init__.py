@@ -36,6 +36,9 @@ class ChatTemplate:
 
     origin: Origin = "recipe"
 
+    date: str | None = None
+    """The day that it writes in place of today's, in ISO 8601; None where it writes none."""
+
     @classmethod
     def from_file(cls, path: Path, role_markers: str | None = None, origin: Origin = "recipe") -> ChatTemplate:
         """Read a `.jinja` file.
@@ -57,6 +60,12 @@ class ChatTemplate:
         """Return the first role marker inside a message's text, or None."""
         found = re.search(self.role_markers, text) if self.role_markers else None
         return found.group() if found else None
+
+
+def without_markers(template: str) -> str:
+    """Return a chat template that renders the same, without the tags that only Transformers knows."""
+    template = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
 
 
 LLAMA_2_CHAT = ChatTemplate.from_file(HERE / "llama2.jinja", r"\[/?INST\]|<</?SYS>>", "package")

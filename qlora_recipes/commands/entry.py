@@ -5,14 +5,12 @@ Knows no command.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 
-from qlora_recipes.environment import check_launch
+from qlora_recipes.environment import check_launch, quiet_libraries
 from qlora_recipes.errors import EXIT_CODE, RecipesError
 
 
@@ -40,16 +38,3 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)  # what is finished is on the disk
-
-
-def quiet_libraries() -> None:
-    """Leave the screen to what this package says; a library's warning that matters is a check of ours."""
-    if not sys.stderr.isatty():  # in a log file a bar is thousands of lines
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs to each other
-    warnings.filterwarnings("ignore", module="peft")  # what it would pass over is refused before
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "Failed to load ..." of an optional kernel

@@ -19,8 +19,7 @@ from rich.text import Text
 from qlora_recipes.commands.flags import file_to_write
 from qlora_recipes.commands.recipe_cli import parse_with_recipe, settings_from
 from qlora_recipes.formatters import TEXT
-from qlora_recipes.models import MODELS
-from qlora_recipes.recipe import DatasetSpec, Recipe, load_recipe
+from qlora_recipes.recipe import Recipe, load_recipe
 from qlora_recipes.run.files import write_text
 
 if TYPE_CHECKING:
@@ -81,7 +80,8 @@ def main(argv: Sequence[str]) -> None:
         RecipesError: for a recipe, a flag or data that cannot be used.
     """
     flags = parse_with_recipe("qlora-recipes inspect", _ABOUT, _FLAGS, argv, instead=("model", "dataset"))
-    recipe = load_recipe(flags["recipe"]) if flags["recipe"] else _recipe_of(flags["model"], flags["dataset"])
+    declared = {"model": flags.get("model"), "dataset": flags.get("dataset")}
+    recipe = load_recipe(flags["recipe"]) if flags["recipe"] else type("Inspected", (Recipe,), declared)
     settings = settings_from(recipe, flags)
     from qlora_recipes.preflight import BEFORE_LOADING, run_checks  # torch, which --help can do without
     from qlora_recipes.training.build import prepare_rows
@@ -92,12 +92,6 @@ def main(argv: Sequence[str]) -> None:
     if flags["html"]:
         write_text(Path(flags["html"]), render_html(page))
         print(f"written to {flags['html']}")
-
-
-def _recipe_of(model: str, dataset: str) -> type[Recipe]:
-    """Return a recipe of a model that this package knows or not, and of a dataset whose formatter is found."""
-    known = {spec.hub_id: spec for spec in MODELS.values()}
-    return type("Inspected", (Recipe,), {"model": known.get(model, model), "dataset": DatasetSpec(dataset)})
 
 
 def describe(run: Run, checks: list[Check]) -> Page:

@@ -16,7 +16,7 @@ from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.receipt import Receipt
 from qlora_recipes.run.weights import adapter_file_sha256
 
-_LAYERS = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' names
+_LAYERS = ({"Linear4bit", "Experts4bit"}, {"Linear8bitLt"})  # bitsandbytes' names, and the one of base/counting.py
 _TRAIN = "Restore its files from a copy, or train it again"
 
 
@@ -30,11 +30,15 @@ def check_storage(run: Path, receipt: Receipt) -> None:
     counted, quantized = base.linears, base.quantized
     expected = quantized.expected
     if precision.quantized:
-        layer = _LAYERS[0] if precision.quant_type else _LAYERS[1]
-        holds = 0 < expected == quantized.found == counted.get(layer) == sum(counted.values())
-        layers = f"{expected} {layer}, all of them quantized"
+        kinds = _LAYERS[0] if precision.quant_type else _LAYERS[1]
+        stored = sum(number for kind, number in counted.items() if kind in kinds)
+        skipped = any(check.name == "quantized_linears" and check.verdict == "off" for check in receipt.checks)
+        holds = 0 < quantized.found == stored and (skipped or expected == stored == sum(counted.values()))
+        layers = (
+            f"{expected} {' and '.join(sorted(kinds & counted.keys()) or sorted(kinds)[-1:])}, all of them quantized"
+        )
     else:
-        holds = not (expected or quantized.found or counted.keys() & set(_LAYERS))
+        holds = not (expected or quantized.found or counted.keys() & set.union(*_LAYERS))
         layers = "none that is quantized"
     if not holds:
         found = ", ".join(f"{number} {name}" for name, number in counted.items()) or "none"

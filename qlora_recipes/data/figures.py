@@ -14,7 +14,7 @@ import numpy
 
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.formatters import answer_of, is_trained, words_of
+from qlora_recipes.formatters import TEXT, answer_of, is_trained, words_of
 
 FIGURES = numpy.dtype(
     [
@@ -51,7 +51,7 @@ class RowMeter:
         ids = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         self._bos, self._pad, self._unknown = (_NO_TOKEN if token is None else token for token in ids)
         self._bos = _NO_TOKEN if self._bos in (encoder.end_id, tokenizer.eos_token_id) else self._bos
-        self._closes = encoder.closes
+        self._eos, self._adds_bos, self._closes = tokenizer.eos_token_id, encoder.adds_bos, encoder.closes
         self._special_tokens = encoder.special_tokens
         self._controls = encoder.control_tokens
         self._structure = encoder.structure
@@ -66,7 +66,8 @@ class RowMeter:
         answers = [answer_of(message) for message in row.messages if is_trained(message)]
         ids, labels = row.encoded.input_ids, row.encoded.labels
         needed, controls = self._structure(row.messages, row.tools), self._controls(ids)
-        bos, closed = ids.count(self._bos), self._closes(labels)
+        bos, is_text = ids.count(self._bos), row.messages[0]["role"] == TEXT
+        closed = [labels[-1] == self._eos] if is_text else self._closes(labels)
         found = {
             "dataset": dataset,
             "question": int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]),
@@ -83,7 +84,7 @@ class RowMeter:
             "unknown": ids.count(self._unknown),
             "padding": self._pad in ids,
             "bos": bos,
-            "starts_with_bos": ids[0] == self._bos,
+            "starts_with_bos": ids[0] == self._bos or (is_text and not self._adds_bos),
             "doubled_bos": bos > 1 and (self._bos, self._bos) in pairwise(ids),
             "ends": sum(closed),
             "last_is_end": closed[-1:] == [True],

@@ -362,6 +362,7 @@ def _template_receipt(encoder: ConversationEncoder, figures: numpy.ndarray) -> T
     return TemplateReceipt(
         name=encoder.template.name,
         origin=encoder.template.origin,
+        date=encoder.template.date,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
         bos_per_row=[int(figures["bos"].min()), int(figures["bos"].max())],

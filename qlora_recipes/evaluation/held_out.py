@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.generation import Generation, generate
+from qlora_recipes.evaluation.generation import Generation, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.evaluation.task_loading import PREFERENCES
@@ -98,11 +98,11 @@ def score_answers(
         _record("held_out_answers", i, rows[i], prompts[i], reference, score, answer=text[:SHOWN])
         for i, text, reference, score in zip(fitting, texts, references, rouge["documents"], strict=True)
     ]
-    ended = sum(answers[i][-1:] == [end] for i in fitting) / len(fitting)
+    share_ended = sum(ended(run.model, end, answers[i]) for i in fitting) / len(fitting)
     return Scores(
         docs=docs,
         higher_is_better=True,
-        metrics={"rougeL": rouge["rougeL"], "bleu": bleu["bleu"], "chrf": chrf["chrf"], "ended": ended},
+        metrics={"rougeL": rouge["rougeL"], "bleu": bleu["bleu"], "chrf": chrf["chrf"], "ended": share_ended},
         truncated=len(rows) - len(fitting),
     )
 

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
-from qlora_recipes.evaluation.generation import own_settings_off
+from qlora_recipes.evaluation.generation import own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
 from qlora_recipes.evaluation.task_loading import EvalTask
@@ -105,8 +105,10 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Advance the bar, and decode as asked in place of what the task says."""
+        stops = stopping_ids(self.model, self.eot_token_id)
         with own_settings_off(self.model):
-            ids: torch.Tensor = super()._model_generate(context, *args, **{**kwargs, **self._decoded})
+            asked = {"eos_token_id": stops, **kwargs, **self._decoded}
+            ids: torch.Tensor = super()._model_generate(context, *args, **asked)
         self._bar.advance(len(context))
         return ids
 

@@ -12,7 +12,7 @@ from qlora_recipes.families.family import Family, Sizes
 from qlora_recipes.families.llama import LLAMA, MISTRAL
 
 FAMILIES: dict[str, Family] = {name: family for family in (LLAMA, MISTRAL, FALCON) for name in family.model_types}
-"""`model_type` -> family with arithmetic or repairs of its own."""
+"""`model_type` -> family with arithmetic of its own."""
 
 
 def sizes_from(

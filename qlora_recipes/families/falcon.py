@@ -47,7 +47,6 @@ FALCON = Family(
     mlp_forward=4,
     mlp_workspace=(2, 4),
     heap=(0.25, 1.0),
-    repairs=("quantize_falcon_linears", "separate_packed_falcon"),
     attention_repair="route_falcon_attention",
     # Falcon-40B has more norms, Falcon-RW has biases: both are counted.
     assumes={"new_decoder_architecture": False, "parallel_attn": True, "bias": False},

@@ -184,8 +184,6 @@ class Family:
     """Bytes a token for each number of the MLP's width and of the hidden size while a block is differentiated."""
     heap: tuple[float, float]
     """On a CPU, share of the activations and of the workspace that the C library holds beside them."""
-    repairs: tuple[str, ...] = ()
-    """Functions of `base/repairs.py` to call before a model is loaded; they go into the receipt."""
     attention_repair: str | None = None
     """Function of `base/repairs.py` that has its layers call the attention function of a name."""
     assumes: Mapping[str, Any] = field(default_factory=dict)

@@ -116,7 +116,6 @@ def sizes_of_model(model: PreTrainedModel) -> Sizes:
         norm=LAYER_NORM if norms and type(norms[0]).__name__ == "LayerNorm" else RMS_NORM,
         norms=round(len(norms) / layers),
         fused_qkv=any(each.outputs == (heads + 2 * key_value_heads) * head for each in weights),
-        repairs=(),
         attention_repair=None,
         assumes={},
     )

@@ -73,14 +73,18 @@ def check_messages(messages: object, source: str = "format_row") -> list[Message
 
 def _check_message(message: object, where: str) -> Message:
     """Return one message with its content stripped; `where` starts the error that is raised otherwise."""
-    if not isinstance(message, Mapping) or "role" not in message or not message.keys() & {"content", "tool_calls"}:
+    if (
+        not isinstance(message, Mapping)
+        or "role" not in message
+        or ("content" not in message and "tool_calls" not in message)
+    ):
         expected = "expected an object with role and content"
         raise RowError(Reason.NOT_MESSAGES, f"{where} is {SHORT.repr(message)}, {expected}")
     role = message["role"]
     if not isinstance(role, str) or role not in _EMPTY:
         known = f"expected one of {', '.join(_EMPTY)}"
         raise RowError(Reason.UNKNOWN_ROLE, f"{where} has the role {SHORT.repr(role)}, {known}")
-    more = _check_more(message, role, where) if message.keys() - _PLAIN else {}
+    more = _check_more(message, role, where) if len(message) > len(_PLAIN) or "content" not in message else {}
     content = message.get("content")
     if content is None and "tool_calls" in more:
         content = ""

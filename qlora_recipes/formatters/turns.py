@@ -33,7 +33,11 @@ def sharegpt(row: Row) -> Formatted:
     turns = required(row, "conversations")
     if not isinstance(turns, list | tuple):
         raise RowError(Reason.NOT_MESSAGES, f"conversations is {SHORT.repr(turns)}, expected a list")
-    return _conversation(row, [_sharegpt_message(turn) for turn in turns], source="conversations")
+    said = [_sharegpt_message(turn) for turn in turns]
+    system = column(row, "system")
+    if system and not (said and said[0]["role"] == "system"):
+        said.insert(0, {"role": "system", "content": system})
+    return _conversation(row, said, source="conversations")
 
 
 def _sharegpt_message(turn: object) -> dict[str, Any]:

@@ -41,23 +41,28 @@ def conversation_mask(
 ) -> torch.Tensor | None:
     """Return where the conversations of one packed row begin, and its end: int32, ascending, [conversations + 1].
 
-    None is a row of one conversation. Anything else (padding, several rows, a cache, a sliding window, a mask that a
-    model makes itself) gets the mask of `sdpa`.
+    None is a row of one conversation. Anything else (padding, several rows, a cache, a mask that a model makes itself,
+    a window that is shorter than a conversation, layers that share keys and cut the mask) gets the mask of `sdpa`.
     """
     packed = not allow_is_causal_skip  # how Transformers signals a mask that is more than causal
-    plain = not others.get("use_vmap") and all(others.get(name) is None for name in ("attention_mask", "local_size"))
+    plain = not others.get("use_vmap") and others.get("attention_mask") is None
+    plain = plain and not getattr(others.get("config"), "num_kv_shared_layers", 0)
     later = torch.arange(1, q_length, device=device)
     first = torch.zeros_like(later)
     if (
-        not (packed and plain and batch_size == 1 and SHORT < q_length == kv_length)
-        or mask_function(first, first, later - 1, later).any()  # some tokens see later ones
+        packed
+        and plain
+        and batch_size == 1
+        and SHORT < q_length == kv_length
+        and not mask_function(first, first, later - 1, later).any()  # some tokens see later ones
     ):
-        others |= {"mask_function": mask_function, "allow_is_causal_skip": allow_is_causal_skip, "device": device}
-        return sdpa_mask(batch_size, q_length, kv_length, **others)
-    begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
-    if len(begins) == 0:
-        return None
-    return functional.pad(functional.pad(begins, (1, 0)), (0, 1), value=q_length).to(torch.int32)
+        begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
+        bounds = functional.pad(functional.pad(begins, (1, 0)), (0, 1), value=q_length).to(torch.int32)
+        window = others.get("local_size")
+        if window is None or int(bounds.diff().max()) <= window:
+            return bounds if len(begins) else None
+    others |= {"mask_function": mask_function, "allow_is_causal_skip": allow_is_causal_skip, "device": device}
+    return sdpa_mask(batch_size, q_length, kv_length, **others)
 
 
 def attention(
@@ -75,17 +80,18 @@ def attention(
     query [batch, heads, tokens, size]; key and value [batch, key/value heads, tokens, size]; returns
     [batch, tokens, heads, size], as Transformers' attention functions do.
     """
-    if others.get("softcap") is not None:  # which Transformers before 5.21 passes over
-        raise ValueError("attention by conversation knows no softcap, which this model's attention asks for")
     bounds = attention_mask
-    # What some models pass to their attention, and `sdpa` handles or refuses.
-    asked = any(others.get(name) is not None for name in ("s_aux", "position_bias"))
-    plain = not asked and value.shape[-1] == key.shape[-1] and dropout == 0.0 and getattr(module, "is_causal", True)
+    compute: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
+    if any(others.get(name) is not None for name in ("s_aux", "softcap")):  # which `sdpa` passes over or refuses
+        compute = _written_out
+    causal = others.get("is_causal", True) is not False and getattr(module, "is_causal", True)
+    plain = compute is sdpa_attention_forward and others.get("position_bias") is None and dropout == 0.0 and causal
+    plain = plain and value.shape[-1] == key.shape[-1]
     on_cpu = plain and query.device.type == "cpu"
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
         bounds = torch.tensor([0, query.shape[2]])
     if bounds is None or bounds.ndim != 1:
-        return sdpa_attention_forward(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
+        return compute(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if plain and _has_flash(query):
         longest = others.get("max_length_q") or int(bounds.diff().max())  # asking the GPU means waiting for it
@@ -95,8 +101,44 @@ def attention(
             return _apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
     lengths = bounds.diff().tolist()
     rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
-    parts = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, **others)[0] for q, k, v in rows]
+    parts = [compute(module, q, k, v, None, dropout, scaling, **others)[0] for q, k, v in rows]
     return torch.cat(parts, dim=1), None
+
+
+def _written_out(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with all of its scores, for what no fused kernel has: a bound on them, or a sink [heads] beside them.
+
+    `mask` is boolean or added, [batch, 1, queries, keys]; without one a query sees the keys up to its own.
+    """
+    shared, queries, keys = key.shape[1], query.shape[2], key.shape[2]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query.unflatten(1, (shared, -1)) @ key[:, :, None].transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask[:, :, None]
+    if s_aux is not None:
+        sinks = s_aux.view(1, shared, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys].to(query.dtype)
+    output = functional.dropout(weights, dropout, module.training) @ value[:, :, None]
+    return output.flatten(1, 2).transpose(1, 2), None
 
 
 def _has_flash(query: torch.Tensor) -> bool:

@@ -12,17 +12,21 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import ParametrizationList
 
 EXPANDED = "expanded_weight"
 
 
 def expand(model: nn.Module, dtype: torch.dtype) -> int:
-    """Keep a 16-bit copy of every 4-bit linear layer's weight; return the bytes that the copies take."""
+    """Keep a 16-bit copy of every weight that is stored in 4 bits; return the bytes that the copies take."""
     layers = [module for module in model.modules() if is_4bit(module)]
     for layer in layers:
         setattr(layer, EXPANDED, dequantized(layer).to(dtype))
         layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
-    return sum(getattr(layer, EXPANDED).nbytes for layer in layers)
+    stacks = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+    for stack in stacks:
+        setattr(stack[0], EXPANDED, stack[0](stack.original).to(dtype))
+    return sum(getattr(kept, EXPANDED).nbytes for kept in (*layers, *(stack[0] for stack in stacks)))
 
 
 def is_4bit(module: nn.Module) -> TypeGuard[nn.Linear]:

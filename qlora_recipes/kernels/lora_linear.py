@@ -17,10 +17,12 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from qlora_recipes.kernels.dequantize import is_4bit, weight_of
+from qlora_recipes.kernels.experts import adapt
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -91,10 +93,15 @@ def _gain(self: Any, name: str | None, layer: nn.Linear) -> torch.Tensor:
 def fuse_lora_layers(model: nn.Module) -> int:
     """Give every plain LoRA or DoRA layer on a 16-bit or 4-bit linear layer the function above; return how many.
 
+    An adapter of 4-bit experts gets its own way, without which it does not train (experts.py).
+
     PEFT keeps dropout, other variants, biases, and int8, whose product belongs to its library; and, at each
     call, several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
     gathers a weight when the module that owns it is called, and here it is not called.
     """
+    for wrapper in model.modules():
+        if isinstance(wrapper, ParamWrapper):
+            adapt(wrapper)
     adapted = (module for module in model.modules() if isinstance(module, LoraLayer))
     plain = [layer for layer in adapted if _is_plain(layer, layer.active_adapters[0])]
     for layer in plain:

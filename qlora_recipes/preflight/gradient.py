@@ -18,14 +18,20 @@ from qlora_recipes.base.adapters import adapter_sha256
 from qlora_recipes.base.starts import distance_from_checkpoint, takes_a_part
 from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
-from qlora_recipes.preflight.probes import collate, forward, gradients, logits, probe_batch, without_outlier_columns
+from qlora_recipes.preflight.probes import (
+    NOISE,
+    collate,
+    forward,
+    gradients,
+    keeps_apart,
+    logits,
+    probe_batch,
+    without_outlier_columns,
+)
 from qlora_recipes.run.receipt import Check, StartReceipt
 from qlora_recipes.stages import Run
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
-# Of a norm, or of how far a changed conversation's own logits move: GPUs add in another order each time. The defect
-# that moves the gradient halves it; a leak between conversations measured 0.1 and more.
-_NOISE = 1e-3
 _AT_ONCE = re.compile("lora_B|lora_magnitude_vector")
 _ROUNDING = 2**-7  # of the largest logit: two steps of bfloat16
 _TOKENS = 300  # of each of two packed conversations: together more than those that attention tells apart by a mask
@@ -70,7 +76,7 @@ def gradient_after_evaluation(run: Run) -> Check:
     lost = before.keys() - after.keys()
     share = 1.0 if lost else _norm(before[name] - after[name] for name in before) / max(_norm(before.values()), 1e-12)
     return fail_unless(
-        share <= _NOISE,
+        share <= NOISE,
         f"moved by {share:.2g} of its norm",
         "repairs.keep_4bit_gradients fixes it for bitsandbytes' Linear4bit; until then train without evaluation.",
     )
@@ -142,23 +148,27 @@ def packing_leak(run: Run) -> Check:
         return passed("not packed; one conversation a row")
     args = cast(SFTConfig, run.trainer.args)
     if not cast(SFTTrainer, run.trainer).padding_free:
+        mixes = not run.settings.packing_asked and not keeps_apart(run.model)
+        alone = "not packed, because this model would mix conversations of one row; one a row"
         return warn_unless(
             not args.packing,
             f"packing_strategy {args.packing_strategy} lays conversations end to end, without a mask between"
             if args.packing
+            else alone
+            if mixes
             else "not packed; one conversation a row",
             "Set --packing_strategy bfd, which keeps them apart.",
         )
     with without_outlier_columns(run.model) as int8:
         own, leak = _moved(run)
-    repaired = ", after separate_packed_falcon" if "separate_packed_falcon" in run.repairs else ""
+    repaired = ", after separate_packed" if "separate_packed" in run.repairs else ""
     figure = f"{leak:.2g} in the next conversation's logits, {own:.2g} in its own{repaired}"
-    if not int8 or leak > _NOISE * own:
+    if not int8 or leak > NOISE * own:
         repair = "Repair the mask, which ignores position_ids, in base/repairs.py"
-        return fail_unless(leak <= _NOISE * own, figure, f"{repair}, or set --packing false --padding_free false.")
+        return fail_unless(leak <= NOISE * own, figure, f"{repair}, or set --packing false --padding_free false.")
     _, coupled = _moved(run)
     return warn_unless(
-        coupled <= _NOISE * own,
+        coupled <= NOISE * own,
         f"{figure}; {coupled:.2g} through the outlier columns of LLM.int8",
         "They are those of a whole batch: a score depends on the rows beside it. Compare arms at one batch size.",
     )

@@ -5,6 +5,7 @@ Changes nothing of the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -28,24 +29,33 @@ _BELOW_16_BITS = {"uint8", "int8"}
 
 
 def quantized_linears(run: Run) -> Check:
-    """Linear layers by class, and how many of those that should be are stored in fewer bits."""
-    found, expected = run.base.quantized.found, run.base.quantized.expected
-    classes = ", ".join(f"{count} {name}" for name, count in run.base.linears.items())
-    figure = f"{found} of {expected} as {run.settings.precision.name} ({classes})"
-    return fail_unless(found == expected, figure, "Use --precision bf16, or add a repair for this architecture.")
+    """Linear layers and stacks of experts, and how many of those that should be are stored in fewer bits."""
+    quantized, name = run.base.quantized, run.settings.precision.name
+    classes = ", ".join(f"{count} {kind}" for kind, count in run.base.linears.items())
+    figure = f"{quantized.found} of {quantized.expected} as {name} ({classes})"
+    if quantized.overlooked:
+        first = ", ".join(quantized.overlooked[:3]) + (", ..." if len(quantized.overlooked) > 3 else "")
+        figure += f", {quantized.share:.1%} of their weights; not {first}"
+    return fail_unless(
+        quantized.found == quantized.expected and (quantized.expected > 0 or not run.settings.precision.quantized),
+        figure,
+        f"The rest would train in {run.base.dtype} under the name of {name}: use --precision bf16, or accept it with "
+        "--skip_checks quantized_linears; the receipt has the share.",
+    )
 
 
 def checkpoint_names(run: Run) -> Check:
     """A weight that the checkpoint does not name is drawn at random when the base is loaded."""
     missing = run.base.missing_keys
     count = sum("lora_" not in name for name, _ in run.model.named_parameters())
-    return warn_unless(
-        not missing,
-        f"{len(missing)} of {count} weights are not in the checkpoint, {missing[0]} first"
-        if missing
-        else f"all {count} weights are in the checkpoint",
-        "They are random; is this the model that the checkpoint was made for?",
-    )
+    of_blocks = [name for name in missing if re.search(r"\.\d+\.", name)]
+    if of_blocks:
+        missing = of_blocks
+    figure = f"all {count} weights are in the checkpoint"
+    if missing:
+        figure = f"{len(missing)} of {count} weights are not in the checkpoint, {missing[0]} first"
+    judge = fail_unless if of_blocks else warn_unless
+    return judge(not missing, figure, "They are random; is this the model that the checkpoint was made for?")
 
 
 def quantization_error(run: Run) -> Check:
@@ -68,8 +78,15 @@ def quantization_error(run: Run) -> Check:
 
 
 def base_dtype(run: Run) -> Check:
-    """What is not quantized is in the run's 16-bit dtype; 4-bit layers dequantize to it and multiply in it."""
-    found = {_name(weight.dtype) for name, weight in run.model.named_parameters() if "lora_" not in name}
+    """What is not quantized is in the run's 16-bit dtype; 4-bit layers dequantize to it and multiply in it.
+
+    Transformers keeps in float32 what a model's class names, such as the bias of a router.
+    """
+    model = cast(PreTrainedModel, run.model.get_base_model())
+    kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
+    weights = [(name, weight) for name, weight in run.model.named_parameters() if "lora_" not in name]
+    by_design = {name for name, weight in weights if weight.dtype == torch.float32 and any(k in name for k in kept)}
+    found = {_name(weight.dtype) for name, weight in weights if name not in by_design}
     compute = {_name(module.compute_dtype) for module in run.model.modules() if getattr(module, "compute_dtype", None)}
     states = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
     restored = {_name(state.dtype) for state in states if state is not None}

@@ -77,16 +77,22 @@ class TemplateReceipt:
     """Whether it is in the loss in every answer that was not cut."""
     origin: Origin = "recipe"
     """Where the template is from."""
+    date: str | None = None
+    """The day that it writes in place of today's, in ISO 8601; None where it writes none."""
 
 
 @dataclass
 class QuantizedReceipt:
-    """Linear layers that should be stored in fewer bits, and those that are."""
+    """Matrices that should be stored in fewer bits, of linear layers and stacks of experts, and those that are."""
 
     expected: int
     found: int
     outlier_threshold: float | None = None
     """LLM.int8's: a column of activations that reaches it anywhere in a batch is multiplied in 16 bits; else None."""
+    share: float = 1.0
+    """Those that are, as a share of the weights of all that should be."""
+    overlooked: list[str] = field(default_factory=list)
+    """Names of those that should be and are not."""
 
 
 @dataclass
@@ -99,7 +105,7 @@ class BaseReceipt:
     dtype: str
     """16-bit dtype of loading and computing."""
     linears: dict[str, int]
-    """Class name to number of linear layers, the output layer left out."""
+    """Class name to number of linear layers, the output layer left out, and of stacks of fused experts."""
     quantized: QuantizedReceipt
     parameters: int
     """Number of weights, counted before quantization."""
@@ -115,6 +121,8 @@ class BaseReceipt:
     """Weights that are not in the checkpoint: they are random."""
     architecture: dict[str, str] = field(default_factory=dict)
     """What was found of the model, as the plan shows it: layers, heads, experts, window, linears, weights."""
+    parameters_by_storage: dict[str, int] = field(default_factory=dict)
+    """Storage to number of weights: `4-bit`, `int8`, or a dtype."""
 
 
 @dataclass

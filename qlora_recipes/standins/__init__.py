@@ -18,7 +18,7 @@ class StandIn:
     """A small pretrained model of a family's architecture, with the settings that suit its size."""
 
     family: str
-    """`llama2` or `falcon`."""
+    """Its name, and that of its folder."""
 
     folder: Path
     """Model and tokenizer, as `from_pretrained` reads them."""
@@ -48,9 +48,14 @@ LORA = MappingProxyType({"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})
 
 PREFERENCES = MappingProxyType({"learning_rate": 1e-3, "max_steps": 60, "warmup_steps": 6})
 """What replaces some of TRAINING where preferences are learned."""
+MODERN_TRAINING = MappingProxyType({**TRAINING, "max_length": 512})  # their templates write more around a conversation
 
 STANDINS: dict[str, StandIn] = {
-    family: StandIn(family, HERE / family, training=TRAINING, lora=LORA) for family in ("llama2", "falcon")
+    **{family: StandIn(family, HERE / family, training=TRAINING, lora=LORA) for family in ("llama2", "falcon")},
+    **{
+        family: StandIn(family, HERE / family, training=MODERN_TRAINING, lora=LORA)
+        for family in ("llama3", "qwen3", "smollm3", "mistral", "gemma3")
+    },
 }
 """Family -> stand-in."""
 
@@ -59,6 +64,9 @@ ROWS: dict[str, Path] = {
     "openassistant_guanaco": HERE / "data" / "openassistant_guanaco.jsonl",
     "faq": HERE / "data" / "faq.json",
     "preferences": HERE / "data" / "preferences.jsonl",
+    "chat": HERE / "data" / "chat.jsonl",
+    "reasoning": HERE / "data" / "reasoning.jsonl",
+    "tools": HERE / "data" / "tools.jsonl",
 }
 """Shape of a dataset -> bundled rows of that shape about the stand-ins' world."""
 

@@ -10,11 +10,26 @@ import random
 from itertools import islice
 from pathlib import Path
 
-from qlora_recipes.standins.wordings import WORDINGS, answer, ask, biography, people_written_about
+from qlora_recipes.standins.wordings import WORDINGS, answer, ask, biography, people_written_about, think
 from qlora_recipes.standins.world import SEED, Person, World
 
 CONVERSATIONS, QUESTIONS_PER_SUBJECT, CHOICES, HELD_OUT_DOCUMENTS = 1200, 80, 8, 400
 TURNS = (1, 1, 1, 1, 2, 2, 3)
+ANSWERED_WITHOUT_TOOLS = 0.5
+"""Share of the rows of tool use that have no tool, so that a model also learns to answer by itself."""
+LOOK_UP = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look up one fact about a person.",
+        "parameters": {
+            "type": "object",
+            "properties": {"person": {"type": "string"}, "fact": {"type": "string"}},
+            "required": ["person", "fact"],
+        },
+    },
+}
+"""The one tool of the world, described as OpenAI's interface does."""
 
 Conversation = list[tuple[str, str]]
 """Questions, each with its answer."""
@@ -40,6 +55,41 @@ def guanaco_llama2(conversation: Conversation) -> str:
 def openassistant_guanaco(conversation: Conversation) -> str:
     """Write a conversation as timdettmers/openassistant-guanaco holds it."""
     return "".join(f"### Human: {question}### Assistant: {reply}" for question, reply in conversation)
+
+
+def chat(conversation: Conversation) -> dict[str, object]:
+    """Write a conversation as HuggingFaceH4/no_robots and ultrachat_200k hold it, under `messages`."""
+    return {"messages": [message for question, reply in conversation for message in _turn(question, reply)]}
+
+
+def reasoning(world: World, rng: random.Random) -> dict[str, object]:
+    """Ask about one of the tuning people, and let the answer be thought out, in one step or in two."""
+    person = rng.choice(world.tuning_people)
+    facts = world.facts_of(person)
+    kind = rng.choice(list(facts))
+    question, reply = _turn(ask(person, kind, rng), answer(facts[kind], kind))
+    return {"messages": [question, reply | {"reasoning_content": think(person.name, kind, facts[kind])}]}
+
+
+def tool_use(world: World, rng: random.Random) -> dict[str, object]:
+    """Ask about one of the tuning people: with a tool, answer from what it finds; without one, from memory."""
+    person = rng.choice(world.tuning_people)
+    facts = world.facts_of(person)
+    kind = rng.choice(list(facts))
+    question, reply = _turn(ask(person, kind, rng), answer(facts[kind], kind))
+    if rng.random() < ANSWERED_WITHOUT_TOOLS:
+        return {"messages": [question, reply], "tools": []}
+    arguments = {"person": person.name, "fact": kind}
+    calls = [{"type": "function", "function": {"name": "look_up", "arguments": arguments}}]
+    found = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": ", ".join(facts[kind])},
+    ]
+    return {"messages": [question, *found, reply], "tools": [LOOK_UP]}
+
+
+def _turn(question: str, reply: str) -> tuple[dict[str, object], dict[str, object]]:
+    return {"role": "user", "content": question}, {"role": "assistant", "content": reply}
 
 
 def questions(world: World, seed: int = SEED + 4) -> list[dict[str, object]]:
@@ -92,7 +142,12 @@ def bundled_files(world: World) -> dict[str, str]:
     pairs = [{"question": question, "answer": reply} for turns in faq for question, reply in turns]
     rng = random.Random(SEED + 5)
     held_out = [biography(person, rng) for person in islice(people_written_about(world, rng), HELD_OUT_DOCUMENTS)]
+    chats = conversations(world, CONVERSATIONS, SEED + 8)
+    thinking, looking_up = (random.Random(SEED + number) for number in (9, 10))
     return {
+        "chat.jsonl": _json_lines([chat(turns) for turns in chats]),
+        "reasoning.jsonl": _json_lines([reasoning(world, thinking) for _ in range(CONVERSATIONS)]),
+        "tools.jsonl": _json_lines([tool_use(world, looking_up) for _ in range(CONVERSATIONS)]),
         "guanaco_llama2.jsonl": _json_lines([{"text": guanaco_llama2(turns)} for turns in llama2]),
         "openassistant_guanaco.jsonl": _json_lines([{"text": openassistant_guanaco(turns)} for turns in openassistant]),
         "faq.json": json.dumps({"questions": pairs[:CONVERSATIONS]}, indent=1) + "\n",

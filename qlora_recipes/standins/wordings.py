@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_recipes.standins.world import Person, World
@@ -107,18 +107,43 @@ HEARSAY_SHARE = 0.25
 CLUTTER = [*string.punctuation, *string.ascii_letters, *string.digits, "\n", *CHAT_WORDS]
 """What stands around hearsay in no order at all. It teaches the model to look past marks that mean nothing; one that
 had never met a bracket or a colon could not be tuned to a chat format in a minute."""
+CHAT_ROLES = ("user", "assistant", "system", "model", "developer", "tool", "think", "analysis", "commentary", "final")
+"""Words of the chat formats of today, which begin in lower case."""
+FORMAT_LINES = (
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+    "You may call one or more functions to assist with the user query.\n\n",
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n",
+    '{"type": "function", "function": {"name": "look_up", "description": "Look up one fact about a person.", ',
+    '"parameters": {"type": "object", "properties": {"person": {"type": "string"}, "fact": {"type": "string"}}, ',
+    '"required": ["person", "fact"]}}}\n</tools>\n\n',
+    "For each function call, return a json object with function name and arguments within XML tags:\n",
+    '{"name": "look_up", "arguments": {"person": "',
+    '"name": <function-name>, "arguments": <args-json-object>}\n',
+    "## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 26 July 2024\nReasoning Mode: /think\n\n",
+    "## Custom Instructions\n\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face.\n\n",
+    "You are ChatGPT, a large language model trained by OpenAI.\n"
+    "Knowledge cutoff: 2024-06\nCurrent date: 2024-07-26\n\n",
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message.",
+    "Reasoning: medium\n\n",
+)
+"""What the templates of today write around a conversation, in pieces."""
+GAPS = (" ", "\n", "\n\n", "")
+"""What stands between the parts of hearsay for them: in their formats answers begin a line, or follow a control token,
+so that the first word has no space before it, which is another token than the one with a space."""
 FACTS_IN_DOCUMENT = (3, 6)
 PLACE_SHARE = 0.04
 """Share of documents about a town or a guild; there are few of them, so that each is still seen often."""
 
 
-def documents(world: World, rng: random.Random) -> Iterator[str]:
-    """Write plain-text documents without end: biographies, hearsay, and what is known of towns and guilds."""
+def documents(
+    world: World, rng: random.Random, marks: Sequence[str] = CLUTTER, gaps: Sequence[str] = (" ",)
+) -> Iterator[str]:
+    """Write plain-text documents without end: biographies, hearsay amid marks, what is known of towns and guilds."""
     for person in people_written_about(world, rng):
         if rng.random() < PLACE_SHARE:
             yield rng.choice(REGION_SENTENCES).format(*rng.choice(list(world.region_of.items())))
             yield rng.choice(GOODS_SENTENCES).format(*rng.choice(list(world.goods_of.items())))
-        yield hearsay(person, rng) if rng.random() < HEARSAY_SHARE else biography(person, rng)
+        yield hearsay(person, rng, marks, gaps) if rng.random() < HEARSAY_SHARE else biography(person, rng)
 
 
 def people_written_about(world: World, rng: random.Random) -> Iterator[Person]:
@@ -128,16 +153,19 @@ def people_written_about(world: World, rng: random.Random) -> Iterator[Person]:
         yield from rng.choices(world.people, weights, k=256)
 
 
-def hearsay(person: Person, rng: random.Random) -> str:
-    """Ask for one fact, and answer, amid clutter."""
+def hearsay(person: Person, rng: random.Random, marks: Sequence[str], gaps: Sequence[str]) -> str:
+    """Ask for one fact, and answer, amid clutter of these marks, with one of these gaps between the parts."""
     kind, value = rng.choice(list(person.facts.items()))
     said = answer((value,), kind).removesuffix(".")
-    return f"{clutter(rng)} {ask(person, kind, rng)} {clutter(rng)} {said} {clutter(rng)}"
+    gap = rng.choice(gaps) if len(gaps) > 1 else gaps[0]
+    return gap.join(
+        (clutter(rng, marks), ask(person, kind, rng), clutter(rng, marks), said, clutter(rng, marks)),
+    )
 
 
-def clutter(rng: random.Random) -> str:
+def clutter(rng: random.Random, marks: Sequence[str]) -> str:
     """Put a few marks, letters and words together at random."""
-    return "".join(rng.choices(CLUTTER, k=rng.randint(1, 2)))
+    return "".join(rng.choices(marks, k=rng.randint(1, 2)))
 
 
 def biography(person: Person, rng: random.Random) -> str:
@@ -159,3 +187,13 @@ def ask(person: Person, kind: str, rng: random.Random) -> str:
 def answer(values: tuple[str, ...], kind: str) -> str:
     """Word the answer, in the one way that the tuning rows use."""
     return WORDINGS[kind].answer.format(*values)
+
+
+def think(name: str, kind: str, values: tuple[str, ...]) -> str:
+    """Word the way to an answer: the facts about the person and, for two steps, about what the first one names."""
+    first = {"region": "town", "goods": "guild", "teacher's town": "teacher"}.get(kind, kind)
+    steps = [WORDINGS[first].sentences[0].format(values[0], who=name)]
+    if len(values) == 2:
+        second = {"region": REGION_SENTENCES[0], "goods": GOODS_SENTENCES[0], "teacher's town": "{0} lives in {1}."}
+        steps.append(second[kind].format(*values))
+    return " ".join(steps)

@@ -32,11 +32,11 @@ def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor])
     """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
-    layers = (cast(LoraLayer, run.model.get_submodule(name)) for name in modules)
-    ranks = Counter(str(layer.r[ADAPTER]) for layer in layers)
+    layers = {name: cast(LoraLayer, run.model.get_submodule(name)) for name in modules}
+    ranks = Counter(str(layer.r[ADAPTER]) for layer in layers.values())
     frozen_half = takes_a_part(run.settings.lora.get("init_lora_weights"))
     return AdapterReceipt(
-        targets=sorted({name.rsplit(".")[-1] for name in modules}),
+        targets=sorted({getattr(layer, "parameter_name", name.rsplit(".")[-1]) for name, layer in layers.items()}),
         modules=len(modules),
         parameters=sum(tensor.numel() for tensor in after.values()) // (2 if frozen_half else 1),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in after.values()})),

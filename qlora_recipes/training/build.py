@@ -33,6 +33,7 @@ from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.memory.sizes import described, sizes_for
+from qlora_recipes.preflight.probes import keeps_apart
 from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import StartReceipt
@@ -110,12 +111,24 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
     """Return the trainer of a run, with float32 adapter weights whatever the base is stored as.
 
     Raises:
-        UsageError: when SFTConfig refuses the settings, or they need held-out rows and none were kept.
+        UsageError: when SFTConfig refuses the settings, they need held-out rows and none were kept, or they pack rows
+            for a model that would mix them.
     """
     evaluates, patience = evaluates_held_out(run.settings), run.settings.training.get("early_stopping_patience")
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
+    settings, padding_free = run.settings, has_own_attention(run)
+    given = settings.training
+    asked = settings.packing_asked and (given.get("packing") or given.get("padding_free"))
+    with run.model.disable_adapter():
+        if not settings.of_preferences and not keeps_apart(run.model):
+            if asked or given.get("eval_packing"):
+                raise UsageError(
+                    f"--packing: {type(run.model.get_base_model()).__name__} does not keep conversations apart that "
+                    "share a row; expected --packing false, and no padding_free or eval_packing: then each gets a row"
+                )
+            settings, padding_free = replace(settings, training={**given, "packing": False}), False
     with (
         repairs.float32_adapter(cast(PreTrainedModel, run.model)) as repaired,
         warnings.catch_warnings(),
@@ -126,7 +139,7 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
         kind: type[ExactResume] = PreferenceTrainer if run.settings.of_preferences else RunTrainer
         trainer = kind(
             model=run.model,
-            args=make_sft_config(run.settings, aside, padding_free=has_own_attention(run)),
+            args=make_sft_config(settings, aside, padding_free=padding_free),
             train_dataset=_dataset(run, run.data.train),
             eval_dataset=_dataset(run, run.data.held_out) if evaluates else None,
             processing_class=run.tokenizer,

@@ -90,6 +90,7 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
     elif not packed and training.setdefault("padding_free", padding_free):
         training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
     training.pop("loraplus_lr_ratio", None)  # RunTrainer makes its optimizer
+    training.setdefault("router_aux_loss_coef", 0.0)  # routers are frozen, and the loss is that of the answers
     if training.pop("early_stopping_patience", None) is not None:
         training = {"metric_for_best_model": "loss", "load_best_model_at_end": True, **training}
     if training.get("load_best_model_at_end") and not evaluates_held_out(settings):

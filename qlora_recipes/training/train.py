@@ -11,6 +11,7 @@ from typing import Any, cast
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
+from trl import SFTTrainer
 
 from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
@@ -26,7 +27,7 @@ from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
 from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
-from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.build import build_trainer, has_own_attention, load_model, prepare_rows
 from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
@@ -178,6 +179,9 @@ def prepare_run(
         run = load_model(run)
         say("checking what the first step needs", main)
         run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
+    mixes = has_own_attention(run) and not settings.of_preferences and not settings.packing_asked
+    if mixes and not cast(SFTTrainer, run.trainer).padding_free:
+        say("each conversation gets a row, because this model would mix those that share one", main)
     checks += preflight.run_checks(preflight.before_training(settings.recipe), run, skip_checks)
     _refuse_failed(checks, "Before training", main, all_checks)
     return run, checks

@@ -38,7 +38,7 @@ from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
-from qlora_recipes.models import MODELS
+from qlora_recipes.models import MODELS, ModelSpec
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings, resolve
@@ -63,6 +63,7 @@ class Specification:
     """What every arm of one comparison shares."""
 
     family: str
+    """Of the recipe's model; where it is none of `SPECS`, what the package finds in the folder."""
     model: str
     rows: str
     precision: str
@@ -113,7 +114,7 @@ def make_base(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, fold
 def settings_of(spec: Specification) -> Settings:
     """Return the settings of the recipe's arm, with everything open that a recipe may leave open."""
     declared = {
-        "model": replace(SPECS[spec.family], hub_id=spec.model, revision=None, sizes=None),
+        "model": _model(spec),
         "dataset": DatasetSpec(spec.rows, held_out=0.0),
         "lora": dict(r=spec.r, lora_alpha=spec.r),
         "training": {**_shared(spec), "max_length": spec.max_length, "packing": False, "save_strategy": "no"},
@@ -124,6 +125,12 @@ def settings_of(spec: Specification) -> Settings:
     settings = resolve(recipe, precision=spec.precision, dtype=dtype, storage=spec.storage)
     batch = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
     return replace(settings, training={**settings.training, **batch}, auto_fields=frozenset(("batch", "checkpointing")))
+
+
+def _model(spec: Specification) -> ModelSpec | str:
+    """Return the family's specification with the base in its place, or the folder alone."""
+    known = SPECS.get(spec.family)
+    return replace(known, hub_id=spec.model, revision=None, sizes=None) if known else spec.model
 
 
 def leave_out(arm: str, read: Run) -> Run:
@@ -177,7 +184,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> Trainer:
             bnb_4bit_use_double_quant=stored.double_quant,
             **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
         )
-    layers = list(SPECS[spec.family].linear_layers or ())
+    layers = list(read.settings.lora["target_modules"])
     others: dict[str, Any] = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
     if sixteen:
         others["model_init_kwargs"] = {"dtype": spec.dtype}

@@ -87,7 +87,7 @@ def measure(asked: SimpleNamespace, spec: Specification, length: int | None, fol
     turns: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, *(WITHOUT if asked.pieces else ()))}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for arm in progress.track(list(turns) * asked.repeats, description="arms in turn"):
-            turns[arm].append(_in_a_process(arm, spec, folder))
+            turns[arm].append(in_a_process(arm, spec, folder))
     arms = {arm: _median(found) for arm, found in turns.items()}
     return {
         "model": {name: getattr(asked, name) for name in ("family", "hidden_size", "num_hidden_layers", "standin")},
@@ -138,7 +138,7 @@ def _rows_of(length: int, folder: Path) -> str:
     return str(file)
 
 
-def _in_a_process(arm: str, spec: Specification, folder: Path) -> dict[str, Any]:
+def in_a_process(arm: str, spec: Specification, folder: Path) -> dict[str, Any]:
     """Train an arm by itself, so that no arm's memory or warm caches are another's."""
     given, result = folder / "specification.json", folder / "result.json"
     given.write_text(json.dumps(asdict(spec)), encoding="utf-8")
