@@ -118,7 +118,7 @@ class Recipe:
         if isinstance(several := cls.__dict__.get("dataset"), list | tuple):
             cls.dataset = [DatasetSpec(each) if isinstance(each, str) else each for each in several]
         for name in ("lora", "training"):
-            if isinstance(declared := cls.__dict__.get(name), Mapping):
+            if isinstance(declared := cls.__dict__.get(name, {}), Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
                 if name == "training":  # what another method trains with may know fewer fields
                     inherited = {key: value for key, value in inherited.items() if key in fields_of(config_of(cls))}

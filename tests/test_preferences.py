@@ -180,6 +180,8 @@ def test_settings_are_those_of_dpo_config(recipe: type[Recipe]) -> None:
         parse(recipe, ["--packing", "true"])
     with pytest.raises(UsageError, match="DPOConfig has no field 'packing'"):
         resolve(recipe, training={"packing": True})
+    bare = type("Bare", (Recipe,), {"model": recipe.model, "dataset": recipe.dataset, "method": "dpo"})
+    assert "packing" not in bare.training and bare.training["learning_rate"] == Recipe.training["learning_rate"]
     with pytest.raises(RecipeError, match="method: got 'ppo', expected one of sft, dpo"):
         type("Other", (recipe,), {"method": "ppo"})
     with pytest.raises(UsageError, match=r"training: beta: got 0\.0"):
@@ -203,6 +205,7 @@ def test_preferences_start_from_a_run_and_every_check_holds(stages: tuple[RunFol
     margins = [line["rewards/margins"] for line in logged if "rewards/margins" in line]
     assert second.training.margins == [margins[0], margins[-1]] and margins[0] == 0 != margins[-1]
     assert second.training.supervised_tokens < second.training.tokens
+    assert "TRL](https://github.com/huggingface/trl)'s DPOTrainer" in (stages[1].adapter / "README.md").read_text()
     assert {file.name for file in stages[1].adapter.iterdir()} == {file.name for file in stages[0].adapter.iterdir()}
 
 
@@ -213,7 +216,7 @@ def test_preferences_resume_to_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    steps = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+    steps = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, gradient_checkpointing=True)
 
     def go(folder: str, *, resume: bool = False) -> None:
         settings = resolve(

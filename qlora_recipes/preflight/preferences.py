@@ -47,7 +47,8 @@ def answers_alone(run: Run) -> Check:
 
 def _text(run: Run, ids: list[int], row: Conversation) -> str:
     """Return the words of an answer; the answer itself where they differ in white space alone."""
-    words = str(run.tokenizer.decode([i for i in ids if i not in run.encoder.control_tokens(ids)]))
+    controls = run.encoder.control_tokens(ids)
+    words = str(run.tokenizer.decode([token for token in ids if token not in controls]))
     known = (str(row.messages[-1]["content"]), str(row.rejected))
     return next((text for text in known if "".join(text.split()) == "".join(words.split())), words)
 
