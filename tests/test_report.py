@@ -18,8 +18,8 @@ from xml.etree import ElementTree
 import pytest
 from fake_runs import answers, flipped, make_run
 
-from qlora_recipes.comparison.findings import ChangedAnswer, Report
 from qlora_recipes.commands.compare import called
+from qlora_recipes.comparison.findings import ChangedAnswer, Report
 from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.evaluation.records import Divergence, DocRecord, LayerError
