@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
 
@@ -100,6 +101,11 @@ def adapter_sha256(model: PeftModel, *, without: str | None = None) -> str:
 def adapted_modules(model: PeftModel) -> list[str]:
     """Return the full names of the modules that carry the adapter."""
     return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def set_weights(model: PeftModel, folder: Path) -> None:
+    """Set the adapter's weights to those saved in a folder."""
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=ADAPTER)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

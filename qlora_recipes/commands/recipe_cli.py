@@ -35,6 +35,7 @@ _OWN_FLAGS = (
     Field("demo", "bool", "stand-in model and bundled rows, through the same code"),
     Field("model", "str", "another source of the base", "ID_OR_FOLDER"),
     Field("dataset", "str", "another source of the rows", "ID_OR_FILE"),
+    Field("from_run", "str", "train the adapter of a finished run further, in place of a new one", "RUN"),
     Field("output_dir", "str", "run folder (default: runs/<recipe>/<precision>-seed<seed>)", "FOLDER"),
     Field("plan", "bool", "print what would be done and what was checked, and train nothing"),
     Field("checks", "Literal['brief', 'all']", "show checks by group, or each on a line (default: brief)", "brief|all"),

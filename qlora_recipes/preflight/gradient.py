@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from trl.trainer.sft_config import SFTConfig
 
+from qlora_recipes.base.adapters import adapter_sha256
 from qlora_recipes.base.starts import distance_from_checkpoint, takes_a_part
 from qlora_recipes.data.encoding import Encoded
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
@@ -26,7 +27,7 @@ from qlora_recipes.preflight.probes import (
     probe_batch,
     without_outlier_columns,
 )
-from qlora_recipes.run.receipt import Check
+from qlora_recipes.run.receipt import Check, StartReceipt
 from qlora_recipes.stages import Run
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
@@ -96,7 +97,10 @@ def adapter_starts_at_base(run: Run) -> Check:
     """Before the first step the adapter changes nothing, so that what is learned starts from the base.
 
     PiSSA and OLoRA take away what they add, up to rounding; LoftQ starts nearer to the checkpoint than the base is.
+    A run that starts from another one begins with its adapter, to the bit, and on its base.
     """
+    if run.settings.start:
+        return _starts_at_run(run, run.settings.start)
     start = run.settings.lora.get("init_lora_weights", True)
     if start == "loftq":
         stored, adapted = distance_from_checkpoint(run.model, run.base.revision)
@@ -112,6 +116,24 @@ def adapter_starts_at_base(run: Run) -> Check:
     allowed = _ROUNDING * float(without.abs().max()) if takes_a_part(start) else 0.0
     return fail_unless(
         moved <= allowed, f"logits moved by {moved:.2g}", "Take init_lora_weights and use_dora out of the recipe."
+    )
+
+
+def _starts_at_run(run: Run, start: StartReceipt) -> Check:
+    was, base, got = start.receipt, start.receipt.base, adapter_sha256(run.model)
+    figure = f"the adapter of {start.run}, sha256 {got[:12]}"
+    if got != was.adapter.final_sha256:
+        return fail_unless(False, f"{figure}; it ended with {was.adapter.final_sha256[:12]}", "Train that run again.")
+    if (was.precision, was.dtype) == (run.settings.precision.name, run.settings.dtype):
+        return fail_unless(
+            run.base.sha256 == base.sha256,
+            f"{figure}, on its base, sha256 {run.base.sha256[:12]}; that was {base.sha256[:12]}",
+            "The base has changed since, or was quantized on another kind of device: train both on one.",
+        )
+    return warn_unless(
+        False,
+        f"{figure}, trained on {was.precision} in {was.dtype}: it goes on with the weights of another rounding",
+        f"Leave --precision and --dtype out to go on with {was.precision}, unless you compare the two.",
     )
 
 

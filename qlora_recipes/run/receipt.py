@@ -255,7 +255,21 @@ class Receipt:
     """Upstream defects found and repaired in this run."""
     checks: list[Check] = field(default_factory=list)
     resumes: list[Resume] = field(default_factory=list)
+    start: StartReceipt | None = None
+    """The run whose adapter this one began with; None for an adapter of its own."""
     schema_version: Literal[1] = 1
+
+
+@dataclass
+class StartReceipt:
+    """A finished run that another one began with, as it was then."""
+
+    run: str
+    """Its folder, as it was given."""
+    sha256: str
+    """Hash of its `run.json`."""
+    receipt: Receipt
+    """All that it proves: its recipe, its rows, its base, its adapter, and the run that it began with itself."""
 
 
 @dataclass

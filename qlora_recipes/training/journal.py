@@ -44,6 +44,7 @@ def settings_identity(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "lora": public(settings.lora),
         "training": training,
+        "from run": settings.start and settings.start.receipt.adapter.final_sha256,
     }
     return cast(dict[str, Any], json.loads(json.dumps(identity, default=str)))  # as the file gives it back
 

@@ -133,7 +133,8 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
         launch.settings, skip_checks=launch.skip_checks, all_checks=launch.all_checks, console=launch.console
     )
 
-    initial = adapter_sha256(run.model, without="lora_magnitude_vector")
+    # DoRA's first magnitudes follow from how the base is stored, but not those that another run has trained
+    initial = adapter_sha256(run.model, without=None if launch.settings.start else "lora_magnitude_vector")
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
 
@@ -297,6 +298,7 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
         repairs=run.repairs,
         checks=checks,
         resumes=journal.resumes,
+        start=settings.start,
     )
     plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
     write_text(folder.adapter / "README.md", model_card(receipt))

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
-from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
+from qlora_recipes.base.adapters import set_weights
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import RunFolderError
@@ -297,7 +296,7 @@ class RunTrainer(SFTTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:  # upstream freezes the adapter, whose weights would then count as 0
-            set_peft_model_state_dict(self.model, load_file(best.path / WEIGHTS), adapter_name=ADAPTER)
+            set_weights(cast(PeftModel, self.model), best.path)
 
 
 class _Faults(TrainerCallback):
