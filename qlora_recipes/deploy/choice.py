@@ -17,7 +17,7 @@ import torch
 
 from qlora_recipes.comparison.paired import FEWEST_TEXTS, BitsPerByte, bits_per_byte_difference
 from qlora_recipes.data.encoding import IGNORED, Encoded
-from qlora_recipes.deploy.mixing import context_length
+from qlora_recipes.evaluation.generation import context_length
 from qlora_recipes.evaluation.held_out import row_losses
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.formatters import answer_of, is_trained

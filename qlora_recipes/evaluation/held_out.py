@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.generation import Generation, ended, generate
+from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.evaluation.task_loading import PREFERENCES
@@ -37,7 +37,8 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     """
     rows = run.held_out[:limit]
     encoded = [run.encoder.encode(row.messages, row.tools) for row in rows]
-    fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
+    longest = context_length(run.model) or math.inf
+    fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= longest]
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
@@ -76,7 +77,7 @@ def score_answers(
     settings = settings or Generation()
     rows = [row for row in run.held_out[:limit] if before_last_answer(row.messages)]  # a plain text asks nothing
     prompts = [run.encoder.encode_prompt(before_last_answer(row.messages), row.tools) for row in rows]
-    room = run.model.config.max_position_embeddings - settings.max_new_tokens
+    room = (context_length(run.model) or math.inf) - settings.max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
@@ -117,7 +118,7 @@ def score_preferences(run: RestoredRun, *, batch_size: int, limit: int | None, b
     if not rows:
         raise DataError(f"the held-out rows of {run.folder.path} have one answer each, expected two: chosen, rejected")
     pairs = [(_last_answer(run, row), _last_answer(run, row, row.rejected)) for row in rows]
-    longest = run.model.config.max_position_embeddings
+    longest = context_length(run.model) or math.inf
     fitting = [i for i, pair in enumerate(pairs) if max(len(answer.input_ids) for answer in pair) <= longest]
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
