@@ -309,7 +309,7 @@ class ConversationEncoder:
         ]
 
     def _join(self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
-        """Return one conversation: the next tokens for each piece of text, the id for each stand-in character between."""
+        """Return one conversation: the next tokens for each piece of text, and an id for each stand-in between them."""
         ids: list[int] = []
         positions: list[int] = []  # of each token's first character in the rendered text
         start = 0
