@@ -14,7 +14,8 @@ from fake_runs import make_run, receipt
 from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.base.adapters import adapter_sha256, attach
-from qlora_recipes.base.loading import load_base, load_tokenizer
+from qlora_recipes.base.loading import load_base
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.formatters import Message
 from qlora_recipes.models import LLAMA_2_7B_CHAT, ModelSpec
@@ -54,7 +55,8 @@ def deploy_run(
     base, counted, _ = load_base(model, None, precision_named(precision), "bfloat16", device=torch.device("cpu"))
     tokenizer = load_tokenizer(spec, model, None)
     adapted = attach(base, settings, 0)
-    encoder = ConversationEncoder(tokenizer, spec.chat_template)
+    template = tokenizer.template
+    encoder = ConversationEncoder(tokenizer, template)
     encoded = [encoder.encode(row) for row in rows]
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     for step in range(steps):
@@ -71,13 +73,11 @@ def deploy_run(
     shutil.rmtree(run.adapter)
     adapted.save_pretrained(str(run.adapter))
     tokenizer.save_pretrained(run.adapter)
-    made = receipt(
-        precision, 0, adapter__final_sha256=adapter_sha256(adapted), template__sha256=spec.chat_template.sha256
-    )
-    chosen = {"role_markers": spec.chat_template.role_markers, "end_token": tokenizer.eos_token}
-    template = replace(made.template, **chosen, bos_per_row=[1, len(rows)])
+    made = receipt(precision, 0, adapter__final_sha256=adapter_sha256(adapted), template__sha256=template.sha256)
+    chosen = {"role_markers": template.role_markers, "end_token": tokenizer.eos_token}
+    recorded = replace(made.template, **chosen, bos_per_row=[1, len(rows)])
     counted.model = model
-    run.write_receipt(replace(made, template=template, base=counted, settings=replace(made.settings, lora=settings)))
+    run.write_receipt(replace(made, template=recorded, base=counted, settings=replace(made.settings, lora=settings)))
     rows_kept = [{"place": f"line {i}", "messages": row} for i, row in enumerate(held_out, 1)]
     run.held_out.write_text(json.dumps(rows_kept))
     return run

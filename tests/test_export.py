@@ -12,10 +12,11 @@ import pytest
 from deploy_runs import deploy_run, single_turns
 from safetensors.torch import load_file, save_file
 
+from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.commands.export import main
 from qlora_recipes.deploy import gguf_file
 from qlora_recipes.deploy.export import export
-from qlora_recipes.deploy.gguf_file import read_updates, without_markers
+from qlora_recipes.deploy.gguf_file import read_updates
 from qlora_recipes.deploy.merging import merge
 from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageError
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.checkpoint import weight_files
 from qlora_recipes.base.loading import load_base
+from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.commands import merge as command
 from qlora_recipes.deploy import choice, weights
 from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT
@@ -33,6 +34,7 @@ from qlora_recipes.errors import CheckError, DataError, ModelError, RunFolderErr
 from qlora_recipes.evaluation.loaded import BaseKey, restore_base, restore_run
 from qlora_recipes.kernels.dequantize import dequantized, is_4bit
 from qlora_recipes.precision import precision_named
+from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import model_location
 
@@ -96,8 +98,8 @@ def test_the_merged_folder_answers_as_the_run_in_plain_transformers(
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     key = BaseKey.of(plain.receipt())
     with restore_run(plain, restore_base(key), key) as run:
-        assert tokenizer.chat_template == run.tokenizer.chat_template
-        ids = torch.tensor([run.encoder.encode(run.held_out[0]).input_ids])
+        assert tokenizer.chat_template == without_markers(run.tokenizer.chat_template)
+        ids = torch.tensor([run.encoder.encode(run.held_out[0].messages).input_ids])
         with_adapter, merged = (one(input_ids=ids).logits.float() for one in (run.model, model))
         with run.model.disable_adapter():
             without = run.model(input_ids=ids).logits.float()
@@ -246,6 +248,21 @@ def test_a_merge_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match=r"empty\.txt has no words"):
         merge(run, tmp_path / "merged", text=tmp_path / "empty.txt")
+
+
+def test_what_is_known_of_experts_is_said_before_the_base_is_loaded(tmp_path: Path) -> None:
+    """Dequantized weights would have 16-bit experts; an adapter on them has no weight of the checkpoint to go into."""
+    run = RunFolder(make_run(tmp_path, "nf4"))
+    receipt = run.receipt()
+    receipt.base.linears["Experts4bit"] = 2
+    write_json(run.path / "run.json", asdict(receipt))
+    with pytest.raises(UsageError, match=r"--base dequantized: 4-bit experts .* Expected --base 16bit"):
+        merge(run, tmp_path / "merged", base="dequantized")
+    receipt.settings.lora["target_parameters"] = ["experts.down_proj"]
+    write_json(run.path / "run.json", asdict(receipt))
+    with pytest.raises(UsageError, match=r"target_parameters.* cannot be merged"):
+        merge(run, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == [run.path]
 
 
 def paired(sixteen: float, dequantized: float, count: int) -> tuple[Any, Any, choice.Documents]:

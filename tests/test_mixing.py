@@ -50,7 +50,7 @@ def runs(folders: list[RunFolder]) -> Iterator[MixedRuns]:
 
 
 def questions(runs: MixedRuns, count: int = 4) -> list[list[dict[str, str]]]:
-    return [row[:-1] for row in runs.run.held_out[:count]]
+    return [row.messages[:-1] for row in runs.run.held_out[:count]]
 
 
 def test_two_adapters_answer_in_one_batch_each_as_alone(runs: MixedRuns) -> None:

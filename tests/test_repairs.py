@@ -39,8 +39,9 @@ def mended(repair: str) -> str:
 
 
 @pytest.fixture
-def fresh_falcon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fresh_falcon(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> ModuleType:
     """Return Falcon's module as it is installed, in the place of the one that other tests have repaired."""
+    tiny("falcon")  # AutoModelForCausalLM makes it, and keeps the class that it finds first: not that of this module
     spec = importlib.util.spec_from_file_location(modeling_falcon.__name__, modeling_falcon.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from deploy_runs import deploy_run, single_turns
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_recipes.commands.serve import main
+from qlora_recipes.deploy import servers
 from qlora_recipes.deploy.merging import merge
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.run.folder import RunFolder
@@ -66,3 +68,21 @@ def test_a_run_that_is_not_merged_is_refused(tmp_path: Path) -> None:
     run = deploy_run(tmp_path / "run", [], single_turns(2), precision="bf16")
     with pytest.raises(RunFolderError, match=r"is not merged.*Run: qlora-recipes merge"):
         main([str(run.path)])
+
+
+def test_other_servers_get_what_they_read(tmp_path: Path) -> None:
+    run = deploy_run(tmp_path / "run", [], single_turns(2), precision="bf16", lora={"r": 12})
+    found = servers.commands(run)
+    assert "--max-lora-rank 16 " in found["vLLM, the adapter on the 16-bit base"]
+    assert f"run={run.adapter}" in found["vLLM, the adapter on the 16-bit base"]
+    assert found["TGI, merged"] == f"first: qlora-recipes merge {run.path}"
+    (run.path / "q8_0.gguf").touch()
+    assert servers.commands(run)["llama.cpp"] == f"llama-server --model {run.path / 'q8_0.gguf'} --jinja"
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    for change, reason in (
+        ({"use_dora": True}, "the adapter has use_dora"),
+        ({"r": 1024}, "the rank is 1024"),
+        ({"rank_pattern": {"q_proj": 4}}, "ranks or scales of their own"),
+    ):
+        (run.adapter / "adapter_config.json").write_text(json.dumps(config | change))
+        assert reason in servers.commands(run)["vLLM, the adapter on the 16-bit base"]

@@ -25,6 +25,7 @@ TRIAL = f"--demo {QUICK} --limit 2 --no_controls"
 # What a block that is no list of commands is compared with.
 WRITTEN = {
     '"""Llama-2-7b-chat-hf on tickets.csv."""': "the file that `new` writes",
+    "class Mine(Recipe):": "the three lines of a recipe, which test_any_model.py trains",
     "Trained an adapter": "the summary that a demo prints",
     "warn     duplicates": "the table of checks that a demo prints",
     "recipes/          choices only": "the layout, which test_readme.py checks",
@@ -52,6 +53,10 @@ INSTEAD = {
     "qlora-recipes train tickets": "qlora-recipes train tickets --help",
     "qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 1 2": (
         f"qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 {TRIAL}"  # the demo's runs again
+    ),
+    "qlora-recipes serve runs/tickets-demo/nf4-seed0": "qlora-recipes serve --help",
+    "qlora-recipes push runs/tickets-demo/nf4-seed0 OWNER/NAME": (
+        "qlora-recipes push runs/tickets-demo/nf4-seed0 OWNER/NAME --base owner/base --dry_run"
     ),
     "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0": (
         "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0 --limit 2"
@@ -156,6 +161,7 @@ def test_every_block_and_every_substitute_is_known() -> None:
 
 def test_every_command_of_the_readme_runs_in_an_empty_folder(installed: Installed) -> None:
     (installed.here / "tickets.csv").write_text(TICKETS)
+    (installed.here / "questions.txt").write_text("What does Ticket 1 say?\n")
     shutil.copy(ROOT / "qlora_recipes" / "standins" / "data" / "faq.json", installed.here)
     runs = {command: INSTEAD.get(command, command) for command in commands()}
     own = [run for run in runs.values() if run.startswith("qlora-recipes ")]

@@ -62,6 +62,12 @@ class ChatTemplate:
         return found.group() if found else None
 
 
+def without_markers(template: str) -> str:
+    """Return a chat template that renders the same, without the tags that only Transformers knows."""
+    template = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
+
+
 LLAMA_2_CHAT = ChatTemplate.from_file(HERE / "llama2.jinja", r"\[/?INST\]|<</?SYS>>", "package")
 FALCON_CHAT = ChatTemplate.from_file(HERE / "falcon.jinja", r"(?m)^[ \t]*(?:System|User|Assistant):", "package")
 PLAIN_CHAT = ChatTemplate.from_file(HERE / "plain.jinja", r"### (?:System|User|Assistant):", "plain")

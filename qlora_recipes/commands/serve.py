@@ -16,7 +16,10 @@ from qlora_recipes.run.folder import RunFolder
 _ABOUT = """Serve a merged run (see qlora-recipes merge) on localhost with OpenAI's API, by `transformers serve`. \
 Prompts are rendered with the run's chat template, and answers end where it was trained to. No other machine can reach \
 it."""
-_FLAGS = (Field("port", "int", "port of localhost", "PORT", 8000, lambda port: 0 < port < 2**16, "1 to 65535"),)
+_FLAGS = (
+    Field("port", "int", "port of localhost", "PORT", 8000, lambda port: 0 < port < 2**16, "1 to 65535"),
+    Field("others", "bool", "print what starts the run in vLLM, TGI and llama.cpp, and start nothing", default=False),
+)
 _NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")
 
 
@@ -29,6 +32,11 @@ def main(argv: Sequence[str]) -> None:
     flags = Parser("qlora-recipes serve", _ABOUT, {"flags": _FLAGS}, words=RUN).parse(argv)
     folder = RunFolder(Path(flags["run"]))
     folder.receipt()  # before torch, which takes seconds to import
+    if flags["others"]:
+        from qlora_recipes.deploy.servers import commands
+
+        print("\n".join(f"{server}:\n  {command}" for server, command in commands(folder).items()))
+        return
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{', '.join(missing)} not installed; run: pip install 'transformers[serving]'")
     from qlora_recipes.deploy.merging import merge_receipt  # torch, which --help can do without

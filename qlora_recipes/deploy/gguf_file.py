@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
+from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.errors import ModelError, TemplateError
 from qlora_recipes.families.falcon import FALCON
 
@@ -290,12 +291,6 @@ def _add_special_tokens(writer: gguf.GGUFWriter, folder: Path, vocabulary: Mappi
     if not template.is_file():
         raise TemplateError(f"{folder} has no {template.name}; expected the folder that qlora-recipes merge wrote")
     writer.add_chat_template(without_markers(template.read_text(encoding="utf-8")))
-
-
-def without_markers(template: str) -> str:
-    """Return a chat template that renders the same, without the tags that only Transformers knows."""
-    template = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
-    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
 
 
 # ---- Tensors ----

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_recipes.base.checkpoint import weight_files
+from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.comparison.paired import BitsPerByte
 from qlora_recipes.deploy import choice
 from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT, Bits, Documents
@@ -34,6 +35,7 @@ from qlora_recipes.standins import HELD_OUT_TEXT
 
 RECEIPT = "merge.json"
 _ADVICE = "Free some space, or give --output a folder that can be made and written"
+_STACKED = "4-bit experts are quantized as one stack, which checkpoints keep in other pieces"
 _LARGEST_SHARE = 0.5  # of what the adapter does; a merge that lost the adapter has 1
 
 
@@ -127,10 +129,24 @@ def merge(
 
 def _ways(receipt: Receipt, base: str | None) -> list[str]:
     """Return the ways to merge that are tried."""
+    if receipt.settings.lora.get("target_parameters"):
+        raise UsageError(
+            "the adapter trains parameters (target_parameters), such as experts, which cannot be merged. Expected LoRA "
+            "or DoRA on linear layers and modules_to_save; keep this adapter beside its base"
+        )
     four_bits = precision_named(receipt.precision).quant_type is not None
+    if _has_experts(receipt):
+        if base == DEQUANTIZED:
+            raise UsageError(f"--base dequantized: {_STACKED}. Expected --base 16bit")
+        return [SIXTEEN_BIT]
     if base == DEQUANTIZED and not four_bits:
         raise UsageError(f"--base dequantized is for 4-bit runs, and this one is {receipt.precision}. Leave it out")
     return [base] if base else [SIXTEEN_BIT, DEQUANTIZED] if four_bits else [SIXTEEN_BIT]
+
+
+def _has_experts(receipt: Receipt) -> bool:
+    """Whether experts are in 4 bits."""
+    return "Experts4bit" in receipt.base.linears
 
 
 def _lines(file: Path) -> list[str]:
@@ -163,12 +179,14 @@ def _merge(
         write_merged(files, trained.changes, aside / way, dtype, through=through)
         write_configuration(next(iter(files.values())).parent, aside / way, receipt.dtype, end)
         trained.run.tokenizer.save_pretrained(aside / way)
+        template = aside / way / "chat_template.jinja"  # other servers do not know the tags of training
+        template.write_text(without_markers(template.read_text(encoding="utf-8")), encoding="utf-8")
         candidates[way], bits[way] = _measure(trained, aside / way, receipt)
     _check_written(candidates, trained, receipt)
     if len(ways) > 1:
         chosen, because = choice.choose(bits[SIXTEEN_BIT], bits[DEQUANTIZED], trained.asked)
     else:
-        (chosen,), because = ways, "no other was asked for"
+        (chosen,), because = ways, _STACKED if _has_experts(receipt) else "no other was asked for"
     return MergeReceipt(
         adapter_sha256=receipt.adapter.final_sha256,
         base=receipt.base.model,

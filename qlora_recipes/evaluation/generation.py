@@ -166,10 +166,18 @@ def seeded(settings: Generation, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def own_settings_off(model: Any) -> Iterator[None]:
-    """Take away a model's own settings, from which transformers would take all that its arguments do not name."""
+    """Take away a model's own settings, from which transformers would take all that its arguments do not name.
+
+    A mixture that returns its router's logits for a balancing loss cannot do so for a batch with padding and a cache.
+    """
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, holder.generation_config = holder.generation_config, GenerationConfig()
+    routes = getattr(holder.config, "output_router_logits", None)
+    if routes:
+        holder.config.output_router_logits = False
     try:
         yield
     finally:
         holder.generation_config = own
+        if routes:
+            holder.config.output_router_logits = routes

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
+from qlora_recipes.base.adapters import add_adapter
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
@@ -111,7 +112,7 @@ def adapter_reloads(run: Run) -> Check:
         return untested("the base is sharded over processes")
     batch = probe_batch(run)
     trained = logits(run, batch)
-    run.model.load_adapter(str(run.folder.adapter), _RELOADED)
+    add_adapter(run.model, run.folder.adapter, _RELOADED)
     try:
         run.model.set_adapter(_RELOADED)
         moved = float((logits(run, batch) - trained).abs().max())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -88,7 +89,7 @@ def start_from(model: PreTrainedModel, weights: Path) -> None:
     own, others = model.state_dict(), load_file(weights)
     shared = {name: weight for name, weight in others.items() if name in own and weight.ndim == 2}
     model.load_state_dict({name: weight for name, weight in shared.items() if weight.shape == own[name].shape}, False)
-    embeddings = model.get_input_embeddings()
+    embeddings = cast(Any, model.get_input_embeddings())
     embeddings.weight.data /= getattr(embeddings, "scalar_embed_scale", 1.0)  # Gemma multiplies by it
 
 
