@@ -24,13 +24,14 @@ from typing import Any
 
 from qlora_recipes.errors import UnreadableModelError, UsageError, nearest
 from qlora_recipes.families.configuration import read_config
+from qlora_recipes.fields import fields_of
 from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.models import MODELS, ModelSpec, spec_named
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
-from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
+from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults, config_of
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import StartReceipt
-from qlora_recipes.standins import ROWS, STANDINS
+from qlora_recipes.standins import PREFERENCES, ROWS, STANDINS
 
 RUNS = Path("runs")
 STORAGES = ("packed", "expanded")
@@ -74,6 +75,11 @@ class Settings:
     """Whether recipe or flags say if rows are packed; a model that would mix them is not packed otherwise."""
     start: StartReceipt | None = None
     """The finished run whose adapter is trained further; None for a new adapter."""
+
+    @property
+    def of_preferences(self) -> bool:
+        """Whether rows hold two answers each, of which one is to be preferred."""
+        return self.recipe.method == "dpo"
 
     @property
     def seed(self) -> int:
@@ -149,6 +155,12 @@ def resolve(
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
     # A demo saves no checkpoints: starting again takes less time.
     demo_lora, demo_training = (standin.lora, {**standin.training, "save_strategy": "no"}) if standin else ({}, {})
+    if recipe.method == "dpo":
+        demo_training = {**demo_training, **PREFERENCES} if standin else {}
+    known = fields_of(config_of(recipe))
+    if unknown := [name for name in training or () if name not in known]:
+        raise UsageError(f"{config_of(recipe)} has no field {unknown[0]!r}.{nearest(unknown[0], known)}")
+    demo_training = {name: value for name, value in demo_training.items() if name in known}
     lora = dict(lora or {})
     revision = lora.pop("revision", None)
     lora = _adapter_of(start, lora) if start else {**recipe.lora, **demo_lora, **lora}

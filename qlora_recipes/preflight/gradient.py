@@ -12,11 +12,12 @@ from typing import cast
 
 import torch
 from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_recipes.base.adapters import adapter_sha256
 from qlora_recipes.base.starts import distance_from_checkpoint, takes_a_part
 from qlora_recipes.data.encoding import Encoded
-from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
+from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
 from qlora_recipes.preflight.probes import (
     NOISE,
     collate,
@@ -143,8 +144,10 @@ def packing_leak(run: Run) -> Check:
     The mask is judged without LLM.int8's outlier columns: they are those of a whole batch, and couple its rows whatever
     the mask is. How much they do is told beside it.
     """
+    if run.settings.of_preferences:
+        return passed("not packed; one conversation a row")
     args = cast(SFTConfig, run.trainer.args)
-    if not run.trainer.padding_free:
+    if not cast(SFTTrainer, run.trainer).padding_free:
         mixes = not run.settings.packing_asked and not keeps_apart(run.model)
         alone = "not packed, because this model would mix conversations of one row; one a row"
         return warn_unless(

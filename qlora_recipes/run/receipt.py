@@ -172,6 +172,9 @@ class TrainingReceipt:
     processes: int
     device: str
     attention: str
+    margins: list[float] = field(default_factory=list)
+    """Of preferences: how much more than the start it prefers the chosen answers (`rewards/margins`), mean of the first
+    and of the last tenth of the logged steps."""
     optimizer_state: dict[str, int] = field(default_factory=dict)
     """Storage dtype to bytes that the optimizer of one process keeps; `float32 paged` can move to the host."""
 
@@ -224,8 +227,9 @@ class SettingsReceipt:
     lora: dict[str, Any]
     """LoraConfig fields."""
     training: dict[str, Any]
-    """SFTConfig fields."""
+    """SFTConfig fields, or DPOConfig's."""
     eval_tasks: list[str]
+    method: str = "sft"
 
 
 @dataclass

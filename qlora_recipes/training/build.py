@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
@@ -22,7 +24,7 @@ from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import WEIGHTS, attach, set_weights
 from qlora_recipes.base.loading import load_base
 from qlora_recipes.base.tokenizer import load_tokenizer
-from qlora_recipes.data.arrow_rows import Rows
+from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import prepare
 from qlora_recipes.errors import CheckError, UsageError
@@ -39,7 +41,7 @@ from qlora_recipes.run.weights import adapter_file_sha256
 from qlora_recipes.settings import Settings
 from qlora_recipes.stages import Loaded, Prepared, Run
 from qlora_recipes.training.configuration import evaluates_held_out, make_sft_config
-from qlora_recipes.training.trainer import RunTrainer
+from qlora_recipes.training.trainer import ExactResume, PreferenceTrainer, RunTrainer
 
 
 def prepare_rows(settings: Settings, console: Console | None = None) -> Run:
@@ -105,7 +107,7 @@ def load_model(run: Run) -> Run:
     return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
 
 
-def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
+def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
     """Return the trainer of a run, with float32 adapter weights whatever the base is stored as.
 
     Raises:
@@ -120,7 +122,7 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     given = settings.training
     asked = settings.packing_asked and (given.get("packing") or given.get("padding_free"))
     with run.model.disable_adapter():
-        if not keeps_apart(run.model):
+        if not settings.of_preferences and not keeps_apart(run.model):
             if asked or given.get("eval_packing"):
                 raise UsageError(
                     f"--packing: {type(run.model.get_base_model()).__name__} does not keep conversations apart that "
@@ -134,11 +136,12 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
     ):
         # Raised for every model that TRL did not load itself; the loss mask is ours and is counted.
         warnings.filterwarnings("ignore", message=".*You passed `model_init_kwargs`.*")
-        trainer = RunTrainer(
+        kind: type[ExactResume] = PreferenceTrainer if run.settings.of_preferences else RunTrainer
+        trainer = kind(
             model=run.model,
             args=make_sft_config(settings, aside, padding_free=padding_free),
-            train_dataset=cast(Rows, run.data.train).dataset(),
-            eval_dataset=cast(Rows, run.data.held_out).dataset() if evaluates else None,
+            train_dataset=_dataset(run, run.data.train),
+            eval_dataset=_dataset(run, run.data.held_out) if evaluates else None,
             processing_class=run.tokenizer,
             callbacks=None if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
             rows=run.data.train,
@@ -151,6 +154,11 @@ def build_trainer(run: Run, folder: RunFolder) -> RunTrainer:
         run.repairs.append("float32_adapter")
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _dataset(run: Run, rows: Sequence[Conversation]) -> Dataset:
+    stored = cast(Rows, rows)
+    return stored.pairs() if run.settings.of_preferences else stored.dataset()
 
 
 def has_own_attention(run: Run) -> bool:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from qlora_recipes import environment
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.fields import fields_of
+from qlora_recipes.recipe import config_of
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
 from qlora_recipes.run.differences import MISSING, differences, shortened
 from qlora_recipes.run.files import read_record, write_json
@@ -70,7 +71,7 @@ def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
     was = Journal(folder).read().run["training"]
     names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
     try:
-        restored = {name: fields_of("SFTConfig")[name].check(was[name]) for name in names}
+        restored = {name: fields_of(config_of(settings.recipe))[name].check(was[name]) for name in names}
     except UsageError as error:
         raise RunFolderError(f"{folder.started}, key run.training.{error}. {_FIX}") from error
     return replace(settings, training={**settings.training, **restored}, auto_fields=frozenset())
