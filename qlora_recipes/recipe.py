@@ -25,7 +25,6 @@ from qlora_recipes.formatters.datasets import DATASETS, dataset_faults, function
 from qlora_recipes.formatters.datasets import DatasetSpec as DatasetSpec
 from qlora_recipes.models import ModelSpec, spec_named
 
-_HUB_FIELDS = ("always_push", "model_id", "private_repo", "revision", "strategy", "token")
 METHODS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 """What can be learned, to the class of TRL that has its settings."""
 # Fields that follow from other choices, and what to set instead.
@@ -50,10 +49,7 @@ DERIVED = {
     "activation_checkpointing_kwargs": "--gradient_checkpointing_kwargs",
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
-    **dict.fromkeys(
-        ("push_to_hub", *(f"hub_{name}" for name in _HUB_FIELDS)),
-        "qlora-recipes push RUN OWNER/NAME, once the run is proven: TRL uploads before there is a receipt",
-    ),
+    "push_to_hub": "qlora-recipes push RUN OWNER/NAME, once the run is proven: TRL uploads before there is a receipt",
     "fsdp": "accelerate launch --use_fsdp",
     "fsdp_config": "the --fsdp_ flags of accelerate launch",
     "task_type": "nothing; it is CAUSAL_LM",

@@ -242,7 +242,7 @@ def test_a_model_that_is_not_packed_trains_and_says_so(small: Small, recipe_for:
     assert "each conversation gets a row, because this model would mix those that share one" in said.getvalue()
 
 
-@pytest.mark.parametrize("mixture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("mixture", ["gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_an_adapter_of_experts_is_trained_resumed_and_restored_to_the_bit(
     mixture: str, small: Small, recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, on the stand-in with few steps; what is committed is the output of a whole run."""
+"""The notebook runs from top to bottom with few steps; what is committed is the output of a whole run."""
 
 from __future__ import annotations
 
