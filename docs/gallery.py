@@ -42,6 +42,8 @@ Tunes Gemma 3 of 1B, with windows of attention, on your own questions and answer
 Tunes Mistral-7B-Instruct-v0.3 on conversations of several turns, with the settings that made Zephyr.""",
     "smollm3_smoltalk": """\
 Tunes SmolLM3-3B, of which every fourth layer has no positions, on conversations that were made for small models.""",
+    "gpt_oss_reasoning": """\
+Tunes gpt-oss-20b, a mixture of experts, to think before it answers, in a channel of its own.""",
 }
 PAGE = """\
 # {name}
