@@ -47,6 +47,8 @@ class Choices(TypedDict, total=False):
     """Another source of the base: a hub id or a folder."""
     dataset: str | None
     """Another source of the rows: a hub id or a file."""
+    from_run: str | Path | None
+    """A finished run whose adapter is trained further, in place of a new one."""
     output_dir: str | Path | None
     """Run folder; the default is `runs/<recipe>/<precision>-seed<seed>`."""
     lora: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The fields of SFTConfig and LoraConfig, read from the installed source, and how words become their values.
+"""The fields of SFTConfig, DPOConfig and LoraConfig, read from the installed source, and how words become their values.
 
 Importing TRL takes seconds; `--help`, `list` and the check of a recipe's class body need names and types only.
 Imports neither TRL nor PEFT.
@@ -26,6 +26,11 @@ _SOURCES = {
         ("transformers", "training_args.py", "TrainingArguments"),
         ("trl", "trainer/base_config.py", "_BaseConfig"),
         ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ),
+    "DPOConfig": (
+        ("transformers", "training_args.py", "TrainingArguments"),
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/dpo_config.py", "DPOConfig"),
     ),
     "LoraConfig": (("peft", "config.py", "PeftConfig"), ("peft", "tuners/lora/config.py", "LoraConfig")),
 }
@@ -219,7 +224,7 @@ _OWN = {
 
 @functools.cache
 def fields_of(config: str) -> Mapping[str, Field]:
-    """Return name to Field for `"SFTConfig"` or `"LoraConfig"`.
+    """Return name to Field for `"SFTConfig"`, `"DPOConfig"` or `"LoraConfig"`.
 
     Raises:
         SetupError: when the package that defines the class is not installed.
@@ -235,7 +240,7 @@ def fields_of(config: str) -> Mapping[str, Field]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 name = node.target.id
                 found[name] = _field(name, node)
-    return found | (_OWN if config == "SFTConfig" else {})
+    return found | (_OWN if config != "LoraConfig" else {})
 
 
 def _field(name: str, node: ast.AnnAssign) -> Field:

@@ -25,7 +25,8 @@ from qlora_recipes.formatters.datasets import DATASETS, dataset_faults, function
 from qlora_recipes.formatters.datasets import DatasetSpec as DatasetSpec
 from qlora_recipes.models import ModelSpec, spec_named
 
-_HUB_FIELDS = ("always_push", "model_id", "private_repo", "revision", "strategy", "token")
+METHODS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
+"""What can be learned, to the class of TRL that has its settings."""
 # Fields that follow from other choices, and what to set instead.
 DERIVED = {
     "bf16": "--dtype bfloat16",
@@ -48,10 +49,7 @@ DERIVED = {
     "activation_checkpointing_kwargs": "--gradient_checkpointing_kwargs",
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
-    **dict.fromkeys(
-        ("push_to_hub", *(f"hub_{name}" for name in _HUB_FIELDS)),
-        "qlora-recipes push RUN OWNER/NAME, once the run is proven: TRL uploads before there is a receipt",
-    ),
+    "push_to_hub": "qlora-recipes push RUN OWNER/NAME, once the run is proven: TRL uploads before there is a receipt",
     "fsdp": "accelerate launch --use_fsdp",
     "fsdp_config": "the --fsdp_ flags of accelerate launch",
     "task_type": "nothing; it is CAUSAL_LM",
@@ -96,7 +94,9 @@ class Recipe:
         save_total_limit=2,  # a checkpoint takes three times the adapter's size
         report_to="none",
     )
-    """Fields of `trl.SFTConfig`."""
+    """Fields of `trl.SFTConfig`, or with `method = "dpo"` of `trl.DPOConfig`."""
+    method: ClassVar[str] = "sft"
+    """What is learned: `sft`, the answers of the rows; `dpo`, which of two answers to prefer (arXiv 2305.18290)."""
     explicit_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that the recipe or a base class sets itself; some of the others are chosen to fit the machine."""
     format_row: ClassVar[Callable[..., Formatted] | None] = None
@@ -114,8 +114,10 @@ class Recipe:
         if isinstance(several := cls.__dict__.get("dataset"), list | tuple):
             cls.dataset = [DatasetSpec(each) if isinstance(each, str) else each for each in several]
         for name in ("lora", "training"):
-            if isinstance(declared := cls.__dict__.get(name), Mapping):
+            if isinstance(declared := cls.__dict__.get(name, {}), Mapping):
                 inherited = next(vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
+                if name == "training":  # what another method trains with may know fewer fields
+                    inherited = {key: value for key, value in inherited.items() if key in fields_of(config_of(cls))}
                 setattr(cls, name, {**inherited, **declared})
                 cls.explicit_fields = cls.explicit_fields | set(declared)
         own = cls.__dict__.get("format_row")
@@ -151,6 +153,11 @@ class Recipe:
         main(cls, arguments)
 
 
+def config_of(recipe: type[Recipe]) -> str:
+    """Return the name of the class of TRL whose fields a recipe's `training` holds."""
+    return METHODS.get(recipe.method, METHODS["sft"])
+
+
 def _faults(cls: type[Recipe]) -> Iterable[str]:
     yield from _unknown_attributes(cls)
     yield from _typed(cls, "model", ModelSpec, 'a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec')
@@ -159,7 +166,9 @@ def _faults(cls: type[Recipe]) -> Iterable[str]:
     else:
         yield f"dataset: missing, expected {DATASETS}"
     yield from _settings_faults(cls, "lora", "LoraConfig")
-    yield from _settings_faults(cls, "training", "SFTConfig")
+    yield from _settings_faults(cls, "training", config_of(cls))
+    if cls.method not in METHODS:
+        yield f"method: got {cls.method!r}, expected one of {', '.join(METHODS)}"
     with suppress(TypeError, AttributeError):  # a value of the wrong type has been reported above
         yield from bound_faults(cls.lora, cls.training)
     yield from function_faults("format_row", cls.format_row)
@@ -280,6 +289,15 @@ _BOUNDS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("training", "metric_for_best_model", lambda value: value in _BEST, "loss"),
     ("training", "early_stopping_patience", lambda value: value is None or value >= 1, "at least 1 evaluation"),
     ("training", "loraplus_lr_ratio", lambda value: value is None or 1 <= value < math.inf, "at least 1"),
+    ("training", "beta", lambda value: 0 < value < math.inf, "a positive number"),
+    (
+        "training",
+        "truncation_mode",
+        lambda value: value == "keep_start",
+        "keep_start; a row loses its end",
+    ),
+    ("training", "precompute_ref_log_probs", lambda value: not value, "false; its cache is not part of a checkpoint"),
+    ("training", "sync_ref_model", lambda value: not value, "false; the reference is the start, and stays"),
     ("training", "max_grad_norm", lambda value: value >= 0, "0 (no clipping) or a positive number"),
 )
 

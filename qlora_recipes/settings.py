@@ -14,6 +14,7 @@ Knows nothing of rows or weights.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -23,11 +24,14 @@ from typing import Any
 
 from qlora_recipes.errors import UnreadableModelError, UsageError, nearest
 from qlora_recipes.families.configuration import read_config
+from qlora_recipes.fields import fields_of
 from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.models import MODELS, ModelSpec, spec_named
 from qlora_recipes.precision import Precision, precision_named, resolve_dtype
-from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults
-from qlora_recipes.standins import ROWS, STANDINS
+from qlora_recipes.recipe import DatasetSpec, Recipe, bound_faults, config_of
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.receipt import StartReceipt
+from qlora_recipes.standins import PREFERENCES, ROWS, STANDINS
 
 RUNS = Path("runs")
 STORAGES = ("packed", "expanded")
@@ -69,6 +73,13 @@ class Settings:
     """What is not set and fitted to the machine: `batch` (how a step is divided), `checkpointing`."""
     packing_asked: bool = False
     """Whether recipe or flags say if rows are packed; a model that would mix them is not packed otherwise."""
+    start: StartReceipt | None = None
+    """The finished run whose adapter is trained further; None for a new adapter."""
+
+    @property
+    def of_preferences(self) -> bool:
+        """Whether rows hold two answers each, of which one is to be preferred."""
+        return self.recipe.method == "dpo"
 
     @property
     def seed(self) -> int:
@@ -113,11 +124,12 @@ def recipe_name(recipe: type[Recipe]) -> str:
 def resolve(
     recipe: type[Recipe],
     *,
-    precision: str = "nf4",
+    precision: str | None = None,
     dtype: str | None = None,
     demo: bool = False,
     model: str | None = None,
     dataset: str | None = None,
+    from_run: str | Path | None = None,
     output_dir: str | Path | None = None,
     storage: str = "auto",
     lora: Mapping[str, Any] | None = None,
@@ -125,26 +137,41 @@ def resolve(
 ) -> Settings:
     """Return the settings of one run; `lora` and `training` are the fields that the command line sets.
 
-    The recipe overrides the library, the stand-in (with `demo`) the recipe, and the command line all of them.
+    The recipe overrides the library, the stand-in (with `demo`) the recipe, and the command line all of them. A run to
+    start from (`from_run`) decides the adapter and the revision, and the precision and dtype that are not given.
 
     Raises:
         UsageError: for an unknown or contradictory choice, or a demo without rows.
+        RunFolderError: for a run to start from that is not finished, or damaged.
         ModelError: for a model that cannot be tuned, or that must be looked at and cannot be had.
     """
-    stored = precision_named(precision)
+    start = RunFolder(Path(from_run)).as_start() if from_run is not None else None
+    stored = precision_named(precision or (start.receipt.precision if start else "nf4"))
+    if start and not stored.dtype:
+        dtype = dtype or start.receipt.dtype
     check_storage(storage, stored)
     standin = STANDINS.get(recipe.model.family or "llama2") if demo else None
     if demo and standin is None and model is None:
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
     # A demo saves no checkpoints: starting again takes less time.
     demo_lora, demo_training = (standin.lora, {**standin.training, "save_strategy": "no"}) if standin else ({}, {})
-    lora = {**recipe.lora, **demo_lora, **(lora or {})}
+    if recipe.method == "dpo":
+        demo_training = {**demo_training, **PREFERENCES} if standin else {}
+    known = fields_of(config_of(recipe))
+    if unknown := [name for name in training or () if name not in known]:
+        raise UsageError(f"{config_of(recipe)} has no field {unknown[0]!r}.{nearest(unknown[0], known)}")
+    demo_training = {name: value for name, value in demo_training.items() if name in known}
+    lora = dict(lora or {})
+    revision = lora.pop("revision", None)
+    lora = _adapter_of(start, lora) if start else {**recipe.lora, **demo_lora, **lora}
     above = {**demo_training, **(training or {})}
     training = {**recipe.training, **above}
     if faults := list(bound_faults(lora, training)):
         raise UsageError("; ".join(faults))
     source = model or (f"{STANDIN}{standin.family}" if standin else recipe.model.hub_id)
-    revision = lora.pop("revision", None) or (recipe.model.revision if source == recipe.model.hub_id else None)
+    revision = revision or (recipe.model.revision if source == recipe.model.hub_id else None)
+    if start:
+        revision = _check_base(start, source, revision)
     _check_remote_code(training, source, revision)
     spec = spec_of(recipe.model, source, revision, trust_remote_code=bool(training.get("trust_remote_code")))
     lora = {"target_modules": list(spec.linear_layers or ()), **lora}
@@ -165,9 +192,35 @@ def resolve(
         auto_fields=frozenset(
             name for name, fields in AUTO_FIELDS.items() if not fields & (recipe.explicit_fields | above.keys())
         ),
+        start=start,
     )
-    folder = output_dir or RUNS / settings.name / f"{precision}-seed{settings.seed}"
-    return replace(settings, output_dir=Path(folder))
+    folder = Path(output_dir or RUNS / settings.name / f"{stored.name}-seed{settings.seed}")
+    if start and os.path.realpath(folder) == os.path.realpath(start.run):
+        raise UsageError(f"--from_run {start.run}: the new run would replace it. Give --output_dir another folder")
+    return replace(settings, output_dir=folder)
+
+
+def _adapter_of(start: StartReceipt, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the adapter that is trained further, and refuse flags that would make it another one."""
+    lora = start.receipt.settings.lora
+    for name, value in given.items():
+        was = lora.get(name)
+        if (value or was) and value != was and not (isinstance(value, list) and set(value) == set(was or ())):
+            raise UsageError(f"--{name}: got {value!r}, and the adapter of {start.run} has {was!r}. Leave it out")
+    return dict(lora)
+
+
+def _check_base(start: StartReceipt, source: str, revision: str | None) -> str | None:
+    """Return the revision that the run to start from was trained on, and refuse another base."""
+    was = start.receipt.base
+    same = source == was.model or (Path(source).exists() and os.path.realpath(source) == os.path.realpath(was.model))
+    if not same or (revision or was.revision) != was.revision:
+        at = f" --revision {was.revision}" if was.revision else ""
+        raise UsageError(
+            f"--from_run {start.run}: got the base {source}{f' at {revision}' if revision else ''}, expected the one "
+            f"that its adapter was trained on: --model {was.model}{at}"
+        )
+    return was.revision
 
 
 def spec_of(spec: ModelSpec, source: str, revision: str | None, *, trust_remote_code: bool = False) -> ModelSpec:

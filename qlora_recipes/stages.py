@@ -16,8 +16,7 @@ from qlora_recipes.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-    from trl.trainer.sft_trainer import SFTTrainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 _Part = TypeVar("_Part")
 
@@ -59,7 +58,7 @@ class Run:
 
     prepared: Prepared
     loaded: Loaded | None = None
-    built: SFTTrainer | None = None
+    built: Trainer | None = None
     trained: Trained | None = None
 
     @property
@@ -95,7 +94,7 @@ class Run:
         return self._loaded.base_bytes
 
     @property
-    def trainer(self) -> SFTTrainer:
+    def trainer(self) -> Trainer:
         return _reached(self.built, "trainer")
 
     @property

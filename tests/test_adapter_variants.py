@@ -21,7 +21,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from qlora_recipes import Recipe
 from qlora_recipes.base.adapters import WEIGHTS, adapter_tensors, attach, load_adapter
 from qlora_recipes.base.starts import distance_from_checkpoint, from_weights, takes_a_part
-from qlora_recipes.commands import merge
+from qlora_recipes.deploy.choice import DEQUANTIZED, SIXTEEN_BIT
+from qlora_recipes.deploy.merging import merge
 from qlora_recipes.evaluation.loaded import BaseKey, restore_base, restore_run
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.memory.workload import workload_of
@@ -130,8 +131,9 @@ def test_doras_magnitudes_move(name: str, trained: Callable[[str], tuple[RunFold
 def test_merging_writes_what_was_trained(
     name: str, trained: Callable[[str], tuple[RunFolder, Receipt]], tmp_path: Path
 ) -> None:
-    report = merge.merge(trained(name)[0], tmp_path / "merged")
-    assert 0 <= report["merging"] < 0.01
+    way = DEQUANTIZED if name.endswith("nf4") else SIXTEEN_BIT  # the weights that it was trained on
+    made = merge(trained(name)[0], tmp_path / "merged", base=way)
+    assert 0 <= made.candidates[way].moved < 0.01
 
 
 @pytest.mark.parametrize("name", ["pissa nf4", "olora nf4", "loftq nf4", "fast pissa, patterns"])

@@ -158,20 +158,24 @@ def test_a_recipe_of_three_lines_from_a_folder_of_its_own(tmp_path: Path) -> Non
     assert "can be 4-bit" in said
 
 
-def test_a_recipe_of_three_lines_trains(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With byte-level tokens: those of Llama 2 depend on `legacy`, which no file of the model says."""
+THREE_LINES = "from qlora_recipes import Recipe\nclass Mine(Recipe):\n    model = {!r}\n    dataset = 'rows.jsonl'\n"
+LINEAR_NAMES = {"falcon": FALCON_7B.linear_layers or (), "llama2": LLAMA_LINEARS}
+
+
+@pytest.mark.parametrize("family", LINEAR_NAMES)
+def test_a_recipe_of_three_lines_trains(
+    family: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With byte-level tokens, and with those of Llama 2, whose class reads `legacy` and does not save it."""
     monkeypatch.chdir(tmp_path)
     rows = ({"question": f"How many is {i}?", "answer": f"It is {i}."} for i in range(40))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine.py").write_text(
-        "from qlora_recipes import Recipe\nclass Mine(Recipe):\n"
-        f"    model = {str(tiny('falcon'))!r}\n    dataset = 'rows.jsonl'\n"
-    )
+    (tmp_path / "mine.py").write_text(THREE_LINES.format(str(tiny(family))))
     cli.main(["train", "mine.py", "--max_steps", "2", "--max_length", "128", "--save_strategy", "no"])
     receipt = json.loads((tmp_path / "runs/mine/nf4-seed0/run.json").read_text())
-    assert set(receipt["adapter"]["targets"]) == set(FALCON_7B.linear_layers or ())
-    assert receipt["base"]["architecture"]["architecture"] == "falcon, 2 layers of 64"
-    assert receipt["base"]["architecture"]["linears"] == ", ".join(FALCON_7B.linear_layers or ())
+    assert set(receipt["adapter"]["targets"]) == set(LINEAR_NAMES[family])
+    assert receipt["base"]["architecture"]["architecture"] == f"{family.rstrip('2')}, 2 layers of 64"
+    assert receipt["base"]["architecture"]["linears"] == ", ".join(LINEAR_NAMES[family])
 
 
 def test_the_plan_shows_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kill_and_resume import outcome
 from peft import PeftModel
 from preflight_runs import ready, verdict_of
+from rich.console import Console
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import AutoModelForCausalLM
@@ -18,17 +22,25 @@ from trl.trainer.utils import add_fused_lm_head
 
 from qlora_recipes import Recipe
 from qlora_recipes.base import repairs
-from qlora_recipes.base.adapters import adapter_sha256, attach
+from qlora_recipes.base.adapters import adapter_sha256, add_adapter, attach
 from qlora_recipes.base.checkpoint import layer_errors
 from qlora_recipes.base.loading import base_sha256, load_base
-from qlora_recipes.errors import QuantizationError
+from qlora_recipes.deploy.merging import merge
+from qlora_recipes.deploy.mixing import restore_runs
+from qlora_recipes.errors import QuantizationError, UsageError
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import dequantized, expand, is_4bit
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
+from qlora_recipes.memory.estimate import plan
 from qlora_recipes.precision import precision_named, quantization_config
 from qlora_recipes.preflight import gradient, weights
 from qlora_recipes.preflight.probes import keeps_apart
+from qlora_recipes.run.folder import RunFolder
+from qlora_recipes.run.signals import Stopped
+from qlora_recipes.settings import resolve
+from qlora_recipes.training.train import train
+from qlora_recipes.training.trainer import RunTrainer
 
 Small = Callable[[str], Path]
 RecipeFor = Callable[..., type[Recipe]]
@@ -208,6 +220,72 @@ def test_a_model_that_mixes_along_time_otherwise_is_not_packed(
         assert check.verdict == "pass"
         assert check.figure == "not packed, because this model would mix conversations of one row; one a row"
         assert verdict_of(gradient.gradient, run).verdict == "pass"
+
+
+def test_packing_that_was_asked_for_is_refused_where_a_model_would_mix(
+    small: Small, recipe_for: RecipeFor, tmp_path: Path
+) -> None:
+    recipe = recipe_for(lora=dict(r=4, target_modules=["w1"]))
+    for asked in ({"packing": True}, {"packing": False, "padding_free": True}):
+        with pytest.raises(UsageError, match="Lfm2ForCausalLM does not keep conversations apart that share a row"):
+            ready(recipe, small("lfm2"), tmp_path / "run", training=asked)
+    run = ready(recipe, small("lfm2"), tmp_path / "run", training={"packing": False})
+    assert not run.trainer.padding_free
+
+
+def test_a_model_that_is_not_packed_trains_and_says_so(small: Small, recipe_for: RecipeFor, tmp_path: Path) -> None:
+    recipe = recipe_for(lora=dict(r=4, target_modules=["w1"]))
+    settings = resolve(recipe, model=str(small("lfm2")), dataset=recipe.dataset.source, output_dir=tmp_path / "run")
+    said = io.StringIO()
+    receipt = train(settings, skip_checks=["answers_end"], console=Console(file=said, width=200)).receipt()
+    assert receipt.training.padding_share > 0
+    assert "each conversation gets a row, because this model would mix those that share one" in said.getvalue()
+
+
+@pytest.mark.parametrize("mixture", ["gpt_oss", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_an_adapter_of_experts_is_trained_resumed_and_restored_to_the_bit(
+    mixture: str, small: Small, recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every check but that of answers, that of the reloaded adapter among them."""
+    steps = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2, warmup_steps=0)
+
+    def go(folder: str, **options: Any) -> RunFolder:
+        settings = resolve(
+            recipe_for(lora=EXPERTS), model=str(small(mixture)), training=steps, output_dir=tmp_path / folder
+        )
+        made = train(settings, skip_checks=["answers_end"], console=Console(file=io.StringIO()), **options)
+        receipt, planned = made.receipt(), plan(settings).training
+        assert planned.adapter == 4 * receipt.adapter.parameters
+        assert planned.base == pytest.approx(receipt.base.bytes, rel=0.005)
+        return made
+
+    whole = go("whole")
+    receipt = whole.receipt()
+    assert receipt.adapter.targets == ["down_proj", "gate_up_proj", "q_proj"]
+    assert receipt.adapter.unchanged == []
+    plain = RunTrainer.training_step
+
+    def stop(self: RunTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 2:
+            raise Stopped(signal.SIGTERM, 2)
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(RunTrainer, "training_step", stop)
+        go("stopped")
+    go("stopped", resume=True)
+    assert outcome(tmp_path / "stopped") == outcome(whole.path)
+    with restore_runs([whole]) as runs:  # proves the adapter's hash
+        ids = torch.arange(20, 60)[None]
+        expected = runs.model(input_ids=ids).logits
+        assert list(add_adapter(runs.model, whole.adapter, "again").unexpected_keys) == []
+        runs.model.set_adapter("again")
+        assert torch.equal(runs.model(input_ids=ids).logits, expected)
+        with runs.only("base"):
+            assert not torch.equal(runs.model(input_ids=ids).logits, expected)
+    with pytest.raises(UsageError, match=r"trains parameters \(target_parameters\)"):
+        merge(whole, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_random_weight_of_a_block_is_refused(small: Small, recipe_for: RecipeFor, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], list[str], str, str, 
     "recipe": (lambda argv: main(load_recipe(RECIPE), argv), [], "precison", "precision", "r", "big", "int"),
     "list": (verb("list"), ["recipes"], "debugg", "", "", "", ""),
     "train": (verb("train"), ["falcon_faq"], "learning_rat", "learning_rate", "max_steps", "1.5", "int"),
-    "new": (verb("new"), ["mine"], "modle", "model", "model", "gpt2", "one of LLAMA_2_7B_CHAT"),
+    "new": (verb("new"), ["mine"], "datset", "dataset", "dataset", "gone.csv", "a file that exists"),
     "demo": (verb("demo"), [], "margn", "margin", "margin", "100", "points above 0"),
     "benchmark": (verb("benchmark"), ["falcon_faq"], "precision_s", "precisions", "seeds", "1.5", "int"),
     "throughput": (verb("throughput"), [], "hiden_size", "hidden_size", "dtype", "float32", "one of bfloat16"),
@@ -131,7 +131,7 @@ def test_every_command_refuses_alike(refused: Callable[[Callable[[], None]], str
             "limit": "2",
             "dtype": "float16",
             "bias": "all",
-            "model": "FALCON_7B",
+            "dataset": __file__,
         }.get(flag, "16")
         again = "true" if flag in ("packing", "trust_remote_code") else again
         assert f"--{flag} is given twice" in refused(lambda: call([*words, f"--{flag}={again}", f"--{flag}", again]))

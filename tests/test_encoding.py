@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import small_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -189,3 +190,25 @@ def test_a_saved_tokenizer_reloads_with_the_same_ids(tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert whole_text_ids(again, CONVERSATION) == encoder_for(LLAMA_2_7B_CHAT).encode(CONVERSATION).input_ids
+
+
+@pytest.mark.parametrize("answer", ["Yes.", " \n Yes. \n\n", "\t", "\x1f Yes. \u3000"])
+def test_white_space_that_a_control_token_swallows(answer: str) -> None:
+    """As Phi-3's, whose template writes a newline after each of them."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + ' <|end|>\n' }}{% else %}"
+        "{{ '<|assistant|>\n' }}{% generation %}{{ m.content + ' <|end|>\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    tokenizer = small_tokenizer(template=source, eos_token="</s>")
+    flags = {"<|user|>": dict(rstrip=True), "<|assistant|>": {}, "<|end|>": dict(lstrip=True, rstrip=True)}
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(token, **each) for token, each in flags.items()]}
+    )
+    encoder = ConversationEncoder(tokenizer, ChatTemplate(source, "mine.jinja"))
+    said = [*ask("  Who?\n", answer), *ask("Who?", "Ada.")]
+    encoded = encoder.encode(said)
+    assert encoded.input_ids == whole_text_ids(tokenizer, said)
+    assert encoder.closes(encoded.labels) == [True, True]
+    trained = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+    assert trained.count("<|end|>") == 2 and not trained.endswith("\n")
+    assert encoder.encode(ask(" " * 10**6, "Yes."))

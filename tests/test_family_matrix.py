@@ -25,10 +25,6 @@ from qlora_recipes.run.receipt import Check
 
 NAMES = list(ARCHITECTURES)
 TRAINED = ("qwen3_moe", "gemma2", "falcon")  # experts; soft caps and windows; linears of a class of their own
-FAULTS = {"phi3": "control tokens that swallow the white space after them: the encoder keeps it, and is refused for it"}
-MATRIX = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=FAULTS[name])) if name in FAULTS else name for name in NAMES
-]
 SAID = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It was Ada Berg."}]
 
 
@@ -65,7 +61,7 @@ def test_folder_reads_as_it_is_declared(name: str, made: Callable[[str], Path]) 
     assert outline is not None and type(outline).__name__ == architecture.model_class
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_template_and_plan(name: str, made: Callable[[str], Path], rows: Path) -> None:
     found = examine(name, made(name), rows, precisions=())
     assert found.reasons == {}
@@ -84,7 +80,7 @@ def test_a_run_in_nf4(name: str, made: Callable[[str], Path], rows: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_whole_matrix(name: str, made: Callable[[str], Path], rows: Path) -> None:
     found = examine(name, made(name), rows)
     assert found.reasons == {}

@@ -60,3 +60,12 @@ def test_penalty_and_beams_change_the_answer(model: Any) -> None:
 
 def test_the_models_own_defaults_are_shown(model: Any) -> None:
     assert own_defaults(model) == "do_sample True, temperature 0.6, top_p 0.9, repetition_penalty 3.0"
+
+
+def test_a_mixture_that_balances_its_experts_answers_as_without(small: Callable[[str], Path]) -> None:
+    """Transformers' load_balancing_loss_func takes the mask of the whole batch, and logits of the newest token."""
+    mixture = AutoModelForCausalLM.from_pretrained(small("qwen3_moe"), dtype=torch.float32).eval()
+    expected = answered(mixture)
+    mixture.config.output_router_logits = True
+    assert answered(mixture) == expected
+    assert mixture.config.output_router_logits

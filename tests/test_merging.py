@@ -34,6 +34,7 @@ from qlora_recipes.errors import CheckError, DataError, ModelError, RunFolderErr
 from qlora_recipes.evaluation.loaded import BaseKey, restore_base, restore_run
 from qlora_recipes.kernels.dequantize import dequantized, is_4bit
 from qlora_recipes.precision import precision_named
+from qlora_recipes.run.files import write_json
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import model_location
 
@@ -247,6 +248,21 @@ def test_a_merge_that_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match=r"empty\.txt has no words"):
         merge(run, tmp_path / "merged", text=tmp_path / "empty.txt")
+
+
+def test_what_is_known_of_experts_is_said_before_the_base_is_loaded(tmp_path: Path) -> None:
+    """Dequantized weights would have 16-bit experts; an adapter on them has no weight of the checkpoint to go into."""
+    run = RunFolder(make_run(tmp_path, "nf4"))
+    receipt = run.receipt()
+    receipt.base.linears["Experts4bit"] = 2
+    write_json(run.path / "run.json", asdict(receipt))
+    with pytest.raises(UsageError, match=r"--base dequantized: 4-bit experts .* Expected --base 16bit"):
+        merge(run, tmp_path / "merged", base="dequantized")
+    receipt.settings.lora["target_parameters"] = ["experts.down_proj"]
+    write_json(run.path / "run.json", asdict(receipt))
+    with pytest.raises(UsageError, match=r"target_parameters.* cannot be merged"):
+        merge(run, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == [run.path]
 
 
 def paired(sixteen: float, dequantized: float, count: int) -> tuple[Any, Any, choice.Documents]:

@@ -42,6 +42,7 @@ def test_every_fault_is_in_one_message() -> None:
         ({"lora": {"lora_dropout": 1.0}}, "lora_dropout: got 1.0, expected a probability below 1"),
         ({"training": {"learning_rate": -1e-4}}, "learning_rate: got -0.0001, expected a positive number"),
         ({"training": {"bf16": True}}, "bf16 is not set by hand; it follows from --dtype bfloat16"),
+        ({"training": {"push_to_hub": True}}, "push_to_hub is not set by hand; it follows from qlora-recipes push RUN"),
         ({"training": [1]}, "training: got [1], expected a dict of SFTConfig fields"),
         ({"model": 7}, 'model: got 7, expected a hub id or a folder, such as "Qwen/Qwen3-8B", or a ModelSpec'),
         (

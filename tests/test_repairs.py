@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from transformers.models.falcon import modeling_falcon
 from qlora_recipes import Recipe
 from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import adapter_tensors
+from qlora_recipes.base.tokenizer import load_tokenizer
+from qlora_recipes.models import ModelSpec
 from qlora_recipes.precision import precision_named, quantization_config
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.training.build import build_trainer, load_model
@@ -35,8 +39,9 @@ def mended(repair: str) -> str:
 
 
 @pytest.fixture
-def fresh_falcon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fresh_falcon(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> ModuleType:
     """Return Falcon's module as it is installed, in the place of the one that other tests have repaired."""
+    tiny("falcon")  # AutoModelForCausalLM makes it, and keeps the class that it finds first: not that of this module
     spec = importlib.util.spec_from_file_location(modeling_falcon.__name__, modeling_falcon.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -198,6 +203,32 @@ def test_merges_of_spaces_go_last_and_stay_there(tiny: Tiny, tmp_path: Path) -> 
     tokenizer.init_kwargs["legacy"] = True
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).tokenize("a  b") == ["▁a", "▁", "▁b"]
+
+
+def test_a_tokenizer_is_that_of_its_file(tiny: Tiny, tmp_path: Path) -> None:
+    """Llama 2's own tokenizer.json, as Meta's is converted by Transformers 4; TinyLlama and Vicuna have the same."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama2"), folder)
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    file.write_text(
+        json.dumps(content | {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None})
+    )
+    for legacy in ({}, {"legacy": False}):
+        named = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "unk_token": "<unk>", **legacy}
+        settings.write_text(json.dumps(named))
+        text = "<s>[INST]   a\n</s><s>b"
+        expected = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        without = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+        assert without != expected, mended("read_tokenizer_file")
+        tokenizer: Any = load_tokenizer(ModelSpec(str(folder)), str(folder), None)
+        assert tokenizer.repairs == ["read_tokenizer_file"]
+        assert tokenizer.bos_token == "<s>"  # which only the class names
+        tokenizer.save_pretrained(tmp_path / "saved")
+        shutil.copy(folder / "config.json", tmp_path / "saved")  # as a merged model has it
+        for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+            assert each(text, add_special_tokens=False)["input_ids"] == expected
 
 
 def test_transformers_converts_merges_by_id() -> None:

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import pytest
 from fake_runs import answers, flipped, make_run
 
+from qlora_recipes.commands.compare import called
 from qlora_recipes.comparison.findings import ChangedAnswer, Report
 from qlora_recipes.comparison.folders import compare_folders
 from qlora_recipes.errors import RunFolderError
@@ -228,7 +229,7 @@ def test_the_head_says_when_with_what_and_by_which_command(tmp_path: Path, monke
     monkeypatch.setattr(sys, "argv", ["/usr/bin/compare.py", "a", "--token", "hf_abcdefghijklmnopqrstuvwxyz012345"])
     changes = {"nf4": "2026-01-02T03:04:05+00:00", "bf16": "2026-01-02T05:06:07+00:00"}
     runs = [make_run(tmp_path, name, scores=SCORES, receipt={"started": at}) for name, at in changes.items()]
-    found = compare_folders(runs, 1.0)
+    found = compare_folders(runs, 1.0, command=called())
     text = Page(render_html(found)).text
     assert "2026-01-02 03:04 to 2026-01-02 05:06 UTC" in text
     assert "compare.py a --token ***" in text and "hf_abc" not in render_json(found)

@@ -598,7 +598,10 @@ def test_nothing_is_written_and_nothing_raised_where_nothing_can_be(
             ["-m", "qlora_recipes.cli", "evaluate", "disk/run", "--tasks", "held_out", "--limit", "2"],
             "Read-only file system",
         ),
-        (["-m", "qlora_recipes.cli", "merge", "disk/run"], "Read-only file system. Give --output a folder"),
+        (
+            ["-m", "qlora_recipes.cli", "merge", "disk/run"],
+            "Read-only file system. Free some space, or give --output a folder",
+        ),
     ]
     for words, said in commands:
         done = read_only(folder, sys.executable, *words)
@@ -713,7 +716,7 @@ def test_patience_goes_on_where_it_was(
 
 def test_evaluating_needs_rows_to_evaluate_on(runs: Runs, recipe_for: Callable[..., type[Recipe]]) -> None:
     none_kept = recipe_for(dataset=DatasetSpec(runs.recipe.dataset.source, held_out=0.0))
-    settings = replace(runs.settings("nothing held out"), recipe=none_kept)
+    settings = replace(runs.settings("nothing held out"), recipe=none_kept, datasets=none_kept.datasets())
     with pytest.raises(UsageError, match="needs held-out rows"):
         train.train(settings)
     assert not settings.output_dir.exists()

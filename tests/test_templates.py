@@ -15,15 +15,15 @@ import torch
 import trl
 from preflight_runs import read, verdict_of
 from small_tokenizers import small_tokenizer
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT, ChatTemplate
-from qlora_recipes.commands.chat import answer
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
-from qlora_recipes.data.templates import choose_template, fault_of, mark
+from qlora_recipes.data.templates import choose_template, dated, fault_of, mark
 from qlora_recipes.errors import DataError, ModelError, RecipesError, TemplateError
+from qlora_recipes.evaluation.generation import ended, generate
 from qlora_recipes.formatters import Message, Reason, RowError
 from qlora_recipes.models import LLAMA_2_7B_CHAT
 from qlora_recipes.preflight import BEFORE_LOADING, prompts, run_checks
@@ -81,6 +81,10 @@ def source_of(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def training_source_of(name: str) -> str:
+    return dated(ChatTemplate(source_of(f"{name}_training"), name)).source
+
+
 def tokenizer_for(source: str, **named: str) -> PreTrainedTokenizerFast:
     special, words = dict.fromkeys(SPECIAL.findall(source)), dict.fromkeys(WORDS.findall(source))
     return small_tokenizer([*special], [*words], template=source, **{"bos_token": "<s>", "eos_token": "</s>", **named})
@@ -108,7 +112,7 @@ def ours(encoder: ConversationEncoder, messages: list[Any]) -> tuple[list[int], 
 @pytest.mark.parametrize("name", PAIRS)
 def test_ids_and_mask_are_trls_own(name: str) -> None:
     """Of all of TRL's training templates, token by token; a template refuses what it refuses in TRL."""
-    source, training = source_of(name), source_of(f"{name}_training")
+    source, training = source_of(name), training_source_of(name)
     tokenizer = tokenizer_for(source)
     encoder = ConversationEncoder(tokenizer, ChatTemplate(training, name))
     compared = 0
@@ -128,8 +132,9 @@ def test_ids_and_mask_are_trls_own(name: str) -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_marks_are_trls_or_the_template_is_refused(name: str) -> None:
     """As if TRL did not know it: the loss is what TRL has in it and the prompt does not, or there is none."""
-    source, training = source_of(name), source_of(f"{name}_training")
+    source, training = source_of(name), training_source_of(name)
     unknown = source + "{# unknown #}"
+    same_day = dated(ChatTemplate(unknown, name)).source
     tokenizer = tokenizer_for(unknown)
     if name in NOT_MARKED:
         with pytest.raises(TemplateError):
@@ -144,7 +149,7 @@ def test_marks_are_trls_or_the_template_is_refused(name: str) -> None:
             assert got is None, kind
             continue
         assert got is not None and got[0] == expected[0], kind
-        assert got[0] == trls(tokenizer, messages, unknown + "{# {% generation %} #}")[0]  # the text is the original's
+        assert got[0] == trls(tokenizer, messages, same_day + "{# {% generation %} #}")[0]  # the text is the original's
         prompt = encoder.encode_prompt(messages[:-1])
         assert sum(got[1]) > 0 and not any(got[1][i] and not expected[1][i] for i in range(len(got[0]))), kind
         assert got[1][len(prompt) :] == expected[1][len(prompt) :] == [1] * (len(got[0]) - len(prompt)), kind
@@ -305,6 +310,7 @@ def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: Any) -> st
         (["<|reserved_0|>"], {"pad_token": "<|im_end|>"}, "<|reserved_0|>"),
         (["<|reserved_0|>"], {"pad_token": "<s>"}, "<|reserved_0|>"),
         (["<0x00>", "<0xFF>"], {"unk_token": "<unk>"}, "<unk>"),
+        ([">>TITLE<<", ">>SUFFIX<<"], {"unk_token": "<unk>"}, ">>TITLE<<"),  # Falcon's, which are used by no template
     ],
 )
 def test_the_pad_token_is_one_without_a_use(
@@ -412,15 +418,40 @@ def test_rows_with_a_turn_that_the_template_refuses_are_dropped(
         read(recipe_of(recipe_for, tmp_path, system), model)
 
 
-def test_chat_stops_at_the_end_of_a_turn() -> None:
+def test_answers_stop_at_the_end_of_a_turn_and_where_the_model_itself_stops() -> None:
     encoder = encoder_of(source_of("llama3"), pad_token="<pad>")
+    call, hi = encoder.tokenizer.eos_token_id, encoder.tokenizer("Hi")["input_ids"]
     asked: dict[str, Any] = {}
 
-    def generate(**options: Any) -> torch.Tensor:
+    def continued(**options: Any) -> torch.Tensor:
         asked.update(options)
-        return torch.cat([options["input_ids"], torch.tensor([encoder.tokenizer("Hi")["input_ids"]])], 1)
+        rows = [[*hi, encoder.end_id, 0], [*hi, call, 0], [*hi, 5, 6]]
+        return torch.cat([options["input_ids"], torch.tensor(rows)], 1)
 
-    model = SimpleNamespace(device="cpu", generate=generate)
-    run: Any = SimpleNamespace(encoder=encoder, tokenizer=encoder.tokenizer, model=model)
-    assert answer(run, ONE[:1], 4) == "Hi"
-    assert encoder.tokenizer.convert_ids_to_tokens(asked["eos_token_id"]) == "<|eot_id|>"
+    for own in (call, [encoder.end_id, call]):
+        model: Any = SimpleNamespace(
+            device="cpu", generate=continued, generation_config=GenerationConfig(eos_token_id=own)
+        )
+        found = generate(model, [[1], [1], [1]], end=encoder.end_id, pad=0)
+        assert asked["eos_token_id"] == [encoder.end_id, call]
+        assert found == [[*hi, encoder.end_id], [*hi, call], [*hi, 5, 6]]
+        assert [ended(model, encoder.end_id, answer) for answer in found] == [True, True, False]
+    model.generation_config = GenerationConfig()
+    assert len(generate(model, [[1], [1], [1]], end=encoder.end_id, pad=0)[1]) == len(hi) + 2
+
+
+@pytest.mark.parametrize("name", ["gptoss", "llama3_2"])
+def test_a_template_writes_the_same_day_every_day(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of training and of evaluation, months later, with one and the same hash."""
+    tokenizer: Any = load_tokenizer(
+        UNNAMED, saved(tmp_path, tokenizer_for(source_of(name) + "{# #}", pad_token="<pad>")), None
+    )
+    prompt = ConversationEncoder(tokenizer, tokenizer.template).encode_prompt(ONE[:1])
+    assert tokenizer.template.date == "2024-07-26"
+    assert "26 Jul 2024" in tokenizer.decode(prompt) or "2024-07-26" in tokenizer.decode(prompt)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    later = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    text = later.apply_chat_template(ONE[:1], tokenize=False, add_generation_prompt=True)
+    assert later(text, add_special_tokens=False)["input_ids"] == prompt
+    assert "strftime_now(" not in later.chat_template
+    assert choose_template(UNNAMED, tokenizer_for(CHATML)).date is None

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 import qlora_recipes
 from qlora_recipes.base import repairs, upstream
-from qlora_recipes.training.trainer import RunTrainer, _Faults
+from qlora_recipes.training.trainer import ExactResume, PreferenceTrainer, RunTrainer, _Faults
 
 PACKAGE = Path(qlora_recipes.__path__[0])
 DOCS = PACKAGE.parent / "docs"
@@ -139,7 +139,9 @@ def test_no_class_takes_a_private_name_of_its_base_that_is_not_listed() -> None:
 def test_the_page_of_the_trainer_has_every_override_and_every_event() -> None:
     """What docs/trainer.md tells is there, and what is there it tells."""
     page = (DOCS / "trainer.md").read_text(encoding="utf-8")
-    overridden = {name for name in vars(RunTrainer) if name in dir(SFTTrainer) and not name.startswith("__")}
+    classes = ((ExactResume, SFTTrainer), (RunTrainer, SFTTrainer), (PreferenceTrainer, DPOTrainer))
+    overridden = {name for ours, base in classes for name in vars(ours) if name in dir(base)}
+    overridden = {name for name in overridden if not name.startswith("__")}
     events = {name for name in vars(_Faults) if name.startswith("on_")}
     assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == overridden | events
     tests = "\n".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))

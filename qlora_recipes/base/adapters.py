@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
 
@@ -102,6 +103,11 @@ def adapted_modules(model: PeftModel) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
+def set_weights(model: PeftModel, folder: Path) -> None:
+    """Set the adapter's weights to those saved in a folder."""
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=ADAPTER)
+
+
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Return the base with a saved adapter, unmerged, in float32 as it was trained.
 
@@ -121,3 +127,25 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"the adapter at {folder} does not fit this base: {first}") from error
     fuse_lora_layers(model)
     return model
+
+
+def add_adapter(model: PeftModel, folder: Path, name: str) -> Any:
+    """Put one more saved adapter on a base, frozen and in float32; return the names that PEFT misses or did not expect.
+
+    PEFT 0.21 knows a parameter in 4 bits that carries an adapter by another name, would leave out what is saved for it,
+    and wants all adapters to give the same names.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    saved = set(config.target_parameters or ())
+    known: list[Any] = list(model.peft_config.values())
+    alike = [config, *(each for each in known if saved and saved == set(each.target_parameters or ()))]
+    plain = [each.target_parameters for each in alike]
+    try:
+        for each in alike:
+            each.target_parameters = full_names(model.get_base_model(), list(saved)) or None
+        model.add_adapter(name, config)
+    finally:
+        for each, names in zip(alike, plain, strict=True):
+            each.target_parameters = names
+    return model.load_adapter(str(folder), name, use_safetensors=True)

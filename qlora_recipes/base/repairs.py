@@ -12,7 +12,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -228,6 +228,27 @@ def merge_spaces_last(tokenizer: PreTrainedTokenizerBase) -> bool:
     content["model"]["merges"] = ordered
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
     return True
+
+
+def read_tokenizer_file(
+    tokenizer: PreTrainedTokenizerBase, load: Callable[..., PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer as its tokenizer.json has it, where its class makes another of it; else None.
+
+    Transformers 5.23, `models/llama/tokenization_llama.py`, `LlamaTokenizer.__init__`: of tokenizer.json it takes the
+    words and merges, and puts a pre-tokenizer of its own in front. Unless tokenizer_config.json says `legacy`, which
+    those of Llama 2's time do not or say otherwise, the text after a control token begins with `[` where the file (as
+    Meta) has `▁[`, and three spaces are two. `load(cls)` calls a class's `from_pretrained` for the same model.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("bos_token", "eos_token", "unk_token")  # which a class may have where the files name none
+    named = {name: token for name in names if (token := getattr(tokenizer, name)) is not None}
+    plain = load(PreTrainedTokenizerFast, **named)
+    texts = ("[a] b", "a  b", "   a\n  b\n\n\tc", "don't x_y(z): é 漢 1234 12.5%")
+    probes = [start + text for start in ("", *named.values()) for text in texts]
+    made, filed = (each(probes, add_special_tokens=False)["input_ids"] for each in (tokenizer, plain))
+    return plain if made != filed else None
 
 
 def keep_4bit_gradients(model: PreTrainedModel) -> bool:

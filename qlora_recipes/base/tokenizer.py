@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from qlora_recipes.base import repairs
 from qlora_recipes.base.loading import from_hub
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.data.templates import choose_template
+from qlora_recipes.data.templates import choose_template, turn_pieces
 from qlora_recipes.errors import ModelError, TemplateError
 from qlora_recipes.models import ModelSpec
 
@@ -41,9 +43,8 @@ def load_tokenizer(
     tokenizer: Any = from_hub(AutoTokenizer.from_pretrained, model, revision, **own)
     if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
         raise ModelError(f"{model} has no tokenizer.json or tokenizer.model, expected one beside its config.json")
-    tokenizer.init_kwargs.update(spec.tokenizer)  # otherwise they are not saved, and a reload gives other ids
-    repaired = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
-    tokenizer.repairs = ["merge_spaces_last"] if repaired else []  # for the receipt
+    tokenizer, repaired = _repaired(spec, tokenizer, model, revision, own)
+    tokenizer.repairs = repaired  # for the receipt
     if tokenizer.eos_token_id is None:
         raise TemplateError(f"the tokenizer of {model} names no eos_token, expected one in its tokenizer_config.json")
     rows = _embedding_rows(tokenizer, model, revision, trust_remote_code)
@@ -52,6 +53,33 @@ def load_tokenizer(
     tokenizer.pad_token = _pad_token(spec, tokenizer, template, model, rows)
     tokenizer.padding_side = "right"
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _repaired(
+    spec: ModelSpec, tokenizer: Any, model: str, revision: str | None, own: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    """Return the tokenizer with its upstream defects repaired, and the names of the repairs."""
+    rebuilt = tokenizer.is_fast and type(tokenizer) is not PreTrainedTokenizerFast
+    if rebuilt and not spec.tokenizer and _has_file(model, revision):  # a spec that says how to load it knows better
+        load = partial(_load, model=model, revision=revision, **own)
+        if (plain := repairs.read_tokenizer_file(tokenizer, load)) is not None:
+            return plain, ["read_tokenizer_file"]
+    # What is not in init_kwargs is not saved, and a reload gives other ids; LlamaTokenizer drops its `legacy`.
+    legacy = {"legacy": tokenizer.legacy} if hasattr(tokenizer, "legacy") else {}
+    tokenizer.init_kwargs.update(legacy | spec.tokenizer)
+    merged_last = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
+    return tokenizer, ["merge_spaces_last"] if merged_last else []
+
+
+def _load(cls: Any, *, model: str, revision: str | None, **own: Any) -> PreTrainedTokenizerBase:
+    return cast("PreTrainedTokenizerBase", from_hub(cls.from_pretrained, model, revision, **own))
+
+
+def _has_file(model: str, revision: str | None) -> bool:
+    try:
+        return from_hub(cached_file, model, revision, filename="tokenizer.json") is not None
+    except ModelError:
+        return False
 
 
 def _embedding_rows(tokenizer: Any, model: str, revision: str | None, trust_remote_code: bool) -> int:
@@ -88,27 +116,31 @@ def _pad_token(spec: ModelSpec, tokenizer: Any, template: ChatTemplate, model: s
             f"{model} has no token {spec.pad_token!r} to pad with, and a new one would resize the embedding; "
             "set ModelSpec.pad_token to a token of its vocabulary that no conversation holds"
         )
-    end = ConversationEncoder(tokenizer, template).end_token
+    encoder = ConversationEncoder(tokenizer, template)
+    end = encoder.end_token
     taken = {end, tokenizer.eos_token}
     if spec.pad_token in taken:
         raise TemplateError(f"{model} pads with {spec.pad_token!r} and ends turns with {end!r}; these must differ")
-    for token in [spec.pad_token] if spec.pad_token else _unused(tokenizer, template):
+    for token in [spec.pad_token] if spec.pad_token else _unused(encoder):
         if token not in taken and vocabulary[token] < rows:
             return token
     raise TemplateError(
-        f"{model} has no token to pad with: its vocabulary reserves none, and it ends turns with {end!r}; "
+        f"{model} has no token to pad with: its template writes all that no text becomes, and it ends turns with {end!r}; "
         "set ModelSpec.pad_token to a token of its vocabulary that no conversation holds"
     )
 
 
-def _unused(tokenizer: Any, template: ChatTemplate) -> Iterator[str]:
+def _unused(encoder: ConversationEncoder) -> Iterator[str]:
     """Yield tokens that no text becomes and the template does not write, the tokenizer's own pad token first."""
+    tokenizer: Any = encoder.tokenizer
+    written = "\n".join([encoder.template.source, *map(encoder.spelled, turn_pieces(encoder))])
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     used = {None, tokenizer.bos_token, tokenizer.unk_token}
-    free = [token for token in (tokenizer.pad_token, *special) if token not in used and token not in template.source]
+    free = [token for token in (tokenizer.pad_token, *special) if token not in used and token not in written]
     yield from (token for token in free if token == tokenizer.pad_token)
     for pattern in _RESERVED[:2]:
         yield from filter(pattern.search, free)
     if tokenizer.unk_token is not None and all(byte in tokenizer.get_vocab() for byte in _EVERY_BYTE):
         yield tokenizer.unk_token
     yield from filter(_RESERVED[2].search, free)
+    yield from free  # such as Falcon's >>TITLE<<

@@ -36,6 +36,9 @@ class ChatTemplate:
 
     origin: Origin = "recipe"
 
+    date: str | None = None
+    """The day that it writes in place of today's, in ISO 8601; None where it writes none."""
+
     @classmethod
     def from_file(cls, path: Path, role_markers: str | None = None, origin: Origin = "recipe") -> ChatTemplate:
         """Read a `.jinja` file.

@@ -23,7 +23,7 @@ from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field, fields_of
 from qlora_recipes.masking import masked, names_secret
 from qlora_recipes.precision import DTYPES, PRECISIONS
-from qlora_recipes.recipe import DERIVED, Recipe, find_recipe
+from qlora_recipes.recipe import DERIVED, METHODS, Recipe, config_of, find_recipe
 from qlora_recipes.run.display import say
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import AUTO_FIELDS, STANDIN, Settings, recipe_name, resolve
@@ -35,6 +35,7 @@ _OWN_FLAGS = (
     Field("demo", "bool", "stand-in model and bundled rows, through the same code"),
     Field("model", "str", "another source of the base", "ID_OR_FOLDER"),
     Field("dataset", "str", "another source of the rows", "ID_OR_FILE"),
+    Field("from_run", "str", "train the adapter of a finished run further, in place of a new one", "RUN"),
     Field("output_dir", "str", "run folder (default: runs/<recipe>/<precision>-seed<seed>)", "FOLDER"),
     Field("plan", "bool", "print what would be done and what was checked, and train nothing"),
     Field("checks", "Literal['brief', 'all']", "show checks by group, or each on a line (default: brief)", "brief|all"),
@@ -61,7 +62,6 @@ _COMMON = {
     "eval_steps": "steps between two such losses, or their share of all steps",
     "report_to": "tracker that gets the loss, such as tensorboard",
 }
-_CONFIGS = ("SFTConfig", "LoraConfig")
 _TYPES = {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", dict: "JSON"}
 _MANY = 8  # words that `--help` does not list
 
@@ -116,7 +116,7 @@ def parse(recipe: type[Recipe], argv: Sequence[str], prog: str = "") -> dict[str
         UsageError: for a flag that is unknown (naming the nearest), given twice, or of another type.
     """
     about = (recipe.__doc__ or sys.modules[recipe.__module__].__doc__ or "").strip()
-    ours, *_ = sections = _sections()
+    ours, *_ = sections = _sections(config_of(recipe))
     shown = {ours: sections.pop(ours), "most used, with the values of this recipe": _common(recipe)}
     prog = prog or f"{recipe_name(recipe)}.py"
     return _with_config(Parser(prog, about, shown, more=sections, derived=DERIVED).parse(argv))
@@ -156,8 +156,8 @@ def choices_from(flags: Mapping[str, Any]) -> Choices:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     own = {flag.name for flag in _OWN_FLAGS}
     lora, training = (
-        {name: flags[name] for name in fields_of(config) if name in flags and name not in own}
-        for config in reversed(_CONFIGS)
+        {name: flags[name] for config in configs for name in fields_of(config) if name in flags and name not in own}
+        for configs in (("LoraConfig",), METHODS.values())
     )
     chosen = {name: flags[name] for name in Choices.__annotations__ if name in flags}
     return cast(Choices, {**chosen, "lora": lora, "training": training})
@@ -165,13 +165,14 @@ def choices_from(flags: Mapping[str, Any]) -> Choices:
 
 def _common(recipe: type[Recipe]) -> list[Field]:
     """Return the flags that are used most, each with its value in the recipe."""
-    fields = {**fields_of("SFTConfig"), **fields_of("LoraConfig")}
+    fields = {**fields_of(config_of(recipe)), **fields_of("LoraConfig")}
     linears = recipe.model.linear_layers or "every linear layer of a decoder block"
     values = {"target_modules": linears, **recipe.lora, **recipe.training}
     if not AUTO_FIELDS["batch"] & recipe.explicit_fields:
         values |= dict.fromkeys(AUTO_FIELDS["batch"], "fitted to the machine")
     shown = {name: f" (here: {_in_words(values[name])})" if name in values else "" for name in _COMMON}
-    return [_readable(replace(fields[name], help=help + shown[name])) for name, help in _COMMON.items()]
+    common = {name: help + shown[name] for name, help in _COMMON.items() if name in fields}
+    return [_readable(replace(fields[name], help=help)) for name, help in common.items()]
 
 
 def _in_words(value: Any) -> str:
@@ -188,12 +189,13 @@ def _readable(field: Field) -> Field:
     return replace(field, metavar="JSON" if nested else "|".join(dict.fromkeys(words)))
 
 
-def _sections() -> dict[str, list[Field]]:
-    """Every flag of a recipe under the heading that `--help` shows."""
+def _sections(*configs: str) -> dict[str, list[Field]]:
+    """Every flag of a recipe under the heading that `--help` shows; of every method unless one is named."""
+    configs = (*(configs or METHODS.values()), "LoraConfig")
     taken = {*DERIVED, *(flag.name for flag in _OWN_FLAGS)}
-    fields = {config: [f for name, f in fields_of(config).items() if name not in taken] for config in _CONFIGS}
+    fields = {config: [f for name, f in fields_of(config).items() if name not in taken] for config in configs}
     return {"this package": list(_OWN_FLAGS)} | {
-        f"{config}, every field under its own name": list(map(_readable, fields[config])) for config in _CONFIGS
+        f"{config}, every field under its own name": list(map(_readable, fields[config])) for config in configs
     }
 
 

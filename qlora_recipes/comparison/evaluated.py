@@ -14,8 +14,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from qlora_recipes.comparison.proof import check_adapter, check_arms, check_scores, check_storage
-from qlora_recipes.comparison.receipts import receipt_differences
+from qlora_recipes.comparison.proof import check_adapter, check_arms, check_scores, check_start, check_storage
+from qlora_recipes.comparison.receipts import own_starts, receipt_differences
 from qlora_recipes.errors import ComparisonError, nearest
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, read_task
 from qlora_recipes.run.differences import shortened
@@ -122,6 +122,7 @@ def read_scores(path: Path, tasks: Sequence[str] | None = None) -> Run:
             f"Run: qlora-recipes evaluate RUN --tasks {missing[0]}"
         )
     check_storage(path, receipt)
+    check_start(path, receipt)
     check_adapter(path, receipt, adapter)
     results = read_results(folder.evaluation, tasks or there, str(path))
     check_weights(results, receipt.adapter.final_sha256, receipt.base.sha256, "the run again")
@@ -171,6 +172,11 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
             )
         for seed, run in by_seed.items():
             _check_same(first[seed], run)
+        if len({own_starts(first[seed].receipt, run.receipt) for seed, run in by_seed.items()}) > 1:
+            raise ComparisonError(
+                f"the runs of {one} and {precision} start from one adapter with some seeds and from two with others; "
+                "expected the same with every seed. Train them alike"
+            )
     return {precision: dict(sorted(by_seed.items())) for precision, by_seed in arms.items()}
 
 

@@ -62,6 +62,20 @@ def check_adapter(run: Path, receipt: Receipt, file: Path) -> None:
         )
 
 
+def check_start(run: Path, receipt: Receipt) -> None:
+    """Refuse a receipt whose first adapter is not the one that the run it began with ended with.
+
+    Raises:
+        ComparisonError: naming both hashes.
+    """
+    first, start = receipt.adapter.initial_sha256, receipt.start
+    if start and first != start.receipt.adapter.final_sha256:
+        raise ComparisonError(
+            f"{run} began with the adapter {first[:12]}, and {start.run}, which it is to start from, ended with "
+            f"{start.receipt.adapter.final_sha256[:12]}. {_TRAIN}"
+        )
+
+
 def check_arms(runs: Sequence[tuple[Path, Receipt]]) -> None:
     """Refuse two runs that are one: the same adapter twice, or one base under the names of two precisions.
 

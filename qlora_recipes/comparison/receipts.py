@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from qlora_recipes.run.differences import differences
+from qlora_recipes.run.differences import MISSING, differences
 from qlora_recipes.run.receipt import Receipt
 
 # Sections and keys that every arm shares. Left out on purpose: timings, paths, the command, git, how the base is
@@ -20,14 +20,43 @@ SHARED = (
     "training.supervised_tokens training.packed training.processes training.device training.attention"
 ).split()
 # Those of them, and others, that follow from the seed.
-SEEDED = ["seed", "adapter.initial_sha256"]
+INITIAL = "adapter.initial_sha256"
+SEEDED = ["seed", INITIAL]
 _OF_SEED = {"settings.training.seed", "training.tokens", "training.supervised_tokens", "training.micro_batches"}
 
 
 def receipt_differences(a: Receipt, b: Receipt, *, same_seed: bool = True) -> Iterator[tuple[str, Any, Any]]:
     """Yield every dotted key in which two receipts differ and should not, with both values."""
+    found = list(_start_differences(a, b, same_seed=same_seed))
+    yield from found
+    own = not found and same_seed and own_starts(a, b)
     for name in SHARED + (SEEDED if same_seed else []):
+        if own and name == INITIAL:
+            continue
         section = attrgetter(name)
         for key, left, right in differences(section(a), section(b), name):
             if same_seed or key not in _OF_SEED:
                 yield key, left, right
+
+
+def own_starts(a: Receipt, b: Receipt) -> bool:
+    """Whether two runs began with the adapters of two other runs."""
+    return bool(a.start and b.start) and a.adapter.initial_sha256 != b.adapter.initial_sha256
+
+
+def _start_differences(a: Receipt, b: Receipt, *, same_seed: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Yield why what two runs began with makes another difference than precision.
+
+    Runs that began with one adapter have that in common, as new adapters of one seed are. Those that began with two are
+    arms as a whole, where the earlier runs could be compared themselves: each of the precision of the run that goes on.
+    """
+    if not (a.start and b.start):
+        if a.start or b.start:
+            yield "start", a.start.run if a.start else MISSING, b.start.run if b.start else MISSING
+    elif own_starts(a, b):
+        one, other = a.start, b.start
+        if same_seed and (one.receipt.precision, other.receipt.precision) != (a.precision, b.precision):
+            yield "start.run", one.run, other.run
+        else:
+            earlier = receipt_differences(one.receipt, other.receipt, same_seed=same_seed)
+            yield from ((f"start.receipt.{key}", left, right) for key, left, right in earlier)

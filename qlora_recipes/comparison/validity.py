@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from qlora_recipes.comparison.evaluated import Run
 from qlora_recipes.comparison.findings import Fact
-from qlora_recipes.comparison.receipts import SEEDED, SHARED
+from qlora_recipes.comparison.receipts import INITIAL, SEEDED, SHARED, own_starts
 from qlora_recipes.evaluation.records import TaskResult
-from qlora_recipes.run.receipt import Receipt
+from qlora_recipes.run.receipt import Receipt, StartReceipt
 
 
 def validity(runs: Sequence[Run]) -> list[Fact]:
@@ -27,7 +27,9 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     receipts = [run.receipt for run in runs]
     first = receipts[0]
     data, adapter = first.data, first.adapter
-    yield "receipts", True, f"equal in {len(SHARED + SEEDED)} sections: {', '.join(SHARED + SEEDED)}"
+    own = any(own_starts(first, one) for one in receipts if one.seed == first.seed)
+    equal = [name for name in SHARED + SEEDED if not (own and name == INITIAL)]
+    yield "receipts", True, f"equal in {len(equal)} sections: {', '.join(equal)}"
     yield "base as stored", True, "; ".join(dict.fromkeys(_storage(receipt) for receipt in receipts))
     counted = (
         f"{data.source}: {data.rows_used:,} of {data.rows_in:,} rows, {data.rows_held_out:,} held out, "
@@ -37,7 +39,10 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     yield "data", data.answers_truncated == 0, counted
     drawn = "; ".join(dict.fromkeys(f"seed {one.seed}: sha256 {one.adapter.initial_sha256[:12]}" for one in receipts))
     weights = f"{adapter.parameters:,} weights in {adapter.dtype}"
-    yield "adapter before training", True, f"{weights}; {drawn} in every precision"
+    yield "adapter before training", True, f"{weights}; {drawn}" + (" in every precision" if not own else "")
+    if starts := [one.start for one in receipts if one.start]:
+        alike = "; these differ in precision alone, so that a difference is one of both trainings" if own else ""
+        yield "started from", True, "; ".join(dict.fromkeys(map(_started_from, starts))) + alike
     checks = [check for receipt in receipts for check in receipt.checks]
     odd = sorted({f"{check.name}: {check.figure}" for check in checks if check.verdict in ("warn", "fail")})
     passed = sum(check.verdict == "pass" for check in checks)
@@ -46,6 +51,11 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     yield "upstream defects repaired", True, ", ".join(repairs) or "none found"
     yield "versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items())
     yield "device", True, f"{first.training.device}, attention {first.training.attention}"
+
+
+def _started_from(start: StartReceipt) -> str:
+    was = start.receipt
+    return f"{was.recipe}, {was.precision}, seed {was.seed}: sha256 {was.adapter.final_sha256[:12]}"
 
 
 def _storage(receipt: Receipt) -> str:

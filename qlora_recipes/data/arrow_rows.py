@@ -22,7 +22,7 @@ import numpy
 import pyarrow
 from datasets import Dataset
 
-from qlora_recipes.data.encoding import Encoded
+from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import RecipesError, SetupError
 from qlora_recipes.formatters import Message, Tools
 
@@ -36,6 +36,8 @@ _SCHEMA = pyarrow.schema(
         "tools": pyarrow.large_string(),  # as JSON; null where a row has none
         "input_ids": pyarrow.list_(pyarrow.int32()),
         "labels": pyarrow.list_(pyarrow.int32()),
+        "rejected": pyarrow.large_string(),  # null where a row has one answer
+        "rejected_ids": pyarrow.list_(pyarrow.int32()),
         "supervised_lost": pyarrow.int32(),
         "truncated": pyarrow.bool_(),
     }
@@ -56,6 +58,27 @@ class Conversation:
     truncated: bool
     tools: Tools | None = None
     """Schemas of the tools that the row offers."""
+    rejected: str | None = None
+    """The answer that is worse than the last one of the messages, in a row of preferences."""
+    rejected_ids: list[int] | None = None
+    """Its tokens, which follow the same prompt; truncated to max_length with it."""
+
+    @property
+    def pair(self) -> dict[str, list[int]]:
+        """The prompt's tokens and those of both answers, as DPOTrainer's collator takes them."""
+        prompt = self.encoded.input_ids[: answer_span(self.encoded.labels)[0]]
+        return {"prompt_ids": prompt, "chosen_ids": answer_ids(self.encoded), "rejected_ids": self.rejected_ids or []}
+
+
+def answer_span(labels: Sequence[int]) -> tuple[int, int]:
+    """Return where the answer begins and ends, in a row whose loss is one answer."""
+    supervised = [i for i, label in enumerate(labels) if label != IGNORED]
+    return supervised[0], supervised[-1] + 1
+
+
+def answer_ids(row: Encoded) -> list[int]:
+    """Return the tokens of the answer, in a row whose loss is one answer."""
+    return row.input_ids[slice(*answer_span(row.labels))]
 
 
 class Rows(Sequence[Conversation]):
@@ -82,10 +105,11 @@ class Rows(Sequence[Conversation]):
             yield from map(_conversation, *batch.values())
 
     def words_as_json(self) -> Iterator[str]:
-        """Yield the messages of each row, and its tools where it has any, as JSON, the way they are stored."""
-        for batch in self._table.select_columns(["messages", "tools"]).iter(_READ):
-            for messages, tools in zip(batch["messages"], batch["tools"], strict=True):
-                yield messages if tools is None else messages + tools
+        """Yield the messages of each row, and its tools and its other answer where it has any, as they are stored."""
+        columns = ["messages", "tools", "rejected"]
+        for batch in self._table.select_columns(columns).iter(_READ):
+            for parts in zip(*(batch[name] for name in columns), strict=True):
+                yield "".join(part for part in parts if part is not None)
 
     def where(self, chosen: numpy.ndarray) -> Rows:
         """Return the rows for which `chosen`, one bool for each row, is true."""
@@ -94,6 +118,10 @@ class Rows(Sequence[Conversation]):
     def dataset(self) -> Dataset:
         """Return ids and labels as a dataset read from disk, which is valid only as long as these rows exist."""
         return self._table.select_columns(["input_ids", "labels"])
+
+    def pairs(self) -> Dataset:
+        """Return the rows of preferences as DPOTrainer's collator takes them."""
+        return Dataset.from_list([row.pair for row in self])
 
 
 class _RowFile:
@@ -117,11 +145,14 @@ def _conversation(
     tools: str | None,
     input_ids: list[int],
     labels: list[int],
+    rejected: str | None,
+    rejected_ids: list[int] | None,
     supervised_lost: int,
     truncated: bool,
 ) -> Conversation:
     encoded, read = Encoded(input_ids, labels), None if tools is None else json.loads(tools)
-    return Conversation(place, json.loads(messages), encoded, supervised_lost, truncated, read)
+    said = json.loads(messages)
+    return Conversation(place, said, encoded, supervised_lost, truncated, read, rejected, rejected_ids)
 
 
 def _columns(row: Conversation) -> dict[str, object]:

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import jinja2
 import numpy
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -42,6 +43,7 @@ _PROBES: tuple[Sequence[Any], ...] = (
     [{"role": "user", "content": "words"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
 )
 """Conversations that show how a template ends an earlier turn, the last one, and one that calls a tool."""
+_SPACE = r"[^\S\x1c-\x1f]"  # what tokenizers take for white space: Unicode's property, of which Python has more
 # Unicode's noncharacters, which text must not contain: one for each control token of a template.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -107,7 +109,9 @@ class ConversationEncoder:
         self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
-        self._cut = re.compile("([" + "".join(marks.values()) + "])")
+        flags = {token.content: token for token in added}
+        cuts = [_with_swallowed(mark, flags.get(token)) for token, mark in marks.items()]
+        self._cut = re.compile(f"({'|'.join(cuts)})")
         self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         """Whether the tokenizer itself puts BOS before a text."""
         self.knows_developer = re.search("['\"]developer['\"]", source) is not None
@@ -275,7 +279,7 @@ class ConversationEncoder:
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        plain = [piece for parts in pieces for piece in parts if piece and piece not in self._ids]
+        plain = [piece for parts in pieces for piece in parts if piece and piece.strip() not in self._ids]
         options = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         batch = self.tokenizer(plain, **options) if plain else {"input_ids": [], "offset_mapping": []}
         tokens = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
@@ -289,9 +293,9 @@ class ConversationEncoder:
         positions: list[int] = []  # of each token's first character in the rendered text
         start = 0
         for piece in pieces:
-            if piece in self._ids:
-                ids.append(self._ids[piece])
-                positions.append(start)
+            if (mark := piece.strip()) in self._ids:
+                ids.append(self._ids[mark])
+                positions.append(start + piece.index(mark))
             elif piece:
                 found, offsets = next(tokens)
                 ids += found
@@ -302,6 +306,13 @@ class ConversationEncoder:
         for begin, end in spans:
             supervised |= (begin <= places) & (places < end)
         return Encoded(ids, numpy.where(supervised, ids, IGNORED).tolist())
+
+
+def _with_swallowed(mark: str, token: AddedToken | None) -> str:
+    """Return the pattern of a control token, with the white space beside it that becomes part of it (Phi-3's do so)."""
+    before, after = (token.lstrip, token.rstrip) if token else (False, False)
+    run = f"(?:(?<!{_SPACE}){_SPACE}+)?"  # from its beginning, so that no other place in it is tried
+    return (run if before else "") + mark + (f"{_SPACE}*" if after else "")
 
 
 def _stretches(labels: Sequence[int]) -> list[tuple[int, ...]]:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from qlora_recipes.data.arrow_rows import Conversation, write_rows
+from qlora_recipes.data.arrow_rows import Conversation, answer_ids, answer_span, write_rows
 from qlora_recipes.data.columns import ColumnUse, WatchedRow
-from qlora_recipes.data.encoding import ConversationEncoder, Rendered
+from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
 from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
@@ -33,8 +33,10 @@ from qlora_recipes.formatters import (
     check_conversation,
     detect,
     is_trained,
+    preferences,
     split_reasoning,
 )
+from qlora_recipes.formatters.preferences import pair
 from qlora_recipes.recipe import DatasetSpec
 from qlora_recipes.run.receipt import DataReceipt, DatasetReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
@@ -51,6 +53,8 @@ class _Row(NamedTuple):
     messages: list[Message]
     tools: Tools | None
     rendered: Rendered
+    rejected: tuple[str, Rendered] | None
+    """The other answer of a row of preferences, and the conversation that ends with it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class _Tally:
     formatter: Formatter | None
     name: str
     """Stands before the places of its rows, where there are several datasets."""
+    of_preferences: bool
     dropped: Counter[str] = field(default_factory=Counter)
     contents: Counter[str] = field(default_factory=Counter)
     figures: list[numpy.ndarray] = field(default_factory=list)
@@ -94,9 +99,9 @@ def prepare(
         DataError: when a source cannot be read, or no row of it can be used.
         SetupError: when the disk has no room for the encoded rows.
     """
-    several = len(settings.datasets) > 1
+    several, of_preferences = len(settings.datasets) > 1, settings.of_preferences
     tallies = [
-        _Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "")
+        _Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "", of_preferences)
         for spec in settings.datasets
     ]
     max_length = settings.training["max_length"]
@@ -170,12 +175,21 @@ def _render(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -
         RowError: when the row cannot be used, or the template does not render all of it.
     """
     spec, where = tally.spec, f"{tally.spec.source}, {place}"
-    tally.formatter = tally.formatter or _detect(row, where)
-    messages, tools = _format(tally.formatter, row, where)
+    tally.formatter = tally.formatter or (preferences if tally.of_preferences else _detect(row, where))
+    messages, tools, rejected = _format(tally.formatter, row, where, pairs=tally.of_preferences)
     if spec.system and messages[0]["role"] not in ("system", "developer", TEXT):
         messages = [{"role": "system", "content": spec.system.strip()}, *messages]
     if encoder.knows_reasoning:
         messages = split_reasoning(messages)
+    rendered = _rendered_whole(messages, tools, encoder)
+    if rejected is None:
+        return _Row(f"{tally.name}{place}", messages, tools, rendered, None)
+    other = [*messages[:-1], {**messages[-1], "content": rejected}]
+    return _Row(f"{tally.name}{place}", messages, tools, rendered, (rejected, _rendered_whole(other, tools, encoder)))
+
+
+def _rendered_whole(messages: list[Message], tools: Tools | None, encoder: ConversationEncoder) -> Rendered:
+    """Return the text of a conversation, or raise RowError where the template does not render all of it."""
     rendered = encoder.render(messages, tools)
     left_out = list(encoder.fate(messages, tools).left_out)
     if any(message["content"] not in rendered.text for message in messages if is_trained(message)):
@@ -183,7 +197,7 @@ def _render(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -
     if left_out:
         what = f"{', '.join(left_out[:4])}{' and more' if len(left_out) > 4 else ''}"
         raise RowError(Reason.LEFT_OUT, f"{encoder.template.name} does not render {what}")
-    return _Row(f"{tally.name}{place}", messages, tools, rendered)
+    return rendered
 
 
 def _detect(row: Any, where: str) -> Formatter:
@@ -195,11 +209,20 @@ def _detect(row: Any, where: str) -> Formatter:
         raise DataError(f"{where}: {error}") from error
 
 
-def _format(formatter: Formatter, row: Any, place: str) -> tuple[list[Message], Tools | None]:
+def _format(
+    formatter: Formatter, row: Any, place: str, *, pairs: bool
+) -> tuple[list[Message], Tools | None, str | None]:
     """Apply a formatter, and name the row in whatever error it raises."""
     name = getattr(formatter, "__name__", "format_row")
     try:
-        return check_conversation(formatter(row), source=name)
+        found: Any = formatter(row)
+        if not pairs:
+            return *check_conversation(found, source=name), None
+        if not isinstance(found, Mapping) or not {"messages", "rejected"} <= found.keys():
+            raise RowError(Reason.NOT_A_PAIR, f"{name} gave no messages and rejected, expected both")
+        answer = {"role": "assistant", "content": found["rejected"]}
+        found = pair(found, {**found, "messages": [*found["messages"][:-1], answer]})
+        return found["messages"], found.get("tools"), found["rejected"]
     except RowError:
         raise
     except Exception as error:  # a user's formatter can raise anything
@@ -218,11 +241,18 @@ def _encoded(
     for batch in _batches(_rendered(tally, encoder)):
         usable = []
         encoded = encoder.tokenize([row.rendered for row in batch])
-        for (place, messages, tools, _), whole in zip(batch, encoded, strict=True):
-            cut = whole.cut(max_length)
-            lost, truncated = whole.supervised - cut.supervised, len(whole.input_ids) > max_length
-            if cut.supervised:
-                usable.append(Conversation(place, messages, cut, lost, truncated, tools))
+        others = iter(encoder.tokenize([row.rejected[1] for row in batch if row.rejected]))
+        for (place, messages, tools, _, rejected), whole in zip(batch, encoded, strict=True):
+            other = next(others) if rejected else None
+            if other and _prompt_of(whole) != _prompt_of(other):
+                tally.dropped[Reason.NOT_A_PAIR] += 1
+                continue
+            cut, other = whole.cut(max_length), other.cut(max_length) if other else None
+            lost = whole.supervised - cut.supervised
+            truncated = len(whole.input_ids) > max_length
+            if cut.supervised and (other is None or other.supervised):
+                answers = (rejected[0], answer_ids(other)) if rejected and other else ()
+                usable.append(Conversation(place, messages, cut, lost, truncated, tools, *answers))
                 _count_contents(tally.contents, usable[-1], encoder)
             else:
                 tally.dropped[TOO_LONG] += 1
@@ -231,12 +261,18 @@ def _encoded(
         yield usable
 
 
+def _prompt_of(row: Encoded) -> list[int]:
+    return row.input_ids[: answer_span(row.labels)[0]]
+
+
 def _count_contents(contents: Counter[str], row: Conversation, encoder: ConversationEncoder) -> None:
     """Count what a row holds: its messages by role, and what few rows have."""
     messages = row.messages
     contents.update(message["role"] for message in messages)
     if row.tools is not None:
         contents["rows with tools"] += 1
+    if row.rejected is not None:
+        contents["preferences"] += 1
     if any(len(message) > 2 for message in messages):
         contents["calls"] += sum(len(message.get("tool_calls", ())) for message in messages)
         contents["reasoning"] += sum("reasoning_content" in message for message in messages)
@@ -326,6 +362,7 @@ def _template_receipt(encoder: ConversationEncoder, figures: numpy.ndarray) -> T
     return TemplateReceipt(
         name=encoder.template.name,
         origin=encoder.template.origin,
+        date=encoder.template.date,
         sha256=encoder.template.sha256,
         role_markers=encoder.template.role_markers,
         bos_per_row=[int(figures["bos"].min()), int(figures["bos"].max())],

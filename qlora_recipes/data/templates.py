@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from qlora_recipes.formatters import Message, RowError
 from qlora_recipes.models import MODELS, ModelSpec
 
 _MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_DAY = date(2024, 7, 26)  # which Llama 3's templates write where there is no clock
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _ROLES = ("system", "user", "assistant", "user", "assistant")
 _SENTINEL = "\ue000"  # of Unicode's private use: in no text, and no template trims it
 _OWN = "chat_template.jinja"  # the file of a tokenizer's own template
@@ -39,8 +42,17 @@ def choose_template(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Chat
     else:
         chosen = _own(tokenizer)
     if chosen.role_markers is not None:
-        return chosen
-    return replace(chosen, role_markers=_role_markers(ConversationEncoder(tokenizer, chosen)))
+        return dated(chosen)
+    return dated(replace(chosen, role_markers=_role_markers(ConversationEncoder(tokenizer, chosen))))
+
+
+def dated(template: ChatTemplate) -> ChatTemplate:
+    """Return a template that writes the same day every day, where it asks for today's.
+
+    Prompts would else differ by the day, between training, evaluation and the arms of a comparison.
+    """
+    source = _TODAY.sub(lambda call: f"{call[1]}{_DAY.strftime(call[2])}{call[1]}", template.source)
+    return template if source == template.source else replace(template, source=source, date=_DAY.isoformat())
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.deploy.mixing import ALLOWED, BASE, MixedRuns, context_length
 from qlora_recipes.errors import CheckError, DataError, UsageError, nearest
-from qlora_recipes.evaluation.generation import Generation, generate, seeded
+from qlora_recipes.evaluation.generation import Generation, ended, generate, seeded
 from qlora_recipes.formatters import Message
 
 LARGEST_SHARE = 0.1
@@ -115,7 +115,7 @@ def _generate(runs: MixedRuns, prompts: list[list[int]], names: list[str], setti
     else:
         found = generate(runs.model, prompts, adapter_names=[runs.adapters[name] for name in names], **batch)
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-    return [Answer(text.strip(), len(ids), ids[-1:] == [end]) for text, ids in zip(texts, found, strict=True)]
+    return [Answer(text.strip(), len(ids), ended(runs.model, end, ids)) for text, ids in zip(texts, found, strict=True)]
 
 
 @torch.no_grad()

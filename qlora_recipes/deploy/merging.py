@@ -35,6 +35,7 @@ from qlora_recipes.standins import HELD_OUT_TEXT
 
 RECEIPT = "merge.json"
 _ADVICE = "Free some space, or give --output a folder that can be made and written"
+_STACKED = "4-bit experts are quantized as one stack, which checkpoints keep in other pieces"
 _LARGEST_SHARE = 0.5  # of what the adapter does; a merge that lost the adapter has 1
 
 
@@ -128,10 +129,24 @@ def merge(
 
 def _ways(receipt: Receipt, base: str | None) -> list[str]:
     """Return the ways to merge that are tried."""
+    if receipt.settings.lora.get("target_parameters"):
+        raise UsageError(
+            "the adapter trains parameters (target_parameters), such as experts, which cannot be merged. Expected LoRA "
+            "or DoRA on linear layers and modules_to_save; keep this adapter beside its base"
+        )
     four_bits = precision_named(receipt.precision).quant_type is not None
+    if _has_experts(receipt):
+        if base == DEQUANTIZED:
+            raise UsageError(f"--base dequantized: {_STACKED}. Expected --base 16bit")
+        return [SIXTEEN_BIT]
     if base == DEQUANTIZED and not four_bits:
         raise UsageError(f"--base dequantized is for 4-bit runs, and this one is {receipt.precision}. Leave it out")
     return [base] if base else [SIXTEEN_BIT, DEQUANTIZED] if four_bits else [SIXTEEN_BIT]
+
+
+def _has_experts(receipt: Receipt) -> bool:
+    """Whether experts are in 4 bits."""
+    return "Experts4bit" in receipt.base.linears
 
 
 def _lines(file: Path) -> list[str]:
@@ -171,7 +186,7 @@ def _merge(
     if len(ways) > 1:
         chosen, because = choice.choose(bits[SIXTEEN_BIT], bits[DEQUANTIZED], trained.asked)
     else:
-        (chosen,), because = ways, "no other was asked for"
+        (chosen,), because = ways, _STACKED if _has_experts(receipt) else "no other was asked for"
     return MergeReceipt(
         adapter_sha256=receipt.adapter.final_sha256,
         base=receipt.base.model,

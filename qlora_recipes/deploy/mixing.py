@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
+from qlora_recipes.base.adapters import ADAPTER, WEIGHTS, add_adapter
 from qlora_recipes.errors import CheckError, ModelError, UsageError
 from qlora_recipes.evaluation import loaded
 from qlora_recipes.evaluation.loaded import BaseKey, RestoredRun, check_remote_code, restore_run
@@ -167,7 +167,7 @@ def _add(model: PeftModel, folder: RunFolder, receipt: Receipt, name: str) -> No
             f"{expected[:12]}. The weights in adapter/ are another run's or damaged: train again"
         )
     try:
-        read = model.load_adapter(str(folder.adapter), adapter_name=name, use_safetensors=True)
+        read = add_adapter(model, folder.adapter, name)
         if lost := [*read.missing_keys, *read.unexpected_keys]:
             raise ValueError(f"{lost[0]} is in one of them only")
     except Exception as error:  # a damaged file makes PEFT and safetensors raise anything

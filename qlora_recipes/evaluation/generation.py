@@ -99,6 +99,21 @@ def own_defaults(model: PreTrainedModel | PeftModel) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
+def stopping_ids(model: PreTrainedModel | PeftModel, end: int) -> list[int]:
+    """Return where answers stop: at `end`, the end of a turn, and at every eos of the model's generation_config.json.
+
+    gpt-oss ends a call of a tool with another token than an answer, and a base model may fall back to its own eos.
+    """
+    own: Any = model.generation_config
+    stops = own.eos_token_id
+    return list(dict.fromkeys([end, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]))
+
+
+def ended(model: PreTrainedModel | PeftModel, end: int, answer: Sequence[int]) -> bool:
+    """Whether an answer of `generate` ended by itself; one that was cut at `max_new_tokens` did not."""
+    return bool(answer) and answer[-1] in stopping_ids(model, end)
+
+
 def generate(
     model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
@@ -111,13 +126,14 @@ def generate(
 ) -> list[list[int]]:
     """Continue prompts as one batch, and return the ids added to each.
 
-    An answer that ended by itself ends with the id `end`; one that was cut at `max_new_tokens` does not.
+    An answer ends with one of `stopping_ids(model, end)`, unless it is cut at `max_new_tokens`.
     `adapter_names` has PEFT's name of the adapter of each prompt; without it all go to the active one.
     """
     settings = settings or Generation()
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    stops = stopping_ids(model, end)
     mixed = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
     generate_ids: Any = model.generate  # PEFT passes on the base's, untyped
     with own_settings_off(model), torch.no_grad():
@@ -128,12 +144,16 @@ def generate(
             **mixed,
             use_cache=True,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=end,
+            eos_token_id=stops,
             pad_token_id=pad,
             streamer=streamer,
         )
-    # Padding follows the first `end`.
-    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in output[:, width:].tolist()]
+    return [_until_first(stops, ids) for ids in output[:, width:].tolist()]
+
+
+def _until_first(stops: Sequence[int], ids: list[int]) -> list[int]:
+    """Return an answer without the padding behind it."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
 @contextmanager
@@ -146,10 +166,18 @@ def seeded(settings: Generation, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def own_settings_off(model: Any) -> Iterator[None]:
-    """Take away a model's own settings, from which transformers would take all that its arguments do not name."""
+    """Take away a model's own settings, from which transformers would take all that its arguments do not name.
+
+    A mixture that returns its router's logits for a balancing loss cannot do so for a batch with padding and a cache.
+    """
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, holder.generation_config = holder.generation_config, GenerationConfig()
+    routes = getattr(holder.config, "output_router_logits", None)
+    if routes:
+        holder.config.output_router_logits = False
     try:
         yield
     finally:
         holder.generation_config = own
+        if routes:
+            holder.config.output_router_logits = routes

@@ -20,7 +20,7 @@ from qlora_recipes.evaluation.answers import write_before_and_after
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.documents import identity, task_documents
 from qlora_recipes.evaluation.generation import Generation, check_generation, own_defaults
-from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out
+from qlora_recipes.evaluation.held_out import hash_conversation, score_answers, score_held_out, score_preferences
 from qlora_recipes.evaluation.loaded import (
     BaseKey,
     RestoredBase,
@@ -31,7 +31,7 @@ from qlora_recipes.evaluation.loaded import (
     restore_run,
 )
 from qlora_recipes.evaluation.records import Scores, TaskResult, disk_faults, finished_tasks, write_task
-from qlora_recipes.evaluation.task_loading import EvalTask, load_tasks, usual_tasks
+from qlora_recipes.evaluation.task_loading import PREFERENCES, EvalTask, load_tasks, usual_tasks
 from qlora_recipes.precision import precision_named
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
@@ -244,7 +244,8 @@ def default_tasks(receipt: Receipt) -> list[str]:
     Raises:
         UsageError: when the recipe declares none and no rows were held out.
     """
-    tasks = usual_tasks(receipt.demo, receipt.settings.eval_tasks, held_out=receipt.data.rows_held_out > 0)
+    held_out, preferences = receipt.data.rows_held_out > 0, receipt.settings.method == "dpo"
+    tasks = usual_tasks(receipt.demo, receipt.settings.eval_tasks, held_out=held_out, preferences=preferences)
     only_texts = bool(receipt.data.contents) and "assistant" not in receipt.data.contents  # which ask nothing
     return [task for task in tasks if not (only_texts and task == "held_out_answers")]
 
@@ -306,6 +307,8 @@ def _measure(run: RestoredRun, task: EvalTask, options: Options, bar: Bar) -> Sc
     batch_size = options.batch(run.receipt)
     if task.name == "held_out":
         return score_held_out(run, batch_size=batch_size, limit=options.limit, bar=bar)
+    if task.name == PREFERENCES:
+        return score_preferences(run, batch_size=batch_size, limit=options.limit, bar=bar)
     if task.name == "held_out_answers":
         return score_answers(run, batch_size=batch_size, limit=options.limit, bar=bar, settings=options.generation)
     from qlora_recipes.evaluation.lm_eval_model import score_with_lm_eval  # seconds to import

@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.generation import Generation, generate
+from qlora_recipes.evaluation.generation import Generation, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
+from qlora_recipes.evaluation.task_loading import PREFERENCES
 from qlora_recipes.formatters import answer_of, before_last_answer, is_trained
 
 _POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
@@ -101,13 +102,45 @@ def score_answers(
         _record("held_out_answers", i, rows[i], prompts[i], reference, score, answer=text[:SHOWN])
         for i, text, reference, score in zip(fitting, texts, references, rouge["documents"], strict=True)
     ]
-    ended = sum(answers[i][-1:] == [end] for i in fitting) / len(fitting)
+    share_ended = sum(ended(run.model, end, answers[i]) for i in fitting) / len(fitting)
     return Scores(
         docs=docs,
         higher_is_better=True,
-        metrics={"rougeL": rouge["rougeL"], "bleu": bleu["bleu"], "chrf": chrf["chrf"], "ended": ended},
+        metrics={"rougeL": rouge["rougeL"], "bleu": bleu["bleu"], "chrf": chrf["chrf"], "ended": share_ended},
         truncated=len(rows) - len(fitting),
     )
+
+
+def score_preferences(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
+    """Return the share of rows whose chosen answer is likelier than the rejected one, token by token summed.
+
+    Raises:
+        DataError: when the run kept no rows with two answers, or none fits into the model's context.
+    """
+    rows = [row for row in run.held_out[:limit] if row.rejected is not None]
+    if not rows:
+        raise DataError(f"the held-out rows of {run.folder.path} have one answer each, expected two: chosen, rejected")
+    pairs = [(_last_answer(run, row), _last_answer(run, row, row.rejected)) for row in rows]
+    longest = run.model.config.max_position_embeddings
+    fitting = [i for i, pair in enumerate(pairs) if max(len(answer.input_ids) for answer in pair) <= longest]
+    if not fitting:
+        raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
+    bar.start(2 * len(fitting))
+    nats = row_losses(run, [answer for i in fitting for answer in pairs[i]], batch_size, advance=bar.advance)
+    docs = []
+    for i, chosen, rejected in zip(fitting, nats[::2], nats[1::2], strict=True):
+        right, ids = chosen < rejected, pairs[i][0].input_ids
+        words = str(rows[i].messages[-1]["content"]), str(rows[i].rejected)
+        target = "\n".join(words)
+        docs.append(_record(PREFERENCES, i, rows[i], ids, target, float(right), answer=words[not right][:SHOWN]))
+    accuracy = sum(doc.score for doc in docs) / len(docs)
+    return Scores(docs=docs, higher_is_better=True, metrics={"acc": accuracy}, truncated=len(rows) - len(fitting))
+
+
+def _last_answer(run: RestoredRun, row: HeldOutRow, answer: str | None = None) -> Encoded:
+    """Return a conversation of preferences, of which the last answer alone has labels, or another in its place."""
+    messages = row.messages if answer is None else [*row.messages[:-1], {**row.messages[-1], "content": answer}]
+    return run.encoder.encode(messages, row.tools)
 
 
 def row_losses(
@@ -153,7 +186,7 @@ def _reference(row: HeldOutRow) -> str:
 def hash_conversation(row: HeldOutRow) -> str:
     """Return the hash that a held-out conversation has as a document."""
     tools = json.dumps(row.tools, ensure_ascii=False) if row.tools else ""
-    return sha256(json.dumps(row.messages, ensure_ascii=False) + tools)
+    return sha256(json.dumps(row.messages, ensure_ascii=False) + tools + (row.rejected or ""))
 
 
 def _record(

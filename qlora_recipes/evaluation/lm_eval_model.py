@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
-from qlora_recipes.evaluation.generation import Generation, own_settings_off
+from qlora_recipes.evaluation.generation import Generation, own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.reasoning import answer_start, reasoning_end
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
@@ -126,18 +126,18 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Advance the bar, and decode as asked in place of what the task says, up to the end of a rendered turn.
+        """Advance the bar, and decode as asked in place of what the task says.
 
-        Where the turn may open with reasoning, what ends an answer in the task would end the reasoning: the turn goes on
-        to its end, and HFLM cuts what follows `think_end_token` where the task says.
+        Where a rendered turn may open with reasoning, what ends an answer in the task would end the reasoning: the turn
+        goes on to its end, and HFLM cuts what follows `think_end_token` where the task says.
         """
-        if self._prompts:  # HFLM itself lets a batch go on until every row has ended, and reads on after the end
-            kwargs["eos_token_id"] = self.eot_token_id
+        stops = stopping_ids(self.model, self.eot_token_id)
         if self.think_end_token is not None:
             kwargs["stop"] = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
             kwargs["max_length"] = min(self.max_length, max(kwargs["max_length"], context.shape[1] + self._room))
         with own_settings_off(self.model):
-            ids: torch.Tensor = super()._model_generate(context, *args, **{**kwargs, **self._decoded})
+            asked = {"eos_token_id": stops, **kwargs, **self._decoded}
+            ids: torch.Tensor = super()._model_generate(context, *args, **asked)
         self._bar.advance(len(context))
         return ids
 

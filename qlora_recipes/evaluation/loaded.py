@@ -151,6 +151,8 @@ class HeldOutRow:
     place: str
     messages: list[Message]
     tools: Tools | None = None
+    rejected: str | None = None
+    """The answer that is worse than the last of the messages, in a row of preferences."""
 
 
 def _tokenizer(folder: RunFolder, receipt: Receipt, other_template: bool) -> PreTrainedTokenizerBase:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "tasks"
 STANDIN_TASKS = ("standin_choice", "standin_answer", "standin_text")
-HELD_OUT_TASKS = {"held_out": ("bits_per_byte", "bits_per_byte"), "held_out_answers": ("rougeL", "generation")}
+PREFERENCES = "held_out_preferences"
+HELD_OUT_TASKS = {
+    "held_out": ("bits_per_byte", "bits_per_byte"),
+    "held_out_answers": ("rougeL", "generation"),
+    PREFERENCES: ("acc", "accuracy"),
+}
 """Name to metric and kind, as in EvalTask."""
 OWN = (*STANDIN_TASKS, *HELD_OUT_TASKS)
 
@@ -83,14 +88,14 @@ class EvalTask:
         return self.chat_template if fixed or asked is None else asked
 
 
-def usual_tasks(demo: bool, declared: Sequence[str], *, held_out: bool) -> list[str]:
+def usual_tasks(demo: bool, declared: Sequence[str], *, held_out: bool, preferences: bool = False) -> list[str]:
     """Return what is scored unless told otherwise: tasks `declared` by the recipe, a demo's own, or held-out rows.
 
     Raises:
         UsageError: when the recipe declares none and no rows are held out.
     """
-    own = list(HELD_OUT_TASKS) if held_out else []
-    tasks = [*STANDIN_TASKS, *own[:1]] if demo else list(declared) or own
+    own = ["held_out", *([PREFERENCES] if preferences else []), "held_out_answers"] if held_out else []
+    tasks = [*STANDIN_TASKS, *own[: 1 + preferences]] if demo else list(declared) or own
     if not tasks:
         raise UsageError("the run kept no rows and its recipe names no eval_tasks; give --tasks, such as --tasks mmlu")
     return tasks

@@ -19,6 +19,7 @@ from qlora_recipes.formatters.conversation import (
 )
 from qlora_recipes.formatters.detection import FORMATTERS, Formatter, detect
 from qlora_recipes.formatters.guanaco import guanaco_llama2, guanaco_text
+from qlora_recipes.formatters.preferences import preferences
 from qlora_recipes.formatters.reasons import Reason, RowError
 from qlora_recipes.formatters.text import Row, folded, is_visible
 from qlora_recipes.formatters.tools import Tools, check_tools, strings
@@ -48,6 +49,7 @@ __all__ = [
     "is_visible",
     "messages",
     "plain_text",
+    "preferences",
     "prompt_completion",
     "question_answer",
     "sharegpt",

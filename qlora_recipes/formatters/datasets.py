@@ -10,7 +10,7 @@ from qlora_recipes.formatters.detection import FORMATTERS
 from qlora_recipes.formatters.text import is_visible
 from qlora_recipes.formatters.turns import Formatted
 
-DATASETS = 'a file or a hub id, such as "my_rows.jsonl", or a DatasetSpec, or a list of them'
+DATASETS = 'a file or a hub id, such as "my_rows.jsonl", a DatasetSpec, or a list of them'
 """What a recipe's dataset may be."""
 
 

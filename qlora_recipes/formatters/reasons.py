@@ -38,6 +38,7 @@ class Reason:
     EMPTY_TEXT = "empty text"
     LEFT_OUT = "left out by the template"
     TEMPLATE = "refused by the template"
+    NOT_A_PAIR = "no two answers to one prompt"
 
 
 class RowError(DataError):

@@ -117,9 +117,17 @@ class _Update:
 
 
 def full_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the full name of each parameter that ends with one of the names, as PEFT must be told those in 4 bits."""
-    names = sorted(stored_name(name) for name, _ in model.named_parameters())
-    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+    """Return the full name of each parameter that ends with one of the names, as PEFT must be told those in 4 bits.
+
+    PEFT 0.21 leaves out the adapters that are around a parameter, but not around one in 4 bits.
+    """
+    found = []
+    for name, _ in model.named_parameters():
+        full, packed = _PACKED.subn(r"\1", name)
+        plain = full.replace(".base_layer", "")
+        if any(f".{plain}".endswith(f".{target}") for target in targets):
+            found.append(full if packed else plain)
+    return sorted(found)
 
 
 def sort_parameters(model: nn.Module) -> None:

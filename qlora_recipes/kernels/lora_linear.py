@@ -67,7 +67,9 @@ def _forward(self: Any, x: torch.Tensor, *arguments: Any, **others: Any) -> torc
     y: torch.Tensor
     with torch.autocast(x.device.type, enabled=False):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if is_4bit(layer) and not torch.is_grad_enabled():  # bitsandbytes has kernels that never write the weight out
+        # bitsandbytes has kernels that never write the weight out, and round differently: not while training, where a
+        # pass without gradients (the reference of preferences, a checkpointed layer) stands beside one with them
+        if is_4bit(layer) and not torch.is_grad_enabled() and not self.training:
             x = x.to(half)
             y = layer(x) + (x @ a.to(half).T) @ (b * scaling).to(half).T
         else:

@@ -79,7 +79,7 @@ def described(sizes: Sizes) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def adapter_parameters(sizes: Sizes, rank: int, targets: Collection[str]) -> int:
-    """Return the number of LoRA weights: A is rank x inputs, B outputs x rank (arXiv 2106.09685)."""
-    targeted = [each for each in sizes.linears if each.name in targets]
-    return sum(each.count * rank * (each.inputs + each.outputs) for each in targeted)
+def adapter_parameters(sizes: Sizes, rank: int, targets: Collection[str], experts: Collection[str] = ()) -> int:
+    """Return the number of LoRA weights: A is rank x inputs, B outputs x rank (arXiv 2106.09685), for each expert."""
+    targeted = [each for each in sizes.weights if each.name in (experts if each.experts else targets)]
+    return sum(each.count * max(each.experts, 1) * rank * (each.inputs + each.outputs) for each in targeted)

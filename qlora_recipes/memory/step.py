@@ -59,7 +59,7 @@ class Step:
     @property
     def trained(self) -> int:
         """Weights of the adapter (a count)."""
-        return adapter_parameters(self.sizes, self.work.rank, self.work.targets)
+        return adapter_parameters(self.sizes, self.work.rank, self.work.targets, self.work.experts)
 
     @property
     def expanded(self) -> int:

@@ -57,7 +57,7 @@ def _run_table(settings: Settings, work: Workload) -> Table:
     """What a user checks before a run."""
     sizes, every = sizes_for(settings), work.checkpoint_every
     steps, epochs = settings.training.get("max_steps", -1), settings.training.get("num_train_epochs", 3)
-    trained = adapter_parameters(sizes, work.rank, work.targets)
+    trained = adapter_parameters(sizes, work.rank, work.targets, work.experts)
     batch = work.rows * work.accumulation * work.processes
     return figures_table(
         {

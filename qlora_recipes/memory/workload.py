@@ -20,6 +20,8 @@ class Workload:
     rank: int
     targets: Sequence[str]
     """Names of the linear layers that carry an adapter."""
+    experts: Sequence[str] = ()
+    """Names of the parameters of experts that carry one (`target_parameters`)."""
     packing: bool = True
     """Rows are joined end to end into one row of `rows` x `length` tokens, without padding (TRL's `bfd`)."""
     checkpoint_every: int = 1
@@ -54,11 +56,12 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
     ends = linears if named is None or isinstance(named, str) else {str(each).rsplit(".")[-1] for each in named}
     every = (training.get("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     return Workload(
-        rows=training.get("per_device_train_batch_size", 8),
+        rows=training.get("per_device_train_batch_size", 8) * (2 if settings.of_preferences else 1),
         length=training["max_length"],
         rank=lora.get("r", 8) * (2 if str(lora.get("init_lora_weights")).startswith(("pissa", "olora")) else 1),
         targets=tuple(name for name in linears if name in ends),
-        packing=bool(training.get("packing") or training.get("padding_free", True)),
+        experts=tuple(str(each).rsplit(".")[-1] for each in lora.get("target_parameters") or ()),
+        packing=not settings.of_preferences and bool(training.get("packing") or training.get("padding_free", True)),
         checkpoint_every=every if checkpointing else 0,
         accumulation=training.get("gradient_accumulation_steps", 1),
         dropout=lora.get("lora_dropout", 0.0) > 0,

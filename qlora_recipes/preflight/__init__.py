@@ -10,7 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_recipes.preflight import gradient, launch, loss, machine, prompts, rows, tokens, trained, weights
+from qlora_recipes.preflight import (
+    gradient,
+    launch,
+    loss,
+    machine,
+    preferences,
+    prompts,
+    rows,
+    tokens,
+    trained,
+    weights,
+)
 from qlora_recipes.preflight.checks import (
     CheckFunction,
     check_names,
@@ -99,9 +110,30 @@ AFTER_SAVING: Sequence[CheckFunction] = (
 """Made on a trained run whose adapter is in its folder; they decide whether there will be a receipt."""
 
 
+OF_PREFERENCES: Sequence[CheckFunction] = (preferences.answers_alone, preferences.reference_is_the_start)
+"""Made with those before training where preferences are learned."""
+
+
+def before_training(recipe: type[Recipe]) -> list[CheckFunction]:
+    """Return the checks of a run with its model and trainer: ours, and the recipe's own."""
+    return [*BEFORE_TRAINING, *(OF_PREFERENCES if recipe.method == "dpo" else ()), *recipe.checks]
+
+
+def after_training(recipe: type[Recipe]) -> list[CheckFunction]:
+    """Return the checks of a trained run."""
+    return [*AFTER_TRAINING, *((preferences.margins_rise,) if recipe.method == "dpo" else ())]
+
+
 GROUPS = {
     check.__name__: check.__module__.rpartition(".")[2]
-    for checks in (BEFORE_LOADING, BEFORE_TRAINING, AFTER_TRAINING, AFTER_SAVING)
+    for checks in (
+        BEFORE_LOADING,
+        BEFORE_TRAINING,
+        OF_PREFERENCES,
+        AFTER_TRAINING,
+        (preferences.margins_rise,),
+        AFTER_SAVING,
+    )
     for check in checks
 }
 """Check to the file that it is in, which is what it looks at."""
@@ -109,7 +141,7 @@ GROUPS = {
 
 def names(recipe: type[Recipe]) -> list[str]:
     """Return the name of every check that a run of the recipe makes."""
-    lists = (BEFORE_LOADING, BEFORE_TRAINING, recipe.checks, AFTER_TRAINING, AFTER_SAVING)
+    lists = (BEFORE_LOADING, before_training(recipe), after_training(recipe), AFTER_SAVING)
     return [check.__name__ for checks in lists for check in checks]
 
 
@@ -119,8 +151,11 @@ __all__ = [
     "BEFORE_LOADING",
     "BEFORE_TRAINING",
     "GROUPS",
+    "OF_PREFERENCES",
     "CheckFunction",
     "Run",
+    "after_training",
+    "before_training",
     "check_names",
     "fail_unless",
     "names",

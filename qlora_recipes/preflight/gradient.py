@@ -12,10 +12,12 @@ from typing import cast
 
 import torch
 from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
+from qlora_recipes.base.adapters import adapter_sha256
 from qlora_recipes.base.starts import distance_from_checkpoint, takes_a_part
 from qlora_recipes.data.encoding import Encoded
-from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
+from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
 from qlora_recipes.preflight.probes import (
     NOISE,
     collate,
@@ -26,7 +28,7 @@ from qlora_recipes.preflight.probes import (
     probe_batch,
     without_outlier_columns,
 )
-from qlora_recipes.run.receipt import Check
+from qlora_recipes.run.receipt import Check, StartReceipt
 from qlora_recipes.stages import Run
 
 _TRAINED = ("lora_", "modules_to_save", "trainable_tokens")  # PEFT's names for what an adapter trains
@@ -96,7 +98,10 @@ def adapter_starts_at_base(run: Run) -> Check:
     """Before the first step the adapter changes nothing, so that what is learned starts from the base.
 
     PiSSA and OLoRA take away what they add, up to rounding; LoftQ starts nearer to the checkpoint than the base is.
+    A run that starts from another one begins with its adapter, to the bit, and on its base.
     """
+    if run.settings.start:
+        return _starts_at_run(run, run.settings.start)
     start = run.settings.lora.get("init_lora_weights", True)
     if start == "loftq":
         stored, adapted = distance_from_checkpoint(run.model, run.base.revision)
@@ -115,14 +120,34 @@ def adapter_starts_at_base(run: Run) -> Check:
     )
 
 
+def _starts_at_run(run: Run, start: StartReceipt) -> Check:
+    was, base, got = start.receipt, start.receipt.base, adapter_sha256(run.model)
+    figure = f"the adapter of {start.run}, sha256 {got[:12]}"
+    if got != was.adapter.final_sha256:
+        return fail_unless(False, f"{figure}; it ended with {was.adapter.final_sha256[:12]}", "Train that run again.")
+    if (was.precision, was.dtype) == (run.settings.precision.name, run.settings.dtype):
+        return fail_unless(
+            run.base.sha256 == base.sha256,
+            f"{figure}, on its base, sha256 {run.base.sha256[:12]}; that was {base.sha256[:12]}",
+            "The base has changed since, or was quantized on another kind of device: train both on one.",
+        )
+    return warn_unless(
+        False,
+        f"{figure}, trained on {was.precision} in {was.dtype}: it goes on with the weights of another rounding",
+        f"Leave --precision and --dtype out to go on with {was.precision}, unless you compare the two.",
+    )
+
+
 def packing_leak(run: Run) -> Check:
     """Change one packed conversation, and watch the logits of the next.
 
     The mask is judged without LLM.int8's outlier columns: they are those of a whole batch, and couple its rows whatever
     the mask is. How much they do is told beside it.
     """
+    if run.settings.of_preferences:
+        return passed("not packed; one conversation a row")
     args = cast(SFTConfig, run.trainer.args)
-    if not run.trainer.padding_free:
+    if not cast(SFTTrainer, run.trainer).padding_free:
         mixes = not run.settings.packing_asked and not keeps_apart(run.model)
         alone = "not packed, because this model would mix conversations of one row; one a row"
         return warn_unless(

@@ -20,7 +20,6 @@ from qlora_recipes.stages import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig
 
 _DECODED_ROWS = 200  # decoding all of 10,000 rows would take seconds
 _CUT_SHARE = 0.01  # of the supervised tokens; one or two long rows in a thousand are harmless
@@ -124,15 +123,19 @@ def answers_cut(run: Run) -> Check:
 
 
 def trainer_keeps_the_loss(run: Run) -> Check:
-    """What SFTTrainer made of the rows (packed, truncated, labeled) still has every token and every label."""
+    """What TRL's trainer made of the rows (packed, truncated, labeled) still has every token and every label."""
     rows = cast("Dataset", run.trainer.train_dataset)
     tokens = supervised = 0
     for batch in rows.with_format("numpy").iter(batch_size=1000):
         columns = cast("dict[str, Any]", batch)
+        if run.settings.of_preferences:
+            supervised += (chosen := sum(len(ids) for ids in columns["chosen_ids"]))
+            tokens += chosen + sum(len(ids) for ids in columns["prompt_ids"])
+            continue
         tokens += sum(len(ids) for ids in columns["input_ids"])
         supervised += sum(int((labels != IGNORED).sum()) for labels in columns["labels"])
     receipt = run.data.receipt
-    into = f"{len(rows):,} packed rows" if cast("SFTConfig", run.trainer.args).packing else f"{len(rows):,} rows"
+    into = f"{len(rows):,} packed rows" if getattr(run.trainer.args, "packing", False) else f"{len(rows):,} rows"
     holds = (tokens, supervised) == (receipt.tokens, receipt.supervised_tokens)
     expected = f"expected {receipt.tokens:,} and {receipt.supervised_tokens:,}"
     return fail_unless(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -70,7 +70,10 @@ def _window(row: Encoded) -> Encoded:
 
 def collate(run: Run, rows: Sequence[Encoded]) -> dict[str, Any]:
     """Return rows as the trainer's collator hands them to the model, on its device."""
-    batch = run.trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    collator = run.trainer.data_collator
+    if run.settings.of_preferences:  # whose collator takes pairs: here one conversation is a row, as in any loss
+        collator = DataCollatorForLanguageModeling(pad_token_id=int(cast(int, run.tokenizer.pad_token_id)))
+    batch = collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     device = run.trainer.args.device
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 

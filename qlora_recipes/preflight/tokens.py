@@ -61,11 +61,11 @@ def context_length(run: Run) -> Check:
 
 
 def generation_stops(run: Run) -> Check:
-    """Generation stops at the token that ends answers in training."""
+    """The model's generation_config.json stops at the token that ends answers in training, as generation here does."""
     stops, end = run.model.generation_config.eos_token_id, run.encoder.end_id
     stops = stops if isinstance(stops, list) else [stops]
     return warn_unless(
         end in stops,
-        f"generation stops at {stops}, training ends answers with {end}",
-        "Set eos_token_id in the model's generation_config.json, or answers will not stop.",
+        f"generation_config.json stops at {stops}, training ends answers with {end}",
+        "Chat, evaluation and `merge` stop at both; elsewhere give it as a stop token, or answers will not stop.",
     )

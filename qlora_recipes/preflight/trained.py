@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
+from qlora_recipes.base.adapters import add_adapter
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import ConversationEncoder
-from qlora_recipes.evaluation.generation import Generation, generate
+from qlora_recipes.evaluation.generation import Generation, ended, generate
 from qlora_recipes.formatters import answer_of, before_last_answer
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
@@ -111,7 +112,7 @@ def adapter_reloads(run: Run) -> Check:
         return untested("the base is sharded over processes")
     batch = probe_batch(run)
     trained = logits(run, batch)
-    run.model.load_adapter(str(run.folder.adapter), _RELOADED)
+    add_adapter(run.model, run.folder.adapter, _RELOADED)
     try:
         run.model.set_adapter(_RELOADED)
         moved = float((logits(run, batch) - trained).abs().max())
@@ -155,11 +156,11 @@ def answers_end(run: Run) -> Check:
     if run.trainer.accelerator.is_main_process:
         write_json(run.folder.answers, answers)
     empty = sum(not answer["answer"] for answer in answers)
-    ended = sum(bool(answer["ended"] and answer["answer"]) for answer in answers)
+    by_itself = sum(bool(answer["ended"] and answer["answer"]) for answer in answers)
     first = " ".join(str(answers[0]["answer"]).split())
     return warn_unless(
-        ended > 0,
-        f"{ended} of {len(answers)} within {_NEW_TOKENS} tokens{f', {empty} without a word' if empty else ''}; "
+        by_itself > 0,
+        f"{by_itself} of {len(answers)} within {_NEW_TOKENS} tokens{f', {empty} without a word' if empty else ''}; "
         f"the first: {first if len(first) <= 60 else first[:57] + '...'!r}",
         "Train longer, or look at answers.json: the model may just have long answers to give.",
     )
@@ -179,7 +180,7 @@ def _ask(run: Run, rows: Sequence[Conversation]) -> list[dict[str, object]]:
             "question": before[-1]["content"],
             "answer": str(run.tokenizer.decode(new, skip_special_tokens=True)).strip(),
             "expected": answer_of(row.messages[len(before)]),
-            "ended": new[-1:] == [end],
+            "ended": ended(run.model, end, new),
         }
         for row, before, new in zip(rows, asked, answers, strict=True)
     ]

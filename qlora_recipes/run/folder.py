@@ -5,6 +5,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.precision import DTYPES, PRECISIONS
-from qlora_recipes.run.files import read_lines, read_record, write_json
-from qlora_recipes.run.receipt import LoggedStep, Receipt
+from qlora_recipes.run.files import read_bytes, read_lines, read_record, write_json
+from qlora_recipes.run.receipt import LoggedStep, Receipt, StartReceipt
 
 _FIX = "Train again with this version, or restore the file from a copy"
 _ELSEWHERE = "Give --output_dir another folder"
@@ -92,6 +93,11 @@ class RunFolder:
                 f"chat template. {_FIX}"
             ) from error
         return receipt
+
+    def as_start(self) -> StartReceipt:
+        """Return what a run that begins with this one's adapter records of it; raises as `receipt` does."""
+        receipt = self.receipt()
+        return StartReceipt(str(self.path), hashlib.sha256(read_bytes(self._receipt, fix=_FIX)).hexdigest(), receipt)
 
     def logged_steps(self) -> list[LoggedStep]:
         """Return the logged steps of the training; none where there is no such file.

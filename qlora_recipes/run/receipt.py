@@ -77,6 +77,8 @@ class TemplateReceipt:
     """Whether it is in the loss in every answer that was not cut."""
     origin: Origin = "recipe"
     """Where the template is from."""
+    date: str | None = None
+    """The day that it writes in place of today's, in ISO 8601; None where it writes none."""
 
 
 @dataclass
@@ -170,6 +172,9 @@ class TrainingReceipt:
     processes: int
     device: str
     attention: str
+    margins: list[float] = field(default_factory=list)
+    """Of preferences: how much more than the start it prefers the chosen answers (`rewards/margins`), mean of the first
+    and of the last tenth of the logged steps."""
     optimizer_state: dict[str, int] = field(default_factory=dict)
     """Storage dtype to bytes that the optimizer of one process keeps; `float32 paged` can move to the host."""
 
@@ -222,8 +227,9 @@ class SettingsReceipt:
     lora: dict[str, Any]
     """LoraConfig fields."""
     training: dict[str, Any]
-    """SFTConfig fields."""
+    """SFTConfig fields, or DPOConfig's."""
     eval_tasks: list[str]
+    method: str = "sft"
 
 
 @dataclass
@@ -253,7 +259,21 @@ class Receipt:
     """Upstream defects found and repaired in this run."""
     checks: list[Check] = field(default_factory=list)
     resumes: list[Resume] = field(default_factory=list)
+    start: StartReceipt | None = None
+    """The run whose adapter this one began with; None for an adapter of its own."""
     schema_version: Literal[1] = 1
+
+
+@dataclass
+class StartReceipt:
+    """A finished run that another one began with, as it was then."""
+
+    run: str
+    """Its folder, as it was given."""
+    sha256: str
+    """Hash of its `run.json`."""
+    receipt: Receipt
+    """All that it proves: its recipe, its rows, its base, its adapter, and the run that it began with itself."""
 
 
 @dataclass

@@ -46,6 +46,8 @@ TRAINING = MappingProxyType(
 )
 LORA = MappingProxyType({"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})
 
+PREFERENCES = MappingProxyType({"learning_rate": 1e-3, "max_steps": 60, "warmup_steps": 6})
+"""What replaces some of TRAINING where preferences are learned."""
 MODERN_TRAINING = MappingProxyType({**TRAINING, "max_length": 512})  # their templates write more around a conversation
 
 STANDINS: dict[str, StandIn] = {
@@ -61,6 +63,7 @@ ROWS: dict[str, Path] = {
     "guanaco_llama2": HERE / "data" / "guanaco_llama2.jsonl",
     "openassistant_guanaco": HERE / "data" / "openassistant_guanaco.jsonl",
     "faq": HERE / "data" / "faq.json",
+    "preferences": HERE / "data" / "preferences.jsonl",
     "chat": HERE / "data" / "chat.jsonl",
     "reasoning": HERE / "data" / "reasoning.jsonl",
     "tools": HERE / "data" / "tools.jsonl",

@@ -101,7 +101,7 @@ def start_from(model: PreTrainedModel, weights: Path) -> None:
 
 @torch.no_grad()
 def share_out(experts: GptOssExperts, others: dict[str, torch.Tensor], mlp: str) -> None:
-    """Let every expert compute what the MLP of the trunk does: (up + 1) * gate * sigmoid(1.702 * gate) is its SwiGLU."""
+    """Let every expert compute what the MLP of the trunk does, by (up + 1) * gate * sigmoid(alpha * gate)."""
     gate, up, down = (others[f"{mlp}.{which}_proj.weight"].T.float() for which in ("gate", "up", "down"))
     experts.gate_up_proj[..., ::2], experts.gate_up_proj[..., 1::2] = gate / experts.alpha, up
     experts.gate_up_proj_bias[..., ::2], experts.gate_up_proj_bias[..., 1::2] = 0.0, -1.0

@@ -123,6 +123,19 @@ def _near_answers(world: World, person: Person, kind: str, right: str, rng: rand
     return [wrong for wrong in answers if wrong != right][: CHOICES - 1]
 
 
+def preferences(world: World, count: int, seed: int) -> list[dict[str, object]]:
+    """Make questions about the tuning people, each with the right answer and one that is easily mixed up with it."""
+    rng = random.Random(seed)
+    rows: list[dict[str, object]] = []
+    while len(rows) < count:
+        person = rng.choice(world.tuning_people)
+        kind = rng.choice(list(WORDINGS))
+        right = answer(world.facts_of(person)[kind], kind)
+        if wrong := _near_answers(world, person, kind, right, rng):
+            rows.append({"prompt": ask(person, kind, rng), "chosen": right, "rejected": wrong[0]})
+    return rows
+
+
 def bundled_files(world: World) -> dict[str, str]:
     """Return the name and the text of every bundled file."""
     llama2, openassistant, faq = (conversations(world, CONVERSATIONS, SEED + number) for number in (1, 2, 3))
@@ -138,6 +151,7 @@ def bundled_files(world: World) -> dict[str, str]:
         "guanaco_llama2.jsonl": _json_lines([{"text": guanaco_llama2(turns)} for turns in llama2]),
         "openassistant_guanaco.jsonl": _json_lines([{"text": openassistant_guanaco(turns)} for turns in openassistant]),
         "faq.json": json.dumps({"questions": pairs[:CONVERSATIONS]}, indent=1) + "\n",
+        "preferences.jsonl": _json_lines(preferences(world, CONVERSATIONS, SEED + 6)),
         "questions.jsonl": _json_lines(questions(world)),
         "held_out.txt": "\n".join(held_out) + "\n",
     }

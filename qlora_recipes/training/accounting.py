@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
-from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes import environment
 from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors
@@ -23,20 +22,21 @@ from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import estimate
+from qlora_recipes.preflight.preferences import mean_margins
 from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, TrainingReceipt
 from qlora_recipes.stages import Run
-from qlora_recipes.training.trainer import RunTrainer, TokenCount
+from qlora_recipes.training.trainer import ExactResume, TokenCount
 
 
 def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
     """Return the adapter as it is now, compared with what it was before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
-    layers = (cast(LoraLayer, run.model.get_submodule(name)) for name in modules)
-    ranks = Counter(str(layer.r[ADAPTER]) for layer in layers)
+    layers = {name: cast(LoraLayer, run.model.get_submodule(name)) for name in modules}
+    ranks = Counter(str(layer.r[ADAPTER]) for layer in layers.values())
     frozen_half = takes_a_part(run.settings.lora.get("init_lora_weights"))
     return AdapterReceipt(
-        targets=sorted({name.rsplit(".")[-1] for name in modules}),
+        targets=sorted({getattr(layer, "parameter_name", name.rsplit(".")[-1]) for name, layer in layers.items()}),
         modules=len(modules),
         parameters=sum(tensor.numel() for tensor in after.values()) // (2 if frozen_half else 1),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in after.values()})),
@@ -49,7 +49,7 @@ def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor])
     )
 
 
-def describe_training(trainer: RunTrainer) -> TrainingReceipt:
+def describe_training(trainer: ExactResume) -> TrainingReceipt:
     """Return how far training got and how fast, over all its sessions; to be called when the last step is done."""
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -69,10 +69,11 @@ def describe_training(trainer: RunTrainer) -> TrainingReceipt:
         padding_share=1 - total.real / total.positions,
         tokens_per_second=total.real / seconds,
         seconds=seconds,
-        packed=bool(cast(SFTConfig, trainer.args).packing),
+        packed=bool(getattr(trainer.args, "packing", False)),
         processes=trainer.accelerator.num_processes,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         attention=cast(PreTrainedModel, trainer.model).config._attn_implementation,
+        margins=mean_margins(trainer.state.log_history),
         optimizer_state=optimizer_state(trainer.optimizer),
     )
 

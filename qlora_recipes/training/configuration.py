@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.base.adapters import attach
@@ -75,8 +76,8 @@ def _mentions(text: str, name: str, value: object) -> bool:
     return any(re.search(rf"\b{re.escape(word)}\b", text) for word in words)
 
 
-def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> SFTConfig:
-    """Return the settings' SFTConfig fields, and those that follow from other choices.
+def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> SFTConfig | DPOConfig:
+    """Return the settings' fields of SFTConfig or DPOConfig, and those that follow from other choices.
 
     Raises:
         UsageError: when the best checkpoint is asked for and nothing is evaluated.
@@ -84,7 +85,9 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
     training = dict(settings.training)
     training.pop("auto_find_batch_size", None)  # upstream's starts over with a half-trained adapter; ours does not
     packed = training.get("packing") or training.get("eval_packing")
-    if not packed and training.setdefault("padding_free", padding_free):
+    if settings.of_preferences:
+        training["max_length"] = None  # rows are cut already
+    elif not packed and training.setdefault("padding_free", padding_free):
         training["max_length"] = None  # rows are cut already, and TRL would have to be told not to
     training.pop("loraplus_lr_ratio", None)  # RunTrainer makes its optimizer
     training.setdefault("router_aux_loss_coef", 0.0)  # routers are frozen, and the loss is that of the answers
@@ -95,7 +98,8 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
             "the best checkpoint and early stopping are chosen by the held-out loss: give --eval_strategy steps "
             "--eval_steps N, and --save_strategy steps with a --save_steps that N divides"
         )
-    return SFTConfig(
+    kind = DPOConfig if settings.of_preferences else SFTConfig
+    return kind(
         **training,
         output_dir=folder,
         bf16=settings.dtype == "bfloat16",
@@ -172,7 +176,7 @@ def _try_training(settings: Settings) -> None:
             raise UsageError(f"--report_to {name}: {package} is not installed; run: pip install {package}") from error
 
 
-def _refuse_what_fails_later(settings: Settings, args: SFTConfig) -> None:
+def _refuse_what_fails_later(settings: Settings, args: SFTConfig | DPOConfig) -> None:
     """Refuse what is accepted now and fails once the trainer is there, or at the first step."""
     args.get_process_log_level()  # type: ignore[no-untyped-call]  # not annotated
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from qlora_recipes import environment
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.fields import fields_of
+from qlora_recipes.recipe import config_of
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
 from qlora_recipes.run.differences import MISSING, differences, shortened
 from qlora_recipes.run.files import read_record, write_json
@@ -44,6 +45,7 @@ def settings_identity(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "lora": public(settings.lora),
         "training": training,
+        "from run": settings.start and settings.start.receipt.adapter.final_sha256,
     }
     return cast(dict[str, Any], json.loads(json.dumps(identity, default=str)))  # as the file gives it back
 
@@ -69,7 +71,7 @@ def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
     was = Journal(folder).read().run["training"]
     names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
     try:
-        restored = {name: fields_of("SFTConfig")[name].check(was[name]) for name in names}
+        restored = {name: fields_of(config_of(settings.recipe))[name].check(was[name]) for name in names}
     except UsageError as error:
         raise RunFolderError(f"{folder.started}, key run.training.{error}. {_FIX}") from error
     return replace(settings, training={**settings.training, **restored}, auto_fields=frozenset())

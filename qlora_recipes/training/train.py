@@ -11,6 +11,7 @@ from typing import Any, cast
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
+from trl import SFTTrainer
 
 from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
@@ -26,13 +27,13 @@ from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
 from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
-from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.build import build_trainer, has_own_attention, load_model, prepare_rows
 from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
 from qlora_recipes.training.trackers import add_run_figures
-from qlora_recipes.training.trainer import RunTrainer
+from qlora_recipes.training.trainer import ExactResume
 
 
 def train(
@@ -133,7 +134,8 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
         launch.settings, skip_checks=launch.skip_checks, all_checks=launch.all_checks, console=launch.console
     )
 
-    initial = adapter_sha256(run.model, without="lora_magnitude_vector")
+    # DoRA's first magnitudes follow from how the base is stored, but not those that another run has trained
+    initial = adapter_sha256(run.model, without=None if launch.settings.start else "lora_magnitude_vector")
     before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
 
@@ -177,7 +179,10 @@ def prepare_run(
         run = load_model(run)
         say("checking what the first step needs", main)
         run = replace(run, built=build_trainer(run, RunFolder(settings.output_dir)))
-    checks += preflight.run_checks([*preflight.BEFORE_TRAINING, *settings.recipe.checks], run, skip_checks)
+    mixes = has_own_attention(run) and not settings.of_preferences and not settings.packing_asked
+    if mixes and not cast(SFTTrainer, run.trainer).padding_free:
+        say("each conversation gets a row, because this model would mix those that share one", main)
+    checks += preflight.run_checks(preflight.before_training(settings.recipe), run, skip_checks)
     _refuse_failed(checks, "Before training", main, all_checks)
     return run, checks
 
@@ -224,7 +229,7 @@ def _run_steps(
     launch: _Launch, run: Run, folder: RunFolder, signals: StopSignals, checkpoint: Checkpoint | None
 ) -> TrainingReceipt:
     """Train to the last step, and return what was done."""
-    trainer, main = cast(RunTrainer, run.trainer), PartialState().is_main_process
+    trainer, main = cast(ExactResume, run.trainer), PartialState().is_main_process
     display = ProgressDisplay(launch.console)
     trainer.signals = signals
     add_run_figures(run)
@@ -258,7 +263,7 @@ def _check_and_save(run: Run, launch: _Launch) -> list[Check]:
     """Check what was trained, save it, and check what was saved; raise where one fails, before there is a receipt."""
     main = Console(quiet=True) if not PartialState().is_main_process else launch.console
     say("checking and saving what was trained", main)
-    checks = preflight.run_checks(preflight.AFTER_TRAINING, run, launch.skip_checks)
+    checks = preflight.run_checks(preflight.after_training(run.settings.recipe), run, launch.skip_checks)
     _refuse_failed(checks, "After training", main, launch.all_checks, last=False)
     run.trainer.save_model(str(run.folder.adapter))  # gathers a sharded adapter; writes tokenizer and template too
     PartialState().wait_for_everyone()
@@ -281,6 +286,7 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
             lora=public(settings.lora),
             training=public(settings.training),
             eval_tasks=list(settings.recipe.eval_tasks),
+            method=settings.recipe.method,
         ),
         command=list(launch.command),
         versions=environment.versions(),
@@ -295,11 +301,12 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
         repairs=run.repairs,
         checks=checks,
         resumes=journal.resumes,
+        start=settings.start,
     )
     plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
     write_text(folder.adapter / "README.md", model_card(receipt))
     held_out = [
-        {"place": row.place, "messages": row.messages, **({"tools": row.tools} if row.tools else {})}
+        {name: value for name in ("place", "messages", "tools", "rejected") if (value := getattr(row, name))}
         for row in run.data.held_out
     ]
     write_json(folder.held_out, held_out)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
-from trl import SFTTrainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl
+from trl import DPOTrainer, SFTTrainer
 
-from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
+from qlora_recipes.base.adapters import ADAPTER, set_weights
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import RunFolderError
@@ -49,7 +48,8 @@ class TokenCount:
         self.micro_batches += 1
         self.positions += ids.numel()
         self.real += ids.numel() if mask is None else int(mask.sum())
-        self.supervised += int((inputs["labels"] != IGNORED).sum())
+        mask = inputs["completion_mask"] if "completion_mask" in inputs else inputs["labels"] != IGNORED
+        self.supervised += int(mask.sum())
 
 
 @dataclass
@@ -72,12 +72,15 @@ class _EvaluationStopped(Exception):
     """A signal arrived while held-out rows were scored."""
 
 
-class RunTrainer(SFTTrainer):
-    """SFTTrainer with checkpoints that are whole or do not count, from which a run resumes to the same bits.
+class ExactResume(Trainer):
+    """What a trainer of TRL lacks: checkpoints that are whole or do not count, and give the same bits when resumed.
 
     In addition to what upstream saves, a checkpoint holds the token counts, the metrics gathered since the last logged
     step and the time spent. An evaluation that a fault prevented is done before the next step.
     """
+
+    _metrics: Any  # of TRL's trainers, each with another type
+    _total_train_tokens: int
 
     def __init__(
         self, *args: Any, rows: Sequence[Conversation], loraplus_lr_ratio: float | None = None, **kwargs: Any
@@ -118,7 +121,7 @@ class RunTrainer(SFTTrainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.count.add(inputs)
         self._step_batches.append({name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")})
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]  # TRL
+        loss = super().training_step(model, inputs, *args, **kwargs)
         # With several processes only one would raise and leave the others waiting; its gradient reaches all of them.
         if self.accelerator.num_processes == 1 and not torch.isfinite(loss):
             self._refuse("loss", float(loss))
@@ -169,7 +172,7 @@ class RunTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         self._aside = folder / checkpoints.WRITING
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]  # TRL
+            super()._save_checkpoint(cast(torch.nn.Module, model), trial)
             write_json(self._aside / name / self._progress_file, asdict(self._progress()))
         finally:
             self._aside = None
@@ -187,7 +190,9 @@ class RunTrainer(SFTTrainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             # By default PEFT compares the vocabulary with what the hub holds on `main` by now, and may save more.
-            model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+            # The reference of preferences is the start, which is made again from it.
+            own = {"selected_adapters": [ADAPTER], "save_embedding_layers": False}
+            model.save_pretrained(output_dir, state_dict=state_dict, **own)
             self.tokenizer.save_pretrained(str(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -297,13 +302,27 @@ class RunTrainer(SFTTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:  # upstream freezes the adapter, whose weights would then count as 0
-            set_peft_model_state_dict(self.model, load_file(best.path / WEIGHTS), adapter_name=ADAPTER)
+            set_weights(cast(PeftModel, self.model), best.path)
+
+
+class RunTrainer(ExactResume, SFTTrainer):
+    """SFTTrainer, with all that `ExactResume` adds."""
+
+
+class PreferenceTrainer(ExactResume, DPOTrainer):
+    """DPOTrainer on rows that are encoded already, with all that `ExactResume` adds.
+
+    Its reference is a copy of the adapter as it started.
+    """
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
 
 
 class _Faults(TrainerCallback):
     """Looks for a signal wherever a run can stop, and restores a checkpoint that is resumed."""
 
-    def __init__(self, trainer: RunTrainer) -> None:
+    def __init__(self, trainer: ExactResume) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:

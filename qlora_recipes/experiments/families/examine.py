@@ -22,7 +22,9 @@ from trl.chat_template_utils import get_training_chat_template
 
 from qlora_recipes import DatasetSpec, Recipe, preflight
 from qlora_recipes.base.loading import load_outline
+from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import IGNORED
+from qlora_recipes.data.templates import dated
 from qlora_recipes.errors import CheckError, RecipesError
 from qlora_recipes.experiments.families.architectures import ARCHITECTURES
 from qlora_recipes.memory import estimate
@@ -215,11 +217,12 @@ def mask_beside_trl(run: Run, model: Path) -> str:
     """Encode the rows as SFTTrainer does with `assistant_only_loss`, and say in how many ids or labels differ."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     try:
-        template = get_training_chat_template(tokenizer) if tokenizer.chat_template else None
+        source = tokenizer.chat_template and (get_training_chat_template(tokenizer) or tokenizer.chat_template)
     except ValueError:
         return _NO_MASK
-    if tokenizer.chat_template is None:
+    if not source:
         return _NO_MASK
+    template = dated(ChatTemplate(source, "TRL's")).source  # the same day
     others = ids = 0
     for row in run.data.train:
         theirs: Any = tokenizer.apply_chat_template(

@@ -26,6 +26,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
@@ -167,7 +168,7 @@ def _shared(spec: Specification) -> dict[str, Any]:
     )
 
 
-def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
+def trainer_of(arm: str, spec: Specification, folder: str) -> Trainer:
     """Return the trainer of an arm."""
     read = prepare_rows(settings_of(spec))
     if arm == "recipe" or arm in WITHOUT:
@@ -214,7 +215,7 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> SFTTrainer:
 class _Clock(TrainerCallback):
     """Measures the time of every step, and counts its tokens."""
 
-    def __init__(self, trainer: SFTTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.count, self.device = TokenCount(), trainer.args.device
         self.steps: list[dict[str, float]] = []
         step: Callable[..., torch.Tensor] = trainer.training_step
