@@ -1,6 +1,7 @@
-"""Make docs/gallery.md and the pages and pictures in docs/gallery/: `.venv/bin/python docs/gallery.py`.
+"""Make docs/gallery.md and the pages and pictures in docs/gallery/: `.venv/bin/python docs/gallery.py [NAME...]`.
 
-Runs every recipe's demo in runs/gallery, and keeps what is finished there: remove it to measure anew. Needs Chromium.
+Runs the demo of every recipe, or of those named, in runs/gallery, and keeps what is finished there: remove it to measure
+anew. Needs Chromium.
 """
 
 import json
@@ -87,12 +88,15 @@ are [stand-ins](../qlora_recipes/standins/README.md).
 
 
 def main() -> None:
-    """Run what has not run yet, and write every page."""
+    """Run what has not run yet, and write the pages asked for and the list of all that are there."""
     browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("chromium is not on the PATH")
     GALLERY.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or RECIPES:
+        make_page(name, browser)
     index = INDEX
     for name, purpose in RECIPES.items():
-        make_page(name, browser)
+        if not (GALLERY / f"{name}.md").exists():
+            continue
         picture = f"[![The report of {name}](gallery/{name}-report.png)](gallery/{name}.md)"
         index += f"| [{name}](gallery/{name}.md) | {' '.join(purpose.split())} | {picture} |\n"
     (ROOT / "docs" / "gallery.md").write_text(index, encoding="utf-8")
