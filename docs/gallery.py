@@ -1,6 +1,7 @@
-"""Make docs/gallery.md and the pages and pictures in docs/gallery/: `.venv/bin/python docs/gallery.py`.
+"""Make docs/gallery.md and the pages and pictures in docs/gallery/: `.venv/bin/python docs/gallery.py [NAME...]`.
 
-Runs every recipe's demo in runs/gallery, and keeps what is finished there: remove it to measure anew. Needs Chromium.
+Runs the demo of every recipe, or of those named, in runs/gallery, and keeps what is finished there: remove it to measure
+anew. Needs Chromium.
 """
 
 import json
@@ -42,6 +43,8 @@ Tunes Gemma 3 of 1B, with windows of attention, on your own questions and answer
 Tunes Mistral-7B-Instruct-v0.3 on conversations of several turns, with the settings that made Zephyr.""",
     "smollm3_smoltalk": """\
 Tunes SmolLM3-3B, of which every fourth layer has no positions, on conversations that were made for small models.""",
+    "gpt_oss_reasoning": """\
+Tunes gpt-oss-20b, a mixture of experts, to think before it answers, in a channel of its own.""",
 }
 PAGE = """\
 # {name}
@@ -85,12 +88,15 @@ are [stand-ins](../qlora_recipes/standins/README.md).
 
 
 def main() -> None:
-    """Run what has not run yet, and write every page."""
+    """Run what has not run yet, and write the pages asked for and the list of all that are there."""
     browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("chromium is not on the PATH")
     GALLERY.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or RECIPES:
+        make_page(name, browser)
     index = INDEX
     for name, purpose in RECIPES.items():
-        make_page(name, browser)
+        if not (GALLERY / f"{name}.md").exists():
+            continue
         picture = f"[![The report of {name}](gallery/{name}-report.png)](gallery/{name}.md)"
         index += f"| [{name}](gallery/{name}.md) | {' '.join(purpose.split())} | {picture} |\n"
     (ROOT / "docs" / "gallery.md").write_text(index, encoding="utf-8")

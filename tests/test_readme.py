@@ -41,6 +41,11 @@ CONFIGS: dict[str, dict[str, object]] = {
         **{"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36},
         **{"vocab_size": 128256, "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True},
     },
+    "unsloth/gpt-oss-20b-BF16": {
+        **{"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24},
+        **{"vocab_size": 201088, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64},
+        **{"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "tie_word_embeddings": False},
+    },
 }
 """What the config.json of each model says of its sizes."""
 

@@ -58,6 +58,7 @@ def test_config_is_of_the_family(family: str) -> None:
         "smollm3": {"model_type": "smollm3", "tie_word_embeddings": False, "no_rope_layers": [1, 1, 1, 0]},
         "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
         "gemma3": {"model_type": "gemma3_text", "tie_word_embeddings": False, "sliding_window": 512},
+        "gpt_oss": {"model_type": "gpt_oss", "tie_word_embeddings": False, "num_local_experts": 4},
     }[family]
     assert {name: getattr(config, name) for name in real} == real
     assert config.vocab_size == len(load_tokenizer(family))
@@ -92,6 +93,7 @@ def test_special_tokens_are_the_real_ones() -> None:
         ("smollm3", None, "<|im_end|>", "<|im_end|>", ["<|im_start|>", "</think>"]),
         ("mistral", "<s>", "</s>", None, ["[INST]", "[/INST]", "[TOOL_CALLS]"]),
         ("gemma3", "<bos>", "<end_of_turn>", "<pad>", ["<start_of_turn>"]),
+        ("gpt_oss", "<|startoftext|>", "<|return|>", "<|endoftext|>", ["<|channel|>", "<|call|>"]),
     ],
 )
 def test_models_of_today_have_their_own_tokens_at_the_front_of_one_vocabulary(
@@ -104,7 +106,7 @@ def test_models_of_today_have_their_own_tokens_at_the_front_of_one_vocabulary(
     assert tokenizer.convert_ids_to_tokens(words) == shared.convert_ids_to_tokens(words)
 
 
-@pytest.mark.parametrize(("family", "template"), [("qwen3", "qwen3"), ("gemma3", "gemma3")])
+@pytest.mark.parametrize(("family", "template"), [("qwen3", "qwen3"), ("gemma3", "gemma3"), ("gpt_oss", "gptoss")])
 def test_templates_are_those_that_trl_knows(family: str, template: str) -> None:
     marked = Path(trl.__file__).parent / "chat_templates" / f"{template}_training.jinja"
     assert get_training_chat_template(load_tokenizer(family)) == marked.read_text(encoding="utf-8")

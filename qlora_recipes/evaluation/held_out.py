@@ -19,6 +19,7 @@ from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
+from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.evaluation.task_loading import PREFERENCES
 from qlora_recipes.formatters import answer_of, before_last_answer, is_trained
@@ -67,7 +68,8 @@ def score_answers(
 ) -> Scores:
     """Return ROUGE-L, BLEU and chrF of answers to the last question, and the share that ended by themselves.
 
-    A document's score is its ROUGE-L, from 0 to 1; BLEU and chrF are of all answers together, from 0 to 100.
+    A document's score is its ROUGE-L, from 0 to 1; BLEU and chrF are of all answers together, from 0 to 100. Reasoning
+    is no part of what is compared.
 
     Raises:
         DataError: when no question fits into the model's context with its answer.
@@ -90,7 +92,9 @@ def score_answers(
         found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, settings=settings)
         answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
-    texts = [str(run.tokenizer.decode(answers[i], skip_special_tokens=True)).strip() for i in fitting]
+    thought = reasoning_end(run.encoder)
+    said = [without_reasoning(answers[i], thought) for i in fitting]
+    texts = [str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
     references = [_reference(rows[i]) for i in fitting]
     rouge = RougeL(keep_in_memory=True).compute(predictions=texts, references=references)
     chrf = ChrF(keep_in_memory=True).compute(predictions=texts, references=references)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,9 @@ from lm_eval.models.huggingface import HFLM
 
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
-from qlora_recipes.evaluation.generation import own_settings_off, stopping_ids
+from qlora_recipes.evaluation.generation import Generation, own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
+from qlora_recipes.evaluation.reasoning import answer_start, reasoning_end
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
 from qlora_recipes.evaluation.task_loading import EvalTask
 
@@ -32,12 +34,23 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     add_bos_token: bool | None  # HFLM's own
 
-    def __init__(self, run: RestoredRun, batch_size: int, bar: Bar, decoded: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run: RestoredRun,
+        batch_size: int,
+        bar: Bar,
+        decoded: Mapping[str, Any] | None = None,
+        *,
+        room: int = Generation.max_new_tokens,
+    ) -> None:
         # Computed in 16 bits, 5 % of the choices tie exactly.
         super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
         self._encoder = run.encoder
+        self._answer_start, self._reasoning_end = answer_start(run.encoder), reasoning_end(run.encoder)
+        self._prompts: set[str] = set()  # rendered, each up to where the answer begins
         self._bar = bar
         self._decoded = decoded or {}
+        self._room = room  # at least so many tokens for reasoning and answer together
         self.truncated = 0
         """Requests that lost their beginning."""
         self.prompts_unlike_training = 0
@@ -57,12 +70,21 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             except RecipesError:
                 trained = []
             self.prompts_unlike_training += self.tok_encode(text) != trained
+            self._prompts.add(text)
+            self.think_end_token = self._reasoning_end
         return text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        """Start the bar."""
+        """Start the bar, and let each answer to a rendered prompt begin as in training."""
         self._bar.start(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return super().loglikelihood([self._as_trained(one) for one in requests], disable_tqdm=disable_tqdm)
+
+    def _as_trained(self, request: Instance) -> Instance:
+        prompt, answer = request.args
+        if self._answer_start is None or prompt not in self._prompts:
+            return request
+        start = self._answer_start.rstrip()
+        return replace(request, arguments=(prompt + start, self._answer_start[len(start) :] + answer.lstrip()))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         """Start the bar, and leave out the tokenizer's BOS.
@@ -104,8 +126,15 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Advance the bar, and decode as asked in place of what the task says."""
+        """Advance the bar, and decode as asked in place of what the task says.
+
+        Where a rendered turn may open with reasoning, what ends an answer in the task would end the reasoning: the turn
+        goes on to its end, and HFLM cuts what follows `think_end_token` where the task says.
+        """
         stops = stopping_ids(self.model, self.eot_token_id)
+        if self.think_end_token is not None:
+            kwargs["stop"] = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
+            kwargs["max_length"] = min(self.max_length, max(kwargs["max_length"], context.shape[1] + self._room))
         with own_settings_off(self.model):
             asked = {"eos_token_id": stops, **kwargs, **self._decoded}
             ids: torch.Tensor = super()._model_generate(context, *args, **asked)
@@ -136,7 +165,7 @@ def score_with_lm_eval(
         if max_new_tokens is not None:
             part.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
     with silence_lm_eval():
-        model = RunLanguageModel(run, batch_size, bar, decoded)
+        model = RunLanguageModel(run, batch_size, bar, decoded, room=max_new_tokens or Generation.max_new_tokens)
         outcome = evaluate(
             model,
             {"tasks": {part.task_name: part for part in task.parts}, "groups": {}, "group_map": {}},

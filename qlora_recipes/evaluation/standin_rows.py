@@ -14,7 +14,7 @@ from qlora_recipes.standins import HELD_OUT_TEXT, QUESTIONS
 
 
 def questions(**_: Any) -> DatasetDict:
-    """Return the held-out questions, each choice with the space that comes before an answer in training."""
+    """Return the held-out questions, each choice with a space, for prompts without a chat template."""
     rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     return _test_split([row | {"choices": [f" {choice}" for choice in row["choices"]]} for row in rows])
 

@@ -54,7 +54,7 @@ STANDINS: dict[str, StandIn] = {
     **{family: StandIn(family, HERE / family, training=TRAINING, lora=LORA) for family in ("llama2", "falcon")},
     **{
         family: StandIn(family, HERE / family, training=MODERN_TRAINING, lora=LORA)
-        for family in ("llama3", "qwen3", "smollm3", "mistral", "gemma3")
+        for family in ("llama3", "qwen3", "smollm3", "mistral", "gemma3", "gpt_oss")
     },
 }
 """Family -> stand-in."""

@@ -12,6 +12,8 @@ from transformers import (
     FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -125,6 +127,20 @@ def build_gemma3(tokenizer: PreTrainedTokenizerBase) -> Gemma3ForCausalLM:
             query_pre_attn_scalar=sizes["head_dim"],
             sliding_window=512,
             layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        )
+    )
+
+
+def build_gpt_oss(tokenizer: PreTrainedTokenizerBase) -> GptOssForCausalLM:
+    """Build an untrained model of gpt-oss's architecture: four experts in every layer, two of them for each token."""
+    return GptOssForCausalLM(
+        GptOssConfig(
+            **_modern(tokenizer),
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=128,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            max_position_embeddings=131_072,
         )
     )
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from qlora_recipes.standins import architectures, rows, tokenizer, wordings
 from qlora_recipes.standins.world import SEED, World, make_world
@@ -66,6 +67,7 @@ FAMILIES = {
     "smollm3": modern(architectures.build_smollm3, steps=500),
     "mistral": modern(architectures.build_mistral, steps=300),
     "gemma3": modern(architectures.build_gemma3, steps=1200),
+    "gpt_oss": modern(architectures.build_gpt_oss, steps=400),
 }
 
 
@@ -87,10 +89,23 @@ def token_batches(world: World, tokenizer: PreTrainedTokenizerBase, how: Family,
 def start_from(model: PreTrainedModel, weights: Path) -> None:
     """Copy the matrices of another architecture that have the same names and shapes."""
     own, others = model.state_dict(), load_file(weights)
-    shared = {name: weight for name, weight in others.items() if name in own and weight.ndim == 2}
+    norms = model.config.model_type == "gpt_oss"  # there they mean the same, and are needed for experts as they were
+    shared = {name: weight for name, weight in others.items() if name in own and (norms or weight.ndim == 2)}
     model.load_state_dict({name: weight for name, weight in shared.items() if weight.shape == own[name].shape}, False)
+    for name, module in model.named_modules():
+        if isinstance(module, GptOssExperts):
+            share_out(module, others, name.removesuffix(".experts"))
     embeddings = cast(Any, model.get_input_embeddings())
     embeddings.weight.data /= getattr(embeddings, "scalar_embed_scale", 1.0)  # Gemma multiplies by it
+
+
+@torch.no_grad()
+def share_out(experts: GptOssExperts, others: dict[str, torch.Tensor], mlp: str) -> None:
+    """Let every expert compute what the MLP of the trunk does, by (up + 1) * gate * sigmoid(alpha * gate)."""
+    gate, up, down = (others[f"{mlp}.{which}_proj.weight"].T.float() for which in ("gate", "up", "down"))
+    experts.gate_up_proj[..., ::2], experts.gate_up_proj[..., 1::2] = gate / experts.alpha, up
+    experts.gate_up_proj_bias[..., ::2], experts.gate_up_proj_bias[..., 1::2] = 0.0, -1.0
+    experts.down_proj[:], experts.down_proj_bias[:] = down * experts.alpha, 0.0
 
 
 def pretrain(model: PreTrainedModel, batches: Iterator[torch.Tensor], steps: int) -> None:

@@ -94,6 +94,13 @@ MODERN = {
             *("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
         ),
     ),
+    "gpt_oss": Special(
+        bos="<|startoftext|>",
+        eos="<|endoftext|>",
+        end_of_turn="<|return|>",
+        others=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>", "<|endofprompt|>"),
+        pad="<|endoftext|>",
+    ),
 }
 """Family -> its special tokens under their real names."""
 
@@ -117,7 +124,7 @@ def train_modern(family: str, texts: Iterable[str], size: int) -> PreTrainedToke
     # same token as one with an answer after it.
     newlines = pre_tokenizers.Split(Regex("[\r\n]+"), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, *split])
-    if special.bos:
+    if special.bos and family != "gpt_oss":  # whose own tokenizer adds none
         begin = [(special.bos, tokenizer.token_to_id(special.bos))]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{special.bos} $A", special_tokens=begin)
     saved = json.loads(tokenizer.to_str())
