@@ -47,7 +47,7 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     losses = dict(zip(fitting, nats_by_row, strict=True))
     docs = []
     for i in fitting:
-        words = [answer_of(message) for message in rows[i].messages if is_trained(message)]
+        words = scored_words(run, rows[i])
         bits, length = losses[i] / math.log(2), sum(len(text.encode()) for text in words)
         ids, target = encoded[i].input_ids, "\n".join(words)
         docs.append(_record("held_out", i, rows[i], ids, target, bits / length, bits=bits, bytes=length))
@@ -142,6 +142,16 @@ def _last_answer(run: RestoredRun, row: HeldOutRow, answer: str | None = None) -
     """Return a conversation of preferences, of which the last answer alone has labels, or another in its place."""
     messages = row.messages if answer is None else [*row.messages[:-1], {**row.messages[-1], "content": answer}]
     return run.encoder.encode(messages, row.tools)
+
+
+def scored_words(run: RestoredRun, row: HeldOutRow) -> list[str]:
+    """Return what each turn in the loss says, without the reasoning that the template leaves out of it."""
+    said = run.encoder.render(row.messages, row.tools).in_loss
+    trained = [message for message in row.messages if is_trained(message)]
+    return [
+        answer_of(turn if turn.get("reasoning_content", "") in said else {**turn, "reasoning_content": ""})
+        for turn in trained
+    ]
 
 
 def row_losses(
