@@ -17,6 +17,7 @@ from qlora_recipes.base import upstream
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.commands.recipe_cli import main
 from qlora_recipes.models import LLAMA_2_7B_CHAT, ModelSpec
+from qlora_recipes.run.folder import RunFolder
 
 Refused = Callable[..., str]
 
