@@ -155,8 +155,8 @@ def resolve(
         raise UsageError(f"--demo has no stand-in for {recipe.model.family!r}; it has {', '.join(STANDINS)}")
     # A demo saves no checkpoints: starting again takes less time.
     demo_lora, demo_training = (standin.lora, {**standin.training, "save_strategy": "no"}) if standin else ({}, {})
-    if recipe.method == "dpo":
-        demo_training = {**demo_training, **PREFERENCES} if standin else {}
+    if standin and recipe.method == "dpo":
+        demo_training = {**demo_training, **PREFERENCES}
     known = fields_of(config_of(recipe))
     if unknown := [name for name in training or () if name not in known]:
         raise UsageError(f"{config_of(recipe)} has no field {unknown[0]!r}.{nearest(unknown[0], known)}")

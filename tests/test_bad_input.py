@@ -449,13 +449,13 @@ def test_no_disk(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gated_model(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.errors as hub
 
-    from qlora_recipes.base import loading
+    from qlora_recipes.base import tokenizer
 
     def gated(*args: Any, **kwargs: Any) -> None:
         gate = hub.GatedRepoError.__new__(hub.GatedRepoError)  # its own constructor wants the hub's answer
         raise OSError("You are trying to access a gated repo.") from gate
 
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", gated)
+    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", gated)
     assert "it is gated. Accept its terms on the hub, then run: hf auth login" in refused("--model", "a/b")
 
 

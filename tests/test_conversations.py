@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from qlora_recipes import DatasetSpec, Recipe
+from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.data.figures import RowMeter
@@ -25,9 +26,10 @@ from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.held_out import _reference, hash_conversation
 from qlora_recipes.evaluation.loaded import HeldOutRow
 from qlora_recipes.formatters import Reason, RowError, before_last_answer, check_conversation
+from qlora_recipes.models import ModelSpec
 from qlora_recipes.preflight.loss import beginning_of_text, end_of_turn, loss_is_the_answers
 from qlora_recipes.preflight.prompts import control_tokens, template_agrees
-from qlora_recipes.settings import resolve
+from qlora_recipes.settings import STANDIN, resolve
 from qlora_recipes.stages import Prepared, Run
 from qlora_recipes.standins import STANDINS
 
@@ -263,6 +265,35 @@ def test_reasoning_inside_an_answer_is_split_off(run: Callable[..., Run]) -> Non
     assert run({"messages": [USER, inside]}, name="llama3").data.train[0].messages[1] == inside
     empty = {"role": "assistant", "content": "<think> Hm. </think>"}
     assert run({"messages": [USER, empty]}, *rows_of("plain")).data.receipt.rows_dropped == {Reason.EMPTY_ANSWER: 1}
+
+
+def test_reasoning_in_the_content_is_an_answer_of_a_template_without_a_place_for_it(run: Callable[..., Run]) -> None:
+    """As SmolLM3's, whose vocabulary has the tags as words, and whose template has a switch for thinking."""
+    tokenizer: Any = load_tokenizer(ModelSpec("smollm3"), STANDIN + "smollm3", None)
+    _ENCODERS["smollm3"] = ConversationEncoder(tokenizer, tokenizer.template)
+    inside = {"role": "assistant", "content": "<think>\nI must look it up.\n</think>\n\nYes, it rains."}
+    quoting = {"role": "assistant", "content": "It begins with <think> and ends with </think>."}
+    nested = {"role": "assistant", "content": "<think> a <think> b </think> c"}
+    asking = {"role": "user", "content": "<think> a </think> b"}
+    rows = [{"messages": each} for each in ([USER, inside], [USER, quoting], [USER, nested], [asking, ANSWER])]
+    made = run(*rows, {"messages": [USER, inside, USER, inside]}, name="smollm3")
+    assert made.data.receipt.rows_dropped == {Reason.CONTROL_STRING: 3}
+    first, _ = made.data.train
+    assert first.messages == [USER, inside]
+    in_loss = [label for label in first.encoded.labels if label != IGNORED]
+    assert inside["content"] + "<|im_end|>" in tokenizer.decode(in_loss)
+    for check in (loss_is_the_answers, end_of_turn, control_tokens, template_agrees):
+        assert verdict_of(check, made).verdict == "pass", verdict_of(check, made)
+
+
+def test_an_answer_with_its_reasoning_may_come_before_the_next_question() -> None:
+    """As `chat` has it, whose answers hold what a model thought."""
+    encoder = encoder_for("qwen3")
+    earlier = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
+    text = encoder.spelled(encoder.render([USER, earlier, USER], add_generation_prompt=True).text)
+    assert text.count("</think>") == 1 and "Yes." in text
+    with pytest.raises(RowError, match="'<think>'"):
+        encoder.encode_prompt([USER, {**earlier, "content": "Hm. <think>"}, USER])
 
 
 def test_a_system_prompt_of_a_dataset_is_for_rows_without_one(run: Callable[..., Run]) -> None:

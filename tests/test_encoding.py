@@ -11,11 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_recipes import ChatTemplate
 from qlora_recipes.base.tokenizer import load_tokenizer
+from qlora_recipes.chat_templates import LLAMA_2_CHAT
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Reason, RowError
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.settings import STANDIN
+from qlora_recipes.standins import STANDINS
 
 SPECS = [LLAMA_2_7B_CHAT, FALCON_7B]
 CONVERSATION = [
@@ -192,12 +194,24 @@ def test_a_saved_tokenizer_reloads_with_the_same_ids(tmp_path) -> None:
     assert whole_text_ids(again, CONVERSATION) == encoder_for(LLAMA_2_7B_CHAT).encode(CONVERSATION).input_ids
 
 
+def test_a_tokenizer_that_puts_a_space_before_the_first_text_alone() -> None:
+    """As Llama 2's that Transformers 5 has saved without `legacy`."""
+    tokenizer = AutoTokenizer.from_pretrained(STANDINS["llama2"].folder, legacy=False)
+    for start in ("<s>", ""):
+        tokenizer.chat_template = LLAMA_2_CHAT.source.replace("bos_token", repr(start))
+        encoder = ConversationEncoder(tokenizer, ChatTemplate(tokenizer.chat_template, "mine.jinja"))
+        encoded = encoder.encode(CONVERSATION)
+        assert encoded.input_ids == whole_text_ids(tokenizer, CONVERSATION)
+        assert tokenizer.convert_ids_to_tokens(encoded.input_ids)[len(start) > 0] == ("[" if start else "▁")
+
+
 @pytest.mark.parametrize("answer", ["Yes.", " \n Yes. \n\n", "\t", "\x1f Yes. \u3000"])
 def test_white_space_that_a_control_token_swallows(answer: str) -> None:
     """As Phi-3's, whose template writes a newline after each of them."""
     source = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + ' <|end|>\n' }}{% else %}"
-        "{{ '<|assistant|>\n' }}{% generation %}{{ m.content + ' <|end|>\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+        "{{ '<|assistant|>\n' }}{% generation %}{{ m.content + ' <|end|>\n' }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
     )
     tokenizer = small_tokenizer(template=source, eos_token="</s>")
     flags = {"<|user|>": dict(rstrip=True), "<|assistant|>": {}, "<|end|>": dict(lstrip=True, rstrip=True)}

@@ -54,6 +54,9 @@ INSTEAD = {
     "qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 1 2": (
         f"qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 {TRIAL}"  # the demo's runs again
     ),
+    "qlora-recipes train llama2_attention_only --demo --from_run runs/tickets-demo/nf4-seed0": (
+        f"qlora-recipes train llama2_attention_only --demo --from_run runs/tickets-demo/nf4-seed0 {QUICK}"
+    ),
     "qlora-recipes serve runs/tickets-demo/nf4-seed0": "qlora-recipes serve --help",
     "qlora-recipes push runs/tickets-demo/nf4-seed0 OWNER/NAME": (
         "qlora-recipes push runs/tickets-demo/nf4-seed0 OWNER/NAME --base owner/base --dry_run"

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from qlora_recipes.base import repairs
 from qlora_recipes.base.loading import from_hub
@@ -66,7 +66,7 @@ def _repaired(
             return plain, ["read_tokenizer_file"]
     # What is not in init_kwargs is not saved, and a reload gives other ids; LlamaTokenizer drops its `legacy`.
     legacy = {"legacy": tokenizer.legacy} if hasattr(tokenizer, "legacy") else {}
-    tokenizer.init_kwargs.update(legacy | spec.tokenizer)
+    tokenizer.init_kwargs.update({**legacy, **spec.tokenizer})
     merged_last = spec.spaces_merge_last and repairs.merge_spaces_last(tokenizer)
     return tokenizer, ["merge_spaces_last"] if merged_last else []
 
@@ -125,8 +125,8 @@ def _pad_token(spec: ModelSpec, tokenizer: Any, template: ChatTemplate, model: s
         if token not in taken and vocabulary[token] < rows:
             return token
     raise TemplateError(
-        f"{model} has no token to pad with: its template writes all that no text becomes, and it ends turns with {end!r}; "
-        "set ModelSpec.pad_token to a token of its vocabulary that no conversation holds"
+        f"{model} has no token to pad with: it ends turns with {end!r}, and its template writes all others that "
+        "no text becomes; set ModelSpec.pad_token to a token of its vocabulary that no conversation holds"
     )
 
 

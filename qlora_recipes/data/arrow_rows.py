@@ -12,11 +12,11 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy
 import pyarrow
@@ -66,8 +66,7 @@ class Conversation:
     @property
     def pair(self) -> dict[str, list[int]]:
         """The prompt's tokens and those of both answers, as DPOTrainer's collator takes them."""
-        prompt = self.encoded.input_ids[: answer_span(self.encoded.labels)[0]]
-        return {"prompt_ids": prompt, "chosen_ids": answer_ids(self.encoded), "rejected_ids": self.rejected_ids or []}
+        return _pair({**vars(self.encoded), "rejected_ids": self.rejected_ids})
 
 
 def answer_span(labels: Sequence[int]) -> tuple[int, int]:
@@ -79,6 +78,11 @@ def answer_span(labels: Sequence[int]) -> tuple[int, int]:
 def answer_ids(row: Encoded) -> list[int]:
     """Return the tokens of the answer, in a row whose loss is one answer."""
     return row.input_ids[slice(*answer_span(row.labels))]
+
+
+def _pair(row: Mapping[str, Any]) -> dict[str, list[int]]:
+    ids, (start, end) = row["input_ids"], answer_span(row["labels"])
+    return {"prompt_ids": ids[:start], "chosen_ids": ids[start:end], "rejected_ids": row["rejected_ids"]}
 
 
 class Rows(Sequence[Conversation]):
@@ -121,7 +125,7 @@ class Rows(Sequence[Conversation]):
 
     def pairs(self) -> Dataset:
         """Return the rows of preferences as DPOTrainer's collator takes them."""
-        return Dataset.from_list([row.pair for row in self])
+        return self._table.map(_pair, remove_columns=self._table.column_names)
 
 
 class _RowFile:

@@ -11,17 +11,19 @@ Knows nothing of files or models.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any, cast
 
 import jinja2
 import numpy
 from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -29,7 +31,17 @@ from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.outline import Fate, outline, shape_of
 from qlora_recipes.data.sandbox import limits
 from qlora_recipes.errors import TemplateError
-from qlora_recipes.formatters import TEXT, Message, Reason, RowError, Tools, is_trained, strings, words_of
+from qlora_recipes.formatters import (
+    TEXT,
+    Message,
+    Reason,
+    RowError,
+    Tools,
+    inner_thought,
+    is_trained,
+    strings,
+    words_of,
+)
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 _RENDER_BYTES = 2**29
@@ -43,6 +55,7 @@ _PROBES: tuple[Sequence[Any], ...] = (
     [{"role": "user", "content": "words"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
 )
 """Conversations that show how a template ends an earlier turn, the last one, and one that calls a tool."""
+_THOUGHTFUL: Sequence[Any] = (_PROBES[1][0], {**_PROBES[1][1], "reasoning_content": "q0z"})
 _SPACE = r"[^\S\x1c-\x1f]"  # what tokenizers take for white space: Unicode's property, of which Python has more
 # Unicode's noncharacters, which text must not contain: one for each control token of a template.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -109,6 +122,7 @@ class ConversationEncoder:
         self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
+        self._inside = _inside_a_text(tokenizer)
         flags = {token.content: token for token in added}
         cuts = [_with_swallowed(mark, flags.get(token)) for token, mark in marks.items()]
         self._cut = re.compile(f"({'|'.join(cuts)})")
@@ -116,8 +130,6 @@ class ConversationEncoder:
         """Whether the tokenizer itself puts BOS before a text."""
         self.knows_developer = re.search("['\"]developer['\"]", source) is not None
         """Whether the template has a developer; where it has none, that is the system."""
-        self.knows_reasoning = re.search("reasoning_content|thinking", source) is not None
-        """Whether the template has a place of its own for an assistant's reasoning."""
         self._tried = lru_cache(maxsize=_SHAPES)(self._try_shape)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
@@ -134,6 +146,14 @@ class ConversationEncoder:
     def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Return the ids of a conversation up to where the assistant's next answer starts."""
         return self.tokenize([self.render(messages, tools, add_generation_prompt=True)])[0].input_ids
+
+    @cached_property
+    def knows_reasoning(self) -> bool:
+        """Whether the template has a place of its own for an assistant's reasoning; SmolLM3's is in the content."""
+        try:
+            return _THOUGHTFUL[1]["reasoning_content"] in self.render(_THOUGHTFUL).text
+        except (RowError, TemplateError):
+            return False
 
     @property
     def end_id(self) -> int:
@@ -255,7 +275,9 @@ class ConversationEncoder:
 
     def _refuse_forged(self, messages: Sequence[Message], tools: Tools | None) -> None:
         for message in messages:
-            for text in words_of(message):
+            thought = inner_thought(message)  # in tags, as a model writes it where its template writes none
+            texts = [*thought, *islice(words_of(message), 1, None)] if thought else words_of(message)
+            for text in texts:
                 self._refuse_forged_text(text, message["role"])
         for text in strings(tools):
             self._refuse_forged_text(text, "tool")
@@ -279,21 +301,21 @@ class ConversationEncoder:
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        plain = [piece for parts in pieces for piece in parts if piece and piece.strip() not in self._ids]
-        options = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        batch = self.tokenizer(plain, **options) if plain else {"input_ids": [], "offset_mapping": []}
-        tokens = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        first = _encoded(self.tokenizer, [parts[0] for parts in pieces if parts[0]])
+        others = _encoded(self._inside, [piece for parts in pieces for piece in parts[2::2] if piece])
         return [
-            self._join(parts, tokens, rendered.spans) for parts, rendered in zip(pieces, conversations, strict=True)
+            self._join(parts, chain(islice(first, bool(parts[0])), others), rendered.spans)
+            for parts, rendered in zip(pieces, conversations, strict=True)
         ]
 
     def _join(self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
-        """Return one conversation: the next tokens for each piece of text, the id for each stand-in character."""
+        """Return one conversation: the next tokens for each piece of text, and an id for each stand-in between them."""
         ids: list[int] = []
         positions: list[int] = []  # of each token's first character in the rendered text
         start = 0
-        for piece in pieces:
-            if (mark := piece.strip()) in self._ids:
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                mark = piece.strip()
                 ids.append(self._ids[mark])
                 positions.append(start + piece.index(mark))
             elif piece:
@@ -306,6 +328,22 @@ class ConversationEncoder:
         for begin, end in spans:
             supervised |= (begin <= places) & (places < end)
         return Encoded(ids, numpy.where(supervised, ids, IGNORED).tolist())
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[_Tokens]:
+    options = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    batch = tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
+    return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+
+
+def _inside_a_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer for text after a control token, before which some put no space as they do at the start."""
+    before: Any = tokenizer.backend_tokenizer.pre_tokenizer if tokenizer.is_fast else None
+    if getattr(before, "prepend_scheme", None) != "first":
+        return tokenizer
+    inside: Any = copy.deepcopy(tokenizer)
+    inside.backend_tokenizer.pre_tokenizer = Metaspace(before.replacement, prepend_scheme="never", split=before.split)
+    return cast("PreTrainedTokenizerBase", inside)
 
 
 def _with_swallowed(mark: str, token: AddedToken | None) -> str:

@@ -13,9 +13,10 @@ from functools import cache
 from itertools import count
 from typing import Any
 
-from qlora_recipes.formatters import TEXT, Message, Tools, is_trained
+from qlora_recipes.formatters import TEXT, Message, Tools, inner_thought, is_trained
 
 _WORD = "words"
+_THOUGHT = "<think>\n{}\n</think>\n\n{}"
 # Words of JSON schemas, by which templates choose what they write; all others are somebody's.
 _SCHEMA_KEYS = frozenset(
     "type function name description parameters return returns properties required items enum default format anyOf "
@@ -64,15 +65,23 @@ class Fate:
 def shape_of(messages: Sequence[Message], tools: Tools | None) -> str:
     """Return all of a conversation but its words, as JSON: two of one shape are rendered alike."""
     if tools is None and all(len(message) == 2 for message in messages):
-        return _plain_shape(tuple((message["role"], bool(message["content"])) for message in messages))
+        return _plain_shape(tuple((message["role"], _shape_of_content(message)) for message in messages))
     said = [{key: _without_words(part, key == "tool_calls") for key, part in each.items()} for each in messages]
-    roles = [{**shape, "role": message["role"]} for shape, message in zip(said, messages, strict=True)]
+    fixed = ({"role": message["role"], "content": _shape_of_content(message)} for message in messages)
+    roles = [{**shape, **same} for shape, same in zip(said, fixed, strict=True)]
     return json.dumps([roles, _without_words(tools, schema=True)])
 
 
 @cache
-def _plain_shape(turns: tuple[tuple[str, bool], ...]) -> str:
-    return json.dumps([[{"role": role, "content": _WORD if filled else ""} for role, filled in turns], None])
+def _plain_shape(turns: tuple[tuple[str, str], ...]) -> str:
+    return json.dumps([[{"role": role, "content": content} for role, content in turns], None])
+
+
+def _shape_of_content(message: Message) -> str:
+    """Return a word for a text, none for an empty one, and two for an answer that holds its reasoning."""
+    if thought := inner_thought(message):
+        return _THOUGHT.format(*(_WORD if part else "" for part in thought))
+    return _WORD if message["content"] else ""
 
 
 def _without_words(value: Any, schema: bool = False) -> Any:
@@ -95,12 +104,19 @@ def outline(shape: str) -> Outline:
     messages, tools = json.loads(shape)
     unique = (f"q{number}z" for number in count())
     words: dict[str, str] = {}
-    thoughts, trained = set(), set()
+    thoughts: set[str] = set()
+    trained: set[str] = set()
     last = max((i for i, message in enumerate(messages) if is_trained(message)), default=0)
     calls = 0
     for i, message in enumerate(messages):
         role, where, before = message["role"], f"message {i}", len(words)
-        if message["content"]:
+        if thought := inner_thought(message):
+            reasoning, word = ((next(unique) if part else "") for part in thought)
+            message["content"] = _THOUGHT.format(reasoning, word)
+            words |= {reasoning: f"the reasoning of {where} (assistant)"} if reasoning else {}
+            words |= {word: f"the text of {where} (assistant)"} if word else {}
+            thoughts |= {reasoning} if reasoning and i != last else set()
+        elif message["content"]:
             word = message["content"] = next(unique)
             words[word] = f"the {'result' if role == 'tool' else 'text'} of {where}" + f" ({role})" * (role != TEXT)
         if message.get("reasoning_content"):

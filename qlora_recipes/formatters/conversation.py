@@ -183,11 +183,17 @@ def split_reasoning(messages: Sequence[Message]) -> list[Message]:
     return [_split(message) if "</think>" in message["content"] else message for message in messages]
 
 
+def inner_thought(message: Message) -> tuple[str, str] | None:
+    """Return what stands in `<think>` at the start of an assistant's content, and what follows it, or None."""
+    found = _THOUGHT.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    return (found[1].strip(), found[2].strip()) if found else None
+
+
 def _split(message: Message) -> Message:
-    found = _THOUGHT.fullmatch(message["content"])
-    if message["role"] != "assistant" or "reasoning_content" in message or not found:
+    found = inner_thought(message)
+    if "reasoning_content" in message or not found:
         return message
-    thought, content = (part.strip() for part in found.groups())
+    thought, content = found
     if not is_visible(content) and "tool_calls" not in message:
         raise RowError(Reason.EMPTY_ANSWER, f"an answer is {SHORT.repr(message['content'])}, expected words after it")
     return {**message, "content": content, **({"reasoning_content": thought} if is_visible(thought) else {})}

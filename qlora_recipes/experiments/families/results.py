@@ -37,7 +37,7 @@ def cells(found: Examined) -> list[str]:
         _NONE if found.quantized_share is None else f"{found.quantized_share:.1%}",
         found.template or _NONE,
         found.mask or _NONE,
-        _figure(found, "packing_leak", until=" "),
+        _figure(found, "packing_leak", until=" in the next").partition(",")[0],
         " ".join(f"{found.plan[name]:.3f}" if name in found.plan else _NONE for name in ("bf16", "nf4")),
         _figure(found, "forged_turns", until=" tries"),
         " ".join(_reloads(found, precision) for precision in ("nf4", "bf16")),
