@@ -1,7 +1,7 @@
 """Make docs/gallery.md and the pages and pictures in docs/gallery/: `.venv/bin/python docs/gallery.py [NAME...]`.
 
-Runs the demo of every recipe, or of those named, in runs/gallery, and keeps what is finished there: remove it to measure
-anew. Needs Chromium.
+Runs the demo of every recipe, or of those named, in runs/gallery, and keeps what is finished there: remove it to
+measure anew. Needs Chromium.
 """
 
 import json
