@@ -87,6 +87,6 @@ def steps(run: Run) -> Check:
     more = "--max_steps" if args.max_steps > 0 else "--num_train_epochs"
     return warn_unless(
         total >= _FEW_STEPS and warm_up < total / 2,
-        f"{total:,} of {batch} rows each, {warm_up:,} of them warm-up",
+        f"{total:,} of {batch} rows each, {min(warm_up, total):,} of them warm-up",
         f"Few steps hardly learn: lower --gradient_accumulation_steps, or raise {more}.",
     )
