@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _ABOUT = """Ask runs of one base, and the base before tuning, everything in a file, in batches whose rows go to \
 different adapters. Writes answers.jsonl and answers.html."""
-_PROMPTS = "questions: lines of a .txt, or rows with prompt or messages, which may name their adapter"
+_PROMPTS = "questions: lines of a .txt, or rows with prompt or messages, which may have tools and name their adapter"
 _FLAGS = (
     file_to_read("prompts", _PROMPTS),
     *GENERATION,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
             runs = replace(runs, unmixable=runs.unmixable or str(error))
             proof = f"not mixed: {runs.unmixable}"
         asked = [(prompt, name) for prompt in prompts for name in _asked(prompt, list(runs.adapters))]
-        requests = [Request(prompt.messages, name, prompt.place) for prompt, name in asked]
+        requests = [Request(prompt.messages, name, prompt.place, prompt.tools) for prompt, name in asked]
         found = answer(runs, requests, settings, batch_size=flags["batch_size"])
         own = own_defaults(runs.model) or "none"
     answers: dict[str, dict[str, Answer]] = {prompt.place: {} for prompt in prompts}
