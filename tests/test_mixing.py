@@ -245,6 +245,18 @@ def test_ask_writes_base_and_runs_side_by_side(
     assert (output / ask.HTML).read_text() == page
 
 
+def test_a_run_that_hardly_changes_its_base_is_asked_by_itself(
+    folders: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_recipes.deploy.answering.LARGEST_SHARE", 0.0)
+    (tmp_path / "prompts.txt").write_text("Who?\n")
+    asked = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out"), "--max_new_tokens", "2"]
+    with pytest.raises(CheckError, match="ask each run by itself"):
+        ask.main([*(str(folder.path) for folder in folders), *asked])
+    ask.main([str(folders[0].path), *asked])
+    assert "not mixed: a row of a mixed batch is" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_runs import receipt
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from rich.console import Console
@@ -40,9 +41,10 @@ def encoder_of(family: str) -> ConversationEncoder:
 
 
 def run_of(family: str, rows: list[HeldOutRow] | None = None) -> RestoredRun:
-    encoder, receipt = encoder_of(family), Any
+    encoder = encoder_of(family)
     model = AutoModelForCausalLM.from_pretrained(STANDINS[family].folder, dtype=torch.bfloat16).eval()
-    return RestoredRun(RunFolder(Path("run")), receipt, model, encoder.tokenizer, encoder, rows or [], "bf16", "")  # type: ignore[arg-type]
+    folder, tokenizer = RunFolder(Path("run")), encoder.tokenizer
+    return RestoredRun(folder, receipt("bf16", 0), model, tokenizer, encoder, rows or [], "bf16", "")
 
 
 def silent() -> Bar:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from qlora_recipes.commands.flags import (
     count,
     file_to_read,
 )
-from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.errors import CheckError, RunFolderError, UsageError
 from qlora_recipes.fields import Field
 from qlora_recipes.run.files import write_text
 from qlora_recipes.run.folder import RunFolder
@@ -68,8 +69,13 @@ def main(argv: Sequence[str]) -> None:
     settings = Generation(**{flag.name: flags[flag.name] for flag in GENERATION})
     allowed = {name: flags[name] for name in ("other_template", "trust_remote_code")}
     with restore_runs(folders, **allowed) as runs:
-        alone = len(folders) == 1 and runs.unmixable
-        proof = f"not mixed: {runs.unmixable}" if alone else described(prove_mixing(runs))
+        try:
+            proof = described(prove_mixing(runs))
+        except (CheckError, UsageError) as error:
+            if len(folders) > 1:
+                raise
+            runs = replace(runs, unmixable=runs.unmixable or str(error))
+            proof = f"not mixed: {runs.unmixable}"
         asked = [(prompt, name) for prompt in prompts for name in _asked(prompt, list(runs.adapters))]
         requests = [Request(prompt.messages, name, prompt.place, prompt.tools) for prompt, name in asked]
         found = answer(runs, requests, settings, batch_size=flags["batch_size"])

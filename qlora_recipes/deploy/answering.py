@@ -161,8 +161,8 @@ def prove_mixing(runs: MixedRuns) -> MixingProof:
     if not largest <= LARGEST_SHARE * proof.of_adapters:
         raise CheckError(
             f"a row of a mixed batch is {largest:.3g} (root mean square of its logits) from its adapter alone, and the "
-            f"adapter itself changes them by {proof.of_adapters:.3g}; expected at most {LARGEST_SHARE:.0%} of that. "
-            "Ask each run by itself"
+            f"adapter itself changes them by {proof.of_adapters:.3g}; expected at most {LARGEST_SHARE:.0%} of that"
+            + ("; ask each run by itself" if len(names) > 2 else "")
         )
     return proof
 

@@ -32,7 +32,8 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     the bar. The first can go when lm-eval reports truncation with its results, the others when it takes a progress bar.
     """
 
-    add_bos_token: bool | None  # HFLM's own
+    add_bos_token: bool | None  # HFLM's own, like the next
+    think_end_token: int | None
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 trained = []
             self.prompts_unlike_training += self.tok_encode(text) != trained
             self._prompts.add(text)
-            self.think_end_token = self._reasoning_end
+            self.think_end_token = self._reasoning_end  # HFLM drops what stands before it
         return text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
