@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,10 +28,11 @@ from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import RUNS, Parser, count, file_to_write
 from qlora_recipes.deploy.answering import MixingProof, Request, answer, prove_mixing
 from qlora_recipes.deploy.choice import seconds_per_token
-from qlora_recipes.deploy.mixing import BASE, MixedRuns, end_of_answer, restore_runs
+from qlora_recipes.deploy.mixing import BASE, MixedRuns, restore_runs
 from qlora_recipes.deploy.weights import Changes, read_changes, write_configuration, write_merged
 from qlora_recipes.evaluation.generation import Generation
 from qlora_recipes.evaluation.loaded import BaseKey, restore_base, restore_run
+from qlora_recipes.formatters import before_last_answer
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.folder import RunFolder
 
@@ -75,8 +77,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _mixing(runs: MixedRuns, prompts: int, settings: Generation) -> Figures:
     names = list(runs.adapters)
-    rows = runs.run.held_out or [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]]
-    requests = [Request(rows[i % len(rows)][:-1], names[i % len(names)]) for i in range(prompts)]
+    kept = [(before_last_answer(row.messages), row.tools) for row in runs.run.held_out]
+    asked = [each for each in kept if each[0]] or [([{"role": "user", "content": "Hello"}], None)]
+    questions = islice(cycle(asked), prompts)
+    requests = [Request(said, name, tools=tools) for (said, tools), name in zip(questions, cycle(names), strict=False)]
     separate = replace(runs, unmixable="measured apart")
     arms: dict[str, Callable[[], Any]] = {
         "mixed": lambda: answer(runs, requests, settings, batch_size=prompts),
@@ -114,7 +118,7 @@ def _merging(folder: RunFolder, files: Any, figures: Figures) -> None:
         key = BaseKey.of(receipt, precision)
         with restore_run(folder, restore_base(key), key) as run:
             changes, prompt = read_changes(run.model, files), _prompt(run)
-            end, tokenizer = end_of_answer(run), run.tokenizer
+            end, tokenizer = run.encoder.end_id, run.tokenizer
             for _ in range(_REPEATS):
                 times.setdefault(f"{precision} with adapter", []).append(seconds_per_token(run.model, prompt))
                 with run.model.disable_adapter():

@@ -182,15 +182,18 @@ def compare(
 
 
 @contextmanager
-def load(*runs: Run | str | Path) -> Iterator[Answering]:
+def load(*runs: Run | str | Path, other_template: bool = False, trust_remote_code: bool = False) -> Iterator[Answering]:
     """Load runs of one base for as long as the context lasts, each adapter proven to be the run's.
+
+    `other_template` accepts a chat template that was edited on purpose, `trust_remote_code` a base that brings code.
 
     Raises:
         RecipesError: for a run that is not what its receipt says, or runs that cannot share a base in memory.
     """
     from qlora_recipes.deploy.mixing import restore_runs
 
-    with restore_runs([RunFolder(path_of(run)) for run in runs]) as loaded:
+    allowed = {"other_template": other_template, "trust_remote_code": trust_remote_code}
+    with restore_runs([RunFolder(path_of(run)) for run in runs], **allowed) as loaded:
         yield Answering(loaded)
 
 

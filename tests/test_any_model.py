@@ -293,7 +293,7 @@ def test_files_that_are_no_base_are_refused(tmp_path: Path) -> None:
         tmp_path / "gguf": "gguf files are already quantized, for llama.cpp",
         tmp_path / "gguf" / "model-Q4_K_M.gguf": "gguf files are already quantized",
         tmp_path / "adapter": "an adapter of Qwen/Qwen3-8B, and no base",
-        tmp_path / "empty": "no config.json",
+        tmp_path / "empty": "no config.json: there is no such folder",
     }.items():
         with pytest.raises(ModelError, match=reason):
             resolve(of_folder(source))

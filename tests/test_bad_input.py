@@ -17,6 +17,7 @@ from qlora_recipes.base import upstream
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.commands.recipe_cli import main
 from qlora_recipes.models import LLAMA_2_7B_CHAT, ModelSpec
+from qlora_recipes.run.folder import RunFolder
 
 Refused = Callable[..., str]
 
@@ -383,19 +384,23 @@ def test_a_model_that_is_nowhere(refused: Refused, tmp_path: Path) -> None:
     assert "cannot load" in refused("--model", str(tmp_path))
 
 
-def test_an_architecture_that_cannot_be_quantized(
-    refused: Refused, tiny: Callable[[str], Path], tmp_path: Path, recipe_for: Callable[..., type[Recipe]]
+def test_layers_that_are_no_linear_are_quantized_all_the_same(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    recipe_for: Callable[..., type[Recipe]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """GPT-2's layers are no `nn.Linear`s, and bitsandbytes passes over them without a word."""
+    """GPT-2's layers are Transformers' own Conv1D; it was refused here before such layers were counted."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shutil.copytree(tiny("llama2"), tmp_path / "gpt2")
     config = GPT2Config(vocab_size=1536, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
     recipe = recipe_for(model=spoken_for(tmp_path / "gpt2"), lora=dict(target_modules=["c_attn"]))
-    message = refused(recipe=recipe)
-    assert "linear layers" in message
-    assert "--precision bf16" in message
+    main(recipe, ["--output_dir", "run"])
+    quantized = RunFolder(tmp_path / "run").receipt().base.quantized
+    assert quantized.found == quantized.expected == 4 and quantized.share == 1.0
 
 
 def test_an_adapter_of_another_base(tiny: Callable[[str], Path], tmp_path: Path) -> None:

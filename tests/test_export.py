@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.commands.export import main
 from qlora_recipes.deploy import gguf_file
-from qlora_recipes.deploy.export import export
+from qlora_recipes.deploy.export import ExportReceipt, _refuse_another, export
 from qlora_recipes.deploy.gguf_file import read_updates
 from qlora_recipes.deploy.merging import merge
 from qlora_recipes.errors import CheckError, ModelError, RunFolderError, UsageError
@@ -94,6 +94,12 @@ def test_a_file_that_is_another_model_is_not_kept(
     with pytest.raises(CheckError, match=r"reads another model than the run.*Nothing was written"):
         export(run, tmp_path / "run.gguf", "f16")
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_that_are_no_numbers_are_refused() -> None:
+    found = ExportReceipt("run.gguf", 1, "f16", "", None, "reader", largest_change=float("nan"))
+    with pytest.raises(CheckError, match="figures differ by up to nan"):
+        _refuse_another(found)
 
 
 def test_what_has_no_place_is_refused_by_name(run: RunFolder, tmp_path: Path) -> None:

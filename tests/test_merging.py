@@ -199,6 +199,10 @@ def lost(update: object, weight: torch.Tensor) -> torch.Tensor:
     return weight.float()
 
 
+def overflown(update: object, weight: torch.Tensor) -> torch.Tensor:
+    return weight.float() * float("nan")
+
+
 @pytest.mark.parametrize(
     ("target", "name", "value", "error", "said"),
     [
@@ -211,8 +215,9 @@ def lost(update: object, weight: torch.Tensor) -> torch.Tensor:
             "has 0.0 GB free, expected 0.0 GB",
         ),
         (weights.Update, "applied", lost, CheckError, "bits per byte from the run, and the adapter itself makes"),
+        (weights.Update, "applied", overflown, CheckError, "the model gives no finite figures in bfloat16"),
     ],
-    ids=["full disk", "too small a disk", "lost adapter"],
+    ids=["full disk", "too small a disk", "lost adapter", "overflow"],
 )
 def test_a_merge_that_fails_leaves_nothing(
     plain: RunFolder,

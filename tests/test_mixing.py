@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from qlora_recipes import cli
 from qlora_recipes.base.adapters import ADAPTER, WEIGHTS
 from qlora_recipes.commands import ask, chat
-from qlora_recipes.deploy import answering, mixing
+from qlora_recipes.deploy import answering
 from qlora_recipes.deploy.answering import LARGEST_SHARE, Request, answer, prove_mixing
 from qlora_recipes.deploy.history import fit_history
 from qlora_recipes.deploy.mixing import BASE, MixedRuns, restore_runs, run_names, unmixable_because
 from qlora_recipes.deploy.prompts import read_prompts
 from qlora_recipes.errors import CheckError, DataError, ModelError, RecipesError, UsageError
+from qlora_recipes.evaluation import generation
 from qlora_recipes.evaluation.generation import Generation
 from qlora_recipes.run.folder import RunFolder
 
@@ -71,6 +72,19 @@ def test_a_row_of_a_mixed_batch_is_as_alone_and_not_moved_by_its_neighbors(runs:
     proof = prove_mixing(runs)
     assert proof.rows == 6
     assert proof.by_neighbors <= proof.from_alone < LARGEST_SHARE * proof.of_adapters / 2
+
+
+def test_every_row_is_among_other_neighbors_once(runs: MixedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of runs: with two or four, the rows at even places are always those of the same runs."""
+    asked: list[list[str]] = []
+    real = answering._logits
+    monkeypatch.setattr(
+        answering, "_logits", lambda *given: asked.append(list(given[2:][0] if given[2:] else [])) or real(*given)
+    )
+    prove_mixing(replace(runs, adapters={name: runs.adapters[name] for name in (BASE, "facts")}))
+    mixed, one, other = (names for names in asked if names)
+    kept = [{name for name, before in zip(names, mixed, strict=True) if name == before} for names in (one, other)]
+    assert kept == [{BASE}, {"facts"}]
 
 
 def test_a_row_that_another_adapter_answers_is_found(runs: MixedRuns) -> None:
@@ -231,6 +245,18 @@ def test_ask_writes_base_and_runs_side_by_side(
     assert (output / ask.HTML).read_text() == page
 
 
+def test_a_run_that_hardly_changes_its_base_is_asked_by_itself(
+    folders: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_recipes.deploy.answering.LARGEST_SHARE", 0.0)
+    (tmp_path / "prompts.txt").write_text("Who?\n")
+    asked = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out"), "--max_new_tokens", "2"]
+    with pytest.raises(CheckError, match="ask each run by itself"):
+        ask.main([*(str(folder.path) for folder in folders), *asked])
+    ask.main([str(folders[0].path), *asked])
+    assert "not mixed: a row of a mixed batch is" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -240,6 +266,11 @@ def test_ask_writes_base_and_runs_side_by_side(
         ("a.jsonl", '{"prompt": "  "}', "line 1: empty question"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "She."}]}', "line 1: roles out of order"),
         ("a.jsonl", '{"prompt": "Who?", "adapter": 3}', "a name as adapter"),
+        (
+            "a.jsonl",
+            '{"prompt": "Who?", "tools": "weather"}',
+            "line 1: not tools: tools is 'weather', which is not JSON",
+        ),
         ("a.txt", "\n \n", "has no line with a prompt"),
     ],
 )
@@ -247,6 +278,18 @@ def test_prompts_of_another_shape_are_refused_by_line(tmp_path: Path, name: str,
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said):
         read_prompts(tmp_path / name)
+
+
+def test_the_tools_of_a_prompt_are_in_it(runs: MixedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Who?", "tools": tools}))
+    (prompt,) = read_prompts(tmp_path / "a.jsonl")
+    assert prompt.tools == tools
+    rendered: list[Any] = []
+    encoder = type(runs.run.encoder)
+    monkeypatch.setattr(encoder, "encode_prompt", lambda self, messages, tools=None: rendered.append(tools) or [1])
+    answer(runs, [Request(prompt.messages, tools=prompt.tools)], replace(SHORT, max_new_tokens=1))
+    assert rendered == [tools]
 
 
 def test_requests_that_cannot_be_answered_are_refused(runs: MixedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +329,7 @@ def test_a_history_is_cut_by_whole_turns(
     assert fit_history([system, *turns], encode, 20) == ([system, turns[-1]], 2)
     with pytest.raises(DataError, match="got a question of 15 tokens, expected at most 14, which leave room"):
         fit_history([system, *turns], encode, 14)
-    monkeypatch.setattr(mixing, "context_length", lambda model: 64)
+    monkeypatch.setattr(generation, "context_length", lambda model: 64)
     long = [{"role": role, "content": "Where is it? " * 4} for _ in range(4) for role in ("user", "assistant")][:-1]
     chat.answer(runs, BASE, long, SHORT)
     assert "the conversation outgrows 64 tokens: left out its first" in capsys.readouterr().err

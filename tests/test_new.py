@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_recipes import cli, load_recipe
-from qlora_recipes.formatters import FORMATTERS
+from qlora_recipes.formatters import FORMATTERS, preferences
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -60,6 +60,18 @@ def test_columns_that_are_known(row: dict[str, Any], formatter: str | None, caps
 def test_any_model_can_be_named(model: str) -> None:
     new("mine", {"question": "Why?", "answer": "Because."}, model=model)
     assert load_recipe("mine.py").model == ModelSpec(model)
+
+
+def test_rows_with_tools_can_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    new("mine", {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]})
+    assert "1 of its first 1 rows can be used\n" in capsys.readouterr().out
+
+
+def test_two_answers_are_preferences(capsys: pytest.CaptureFixture[str]) -> None:
+    new("mine", {"prompt": "Why?", "Chosen": "Because.", "rejected": "No."})
+    recipe = load_recipe("mine.py")
+    assert recipe.method == "dpo" and recipe.dataset.format_row is preferences
+    assert "1 of its first 1 rows can be used\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_guessed_is_left_to_fill_in(capsys: pytest.CaptureFixture[str]) -> None:

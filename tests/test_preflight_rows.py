@@ -235,9 +235,10 @@ def test_held_out_rows_that_are_known_are_counted(run: Run) -> None:
     assert verdict_of(row_checks.contamination, known).verdict == "pass"
 
 
-def test_no_held_out_row_is_warned_of(run: Run) -> None:
-    none = with_data(run, held_out=[])
-    assert verdict_of(row_checks.held_out_rows, none).verdict == "warn"
+@pytest.mark.parametrize(("count", "verdict"), [(0, "warn"), (19, "warn"), (20, "pass")])
+def test_too_few_held_out_rows_are_warned_of(run: Run, count: int, verdict: str) -> None:
+    few = with_data(run, held_out=[*run.data.train[:1]] * count)
+    assert verdict_of(row_checks.held_out_rows, few).verdict == verdict
 
 
 def test_dropped_rows_are_counted_by_reason(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from qlora_recipes.commands.flags import (
     count,
     file_to_read,
 )
-from qlora_recipes.errors import RunFolderError, UsageError
+from qlora_recipes.errors import CheckError, RunFolderError, UsageError
 from qlora_recipes.fields import Field
 from qlora_recipes.run.files import write_text
 from qlora_recipes.run.folder import RunFolder
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _ABOUT = """Ask runs of one base, and the base before tuning, everything in a file, in batches whose rows go to \
 different adapters. Writes answers.jsonl and answers.html."""
-_PROMPTS = "questions: lines of a .txt, or rows with prompt or messages, which may name their adapter"
+_PROMPTS = "questions: lines of a .txt, or rows with prompt or messages, which may have tools and name their adapter"
 _FLAGS = (
     file_to_read("prompts", _PROMPTS),
     *GENERATION,
@@ -68,10 +69,15 @@ def main(argv: Sequence[str]) -> None:
     settings = Generation(**{flag.name: flags[flag.name] for flag in GENERATION})
     allowed = {name: flags[name] for name in ("other_template", "trust_remote_code")}
     with restore_runs(folders, **allowed) as runs:
-        alone = len(folders) == 1 and runs.unmixable
-        proof = f"not mixed: {runs.unmixable}" if alone else described(prove_mixing(runs))
+        try:
+            proof = described(prove_mixing(runs))
+        except (CheckError, UsageError) as error:
+            if len(folders) > 1:
+                raise
+            runs = replace(runs, unmixable=runs.unmixable or str(error))
+            proof = f"not mixed: {runs.unmixable}"
         asked = [(prompt, name) for prompt in prompts for name in _asked(prompt, list(runs.adapters))]
-        requests = [Request(prompt.messages, name, prompt.place) for prompt, name in asked]
+        requests = [Request(prompt.messages, name, prompt.place, prompt.tools) for prompt, name in asked]
         found = answer(runs, requests, settings, batch_size=flags["batch_size"])
         own = own_defaults(runs.model) or "none"
     answers: dict[str, dict[str, Answer]] = {prompt.place: {} for prompt in prompts}

@@ -95,8 +95,7 @@ def answer(runs: MixedRuns, name: str, messages: Sequence[Message], settings: Ge
     from transformers import TextStreamer
 
     from qlora_recipes.deploy.history import fit_history
-    from qlora_recipes.deploy.mixing import context_length
-    from qlora_recipes.evaluation.generation import generate, seeded
+    from qlora_recipes.evaluation.generation import context_length, generate, seeded
 
     tokenizer, encode = runs.run.tokenizer, runs.run.encoder.encode_prompt
     length = context_length(runs.model)

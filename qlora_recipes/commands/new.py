@@ -19,7 +19,7 @@ from qlora_recipes.commands.flags import Parser, file_to_read
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError, UsageError
 from qlora_recipes.fields import Field
-from qlora_recipes.formatters import RowError, check_messages, detect
+from qlora_recipes.formatters import RowError, check_conversation, detect, folded
 from qlora_recipes.models import MODELS
 from qlora_recipes.recipe import load_recipe
 
@@ -89,6 +89,8 @@ def _file(name: str) -> Path:
 def _shape(rows: Sequence[Mapping[str, Any]], source: str) -> _Shape:
     """Return how rows become messages: by a formatter of ours, by two columns, or by what is to be filled in."""
     for row in rows:
+        if {"chosen", "rejected"} <= {folded(name) for name in row}:
+            return _Shape("its rows are read by the formatter preferences, and train with DPO.", "preferences")
         with suppress(DataError):
             formatter = detect(row).__name__
             return _Shape(f"its rows are read by the formatter {formatter}.", formatter)
@@ -128,6 +130,7 @@ def _source(name: str, model: str, dataset: str, shape: _Shape) -> str:
     lines += ["", "", f"class {title}(Recipe):", f"    model = {known or _quoted(model)}"]
     formatter = f", format_row={shape.formatter}" if shape.formatter else ""
     lines += [f"    dataset = DatasetSpec({_quoted(dataset)}{formatter})"]
+    lines += ['    method = "dpo"'] if shape.formatter == "preferences" else []
     if not shape.formatter:
         lines += [""] + [f"    # Columns: {', '.join(map(_quoted, shape.columns))}"] * bool(shape.columns)
         turns = {"user": shape.asks, "assistant": shape.answers}
@@ -149,7 +152,7 @@ def _usable(file: Path, rows: Sequence[Any]) -> str:
     faults = []
     for row in rows:
         try:
-            check_messages(formatter(row))
+            check_conversation(formatter(row))
         except (RowError, KeyError, TypeError) as error:
             faults.append(str(error))
     said = f"{len(rows) - len(faults)} of its first {len(rows)} rows can be used"

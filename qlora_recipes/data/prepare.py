@@ -307,10 +307,12 @@ def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
     except RowError as error:
         why = str(error)
     counts = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
+    fix = "Give the recipe a formatter that fits these rows (qlora_recipes.formatters), or your own format_row"
+    if tally.dropped.keys() <= {Reason.LEFT_OUT, Reason.TEMPLATE}:
+        fix = "Take a model whose chat template has a place for it (--model), or leave it out in your own format_row"
     return (
         f"no row of {spec.source} can be used ({counts}).\n  the first ({place}): "
-        f"{shown[:300]}{'...' if len(shown) > 300 else ''}\n  what is wrong with it: {why}\n"
-        "  Give the recipe a formatter that fits these rows (qlora_recipes.formatters), or your own format_row"
+        f"{shown[:300]}{'...' if len(shown) > 300 else ''}\n  what is wrong with it: {why}\n  {fix}"
     )
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_recipes.deploy.mixing import ALLOWED, BASE, MixedRuns, context_length
+from qlora_recipes.deploy.mixing import ALLOWED, BASE, MixedRuns
 from qlora_recipes.errors import CheckError, DataError, UsageError, nearest
-from qlora_recipes.evaluation.generation import Generation, ended, generate, seeded
-from qlora_recipes.formatters import Message
+from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate, seeded
+from qlora_recipes.formatters import Message, Tools
 
 LARGEST_SHARE = 0.1
 """Of what an adapter does to the logits, as much as mixing may do. A row that another adapter answers has about 1."""
@@ -32,6 +32,8 @@ class Request:
     """Name of a run, or `base`."""
     place: str = "the prompt"
     """Where it is from, for messages."""
+    tools: Tools | None = None
+    """What the assistant may call."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _prompt(runs: MixedRuns, request: Request, settings: Generation) -> list[int
         known = ", ".join(runs.adapters)
         raise UsageError(f"{request.place}: got the adapter {request.adapter!r}, expected one of {known}.{hint}")
     try:
-        prompt = runs.run.encoder.encode_prompt(request.messages)
+        prompt = runs.run.encoder.encode_prompt(request.messages, request.tools)
     except DataError as error:
         raise DataError(f"{request.place}: {error}") from error
     length = context_length(runs.model)
@@ -139,13 +141,15 @@ def prove_mixing(runs: MixedRuns) -> MixingProof:
         with runs.only(name):
             alone[name] = _logits(runs, [ids[:_PROBE_TOKENS] for ids in probes])
     by_row = [alone[name][number // len(names)] for number, (name, _) in enumerate(rows)]
-    kept = range(0, len(rows), 2)  # every second row keeps its adapter, the others take the next one
-    others = [name if i % 2 == 0 else names[(names.index(name) + 1) % len(names)] for i, (name, _) in enumerate(rows)]
-    exchanged = _logits(runs, [ids for _, ids in rows], others)
+    moved = []
+    for kept in (0, 1):  # every second row keeps its adapter, the others take the next one
+        others = [n if i % 2 == kept else names[(names.index(n) + 1) % len(names)] for i, (n, _) in enumerate(rows)]
+        exchanged = _logits(runs, [ids for _, ids in rows], others)
+        moved += [_distance(mixed[i], exchanged[i]) for i in range(kept, len(rows), 2)]
     proof = MixingProof(
         rows=len(rows),
         from_alone=max(_distance(one, other) for one, other in zip(mixed, by_row, strict=True)),
-        by_neighbors=max(_distance(mixed[i], exchanged[i]) for i in kept),
+        by_neighbors=max(moved),
         of_adapters=min(
             _distance(one, base)
             for name in names
@@ -157,8 +161,8 @@ def prove_mixing(runs: MixedRuns) -> MixingProof:
     if not largest <= LARGEST_SHARE * proof.of_adapters:
         raise CheckError(
             f"a row of a mixed batch is {largest:.3g} (root mean square of its logits) from its adapter alone, and the "
-            f"adapter itself changes them by {proof.of_adapters:.3g}; expected at most {LARGEST_SHARE:.0%} of that. "
-            "Ask each run by itself"
+            f"adapter itself changes them by {proof.of_adapters:.3g}; expected at most {LARGEST_SHARE:.0%} of that"
+            + ("; ask each run by itself" if len(names) > 2 else "")
         )
     return proof
 

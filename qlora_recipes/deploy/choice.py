@@ -17,10 +17,9 @@ import torch
 
 from qlora_recipes.comparison.paired import FEWEST_TEXTS, BitsPerByte, bits_per_byte_difference
 from qlora_recipes.data.encoding import IGNORED, Encoded
-from qlora_recipes.deploy.mixing import context_length
-from qlora_recipes.evaluation.held_out import row_losses
+from qlora_recipes.evaluation.generation import context_length
+from qlora_recipes.evaluation.held_out import row_losses, scored_words
 from qlora_recipes.evaluation.loaded import RestoredRun
-from qlora_recipes.formatters import answer_of, is_trained
 
 HELD_OUT, TEXT = "held-out answers", "text"
 SIXTEEN_BIT, DEQUANTIZED = "16bit", "dequantized"
@@ -50,8 +49,8 @@ def documents(run: RestoredRun, text: Sequence[str]) -> Documents:
     room = context_length(run.model) or math.inf
     held_out = []
     for row in run.held_out[:_DOCUMENTS]:
-        answers = [answer_of(message) for message in row.messages if is_trained(message)]
-        held_out.append((run.encoder.encode(row.messages, row.tools), sum(len(text.encode()) for text in answers)))
+        length = sum(len(text.encode()) for text in scored_words(run, row))
+        held_out.append((run.encoder.encode(row.messages, row.tools), length))
     tokenizer: Any = run.tokenizer
     lines = [(tokenizer(line)["input_ids"], len(line.encode())) for line in text[:_DOCUMENTS]]
     plain = [(Encoded(ids, [IGNORED, *ids[1:]]), length) for ids, length in lines]

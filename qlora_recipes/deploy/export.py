@@ -103,7 +103,7 @@ def _base_folder(model: str, revision: str | None) -> Path:
 
 def _refuse_another(made: ExportReceipt) -> None:
     allowed = _LARGEST_CHANGE[made.type]
-    if made.largest_change > allowed or made.texts_encoded_alike < made.texts:
+    if not made.largest_change <= allowed or made.texts_encoded_alike < made.texts:
         raise CheckError(
             f"{made.reader} reads another model than the run: {made.texts_encoded_alike} of {made.texts} texts are "
             f"encoded alike, and figures differ by up to {made.largest_change:.3f} of their spread, where rounding to "
@@ -116,7 +116,8 @@ def _read_model(folder: RunFolder, file: Path) -> dict[str, Any]:
     """Return what Transformers' own reader of GGUF makes of a file, beside the merged folder; one model at a time."""
     own = AutoTokenizer.from_pretrained(folder.merged)
     other = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    texts = [message["content"] for row in read_held_out(folder)[:_PROBES] for message in row.messages] or ["Hello."]
+    said = (message["content"] for row in read_held_out(folder)[:_PROBES] for message in row.messages)
+    texts = list(filter(None, said)) or ["Hello."]  # a turn that only calls a tool has no words
     ids, others = (words(texts, add_special_tokens=False)["input_ids"] for words in (own, other))
     start = [] if own.bos_token_id is None else [own.bos_token_id]
     prompts = [start + each[:_LONGEST] for each in ids]
@@ -130,7 +131,7 @@ def _read_model(folder: RunFolder, file: Path) -> dict[str, Any]:
         "texts": len(texts),
         "texts_encoded_alike": sum(one == another for one, another in zip(ids, others, strict=True)),
         "same_prediction": float(same.float().mean()),
-        "largest_change": float(max(changes)),
+        "largest_change": float(torch.stack(changes).max()),  # NaN where one is
         "answers_alike": sum(ours.answer == theirs.answer for ours, theirs in pairs),
     }
 
@@ -170,4 +171,4 @@ def _read_adapter(updates: Sequence[Update], file: Path) -> dict[str, Any]:
         a, b = (stored[f"{update.place}.lora_{side}"] for side in "ab")
         expected = update.scaling * (update.b @ update.a)
         changes.append(float(np.abs(alpha / len(a) * (b @ a) - expected).max() / expected.std()))
-    return {"reader": f"gguf {version('gguf')}", "largest_change": max(changes)}
+    return {"reader": f"gguf {version('gguf')}", "largest_change": float(np.max(changes))}  # NaN where one is

@@ -16,6 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from qlora_recipes.chat_templates import without_markers
 from qlora_recipes.errors import ModelError, TemplateError
@@ -172,6 +173,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], _Architecture]:
     kind = config.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ModelError(f"{folder}: no GGUF of the architecture {kind!r} here, only of {', '.join(_ARCHITECTURES)}")
+    config = AutoConfig.from_pretrained(folder).to_dict() | config  # files leave out what is usual
     heads = config["num_attention_heads"]
     if kind == "falcon":
         if config.get("alibi") or not config.get("parallel_attn", True):

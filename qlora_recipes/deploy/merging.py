@@ -7,6 +7,7 @@ Knows nothing of training.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -249,6 +250,11 @@ def _check_written(candidates: Mapping[str, Candidate], trained: _AsTrained, rec
 
     What an adapter does by less than the margin cannot be told from rounding.
     """
+    if broken := next((way for way, candidate in candidates.items() if not math.isfinite(candidate.moved)), None):
+        raise CheckError(
+            f"merged into the {choice.WEIGHTS[broken]}, the model gives no finite figures in {receipt.dtype}. Keep the "
+            "adapter beside the base, or give --base with the other one"
+        )
     way = SIXTEEN_BIT if not precision_named(receipt.precision).quantized else DEQUANTIZED
     bits_per_byte = choice.moved(trained.bits, {kind: 0 * bits for kind, bits in trained.bits.items()}, trained.asked)
     if trained.effect < choice.MARGIN * bits_per_byte or way not in candidates:

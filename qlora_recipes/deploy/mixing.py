@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
@@ -176,9 +175,3 @@ def _add(model: PeftModel, folder: RunFolder, receipt: Receipt, name: str) -> No
     model.set_adapter(name)
     fuse_lora_layers(model)
     model.eval()
-
-
-def context_length(model: Any) -> int | None:
-    """Return how many tokens a model can attend to; None where its configuration does not say."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length

@@ -11,9 +11,9 @@ from typing import Any
 
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError, nearest
-from qlora_recipes.formatters import Message, check_messages
+from qlora_recipes.formatters import Message, Tools, check_messages, check_tools
 
-_KEYS = ("prompt", "messages", "adapter")
+_KEYS = ("prompt", "messages", "tools", "adapter")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,15 @@ class Prompt:
     messages: list[Message]
     adapter: str | None = None
     """The run that is asked; None asks all of them and the base."""
+    tools: Tools | None = None
+    """What the assistant may call."""
 
 
 def read_prompts(file: Path) -> list[Prompt]:
     """Return the prompts of a file: of `.txt` every line that is not empty, of a data file every row.
 
-    A row has `prompt` (a text) or `messages` (as in training, up to the question), and may name its `adapter`.
+    A row has `prompt` (a text) or `messages` (as in training, up to the question), and may have
+    `tools` and name its `adapter`.
 
     Raises:
         DataError: when the file cannot be read or holds none, or for a row of another shape, naming it.
@@ -57,6 +60,7 @@ def _prompt(place: str, row: Any) -> Prompt:
         raise DataError(f"{place}: got {repr(row)[:80]}, expected messages in a list and a name as adapter")
     try:  # a conversation is checked with its answer
         checked = check_messages([*messages, {"role": "assistant", "content": "answer"}], "messages")
+        tools = check_tools(given.get("tools"), "tools")
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
-    return Prompt(place, checked[:-1], given.get("adapter"))
+    return Prompt(place, checked[:-1], given.get("adapter"), tools)

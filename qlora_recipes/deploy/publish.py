@@ -69,7 +69,8 @@ def published_files(folder: RunFolder, *, base: str | None = None) -> dict[str, 
             "of the same weights"
         )
     report = _report_on(folder, receipt)
-    shown = replace(receipt, base=replace(receipt.base, model=model))
+    revision = receipt.base.revision if model == receipt.base.model else None  # a commit of another repository
+    shown = replace(receipt, base=replace(receipt.base, model=model, revision=revision))
     verdicts = [contrast.sentence for contrast in report.contrasts] if report else []
     files = {file.name: file.read_bytes() for file in sorted(folder.adapter.iterdir()) if file.is_file()}
     if missing := {_CONFIG, _WEIGHTS} - set(files):

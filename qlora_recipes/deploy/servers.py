@@ -20,21 +20,17 @@ _NOT_LORA = ("use_dora", "modules_to_save", "target_parameters", "trainable_toke
 def commands(folder: RunFolder) -> dict[str, str]:
     """Return server to the command that starts it with this run, or to why it cannot take the run as it is."""
     config = json.loads((folder.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    merged = folder.merged / "model.safetensors.index.json", folder.merged / "model.safetensors"
-    first = f"qlora-recipes merge {folder.path}"
+    merged = any((folder.merged / f"model.safetensors{end}").exists() for end in ("", ".index.json"))
+    merge, export = (f"qlora-recipes {verb} {folder.path}" for verb in ("merge", "export"))
     files = sorted(file for file in folder.path.glob("*.gguf") if not file.name.startswith("adapter-"))
     return {
         "vLLM, the adapter on the 16-bit base": _vllm(folder, config),
-        "vLLM, merged": f"vllm serve {folder.merged}" if any(file.exists() for file in merged) else f"first: {first}",
-        "TGI, merged": (
-            f"text-generation-launcher --model-id {folder.merged}"
-            if any(file.exists() for file in merged)
-            else f"first: {first}"
-        ),
+        "vLLM, merged": f"vllm serve {folder.merged}" if merged else f"first: {merge}",
+        "TGI, merged": f"text-generation-launcher --model-id {folder.merged}" if merged else f"first: {merge}",
         "llama.cpp": (
             f"llama-server --model {files[0]} --jinja"
             if files
-            else f"first: {first} && qlora-recipes export {folder.path} --type q8_0"
+            else f"first: {'' if merged else f'{merge} && '}{export} --type q8_0"
         ),
     }
 

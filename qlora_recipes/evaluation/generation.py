@@ -99,6 +99,12 @@ def own_defaults(model: PreTrainedModel | PeftModel) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
+def context_length(model: Any) -> int | None:
+    """Return how many tokens a model can attend to; None where its configuration does not say."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def stopping_ids(model: PreTrainedModel | PeftModel, end: int) -> list[int]:
     """Return where answers stop: at `end`, the end of a turn, and at every eos of the model's generation_config.json.
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.generation import Generation, ended, generate
+from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
@@ -38,7 +38,8 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     """
     rows = run.held_out[:limit]
     encoded = [run.encoder.encode(row.messages, row.tools) for row in rows]
-    fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= run.model.config.max_position_embeddings]
+    longest = context_length(run.model) or math.inf
+    fitting = [i for i, row in enumerate(encoded) if len(row.input_ids) <= longest]
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
@@ -46,7 +47,7 @@ def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar:
     losses = dict(zip(fitting, nats_by_row, strict=True))
     docs = []
     for i in fitting:
-        words = [answer_of(message) for message in rows[i].messages if is_trained(message)]
+        words = scored_words(run, rows[i])
         bits, length = losses[i] / math.log(2), sum(len(text.encode()) for text in words)
         ids, target = encoded[i].input_ids, "\n".join(words)
         docs.append(_record("held_out", i, rows[i], ids, target, bits / length, bits=bits, bytes=length))
@@ -78,7 +79,7 @@ def score_answers(
     settings = settings or Generation()
     rows = [row for row in run.held_out[:limit] if before_last_answer(row.messages)]  # a plain text asks nothing
     prompts = [run.encoder.encode_prompt(before_last_answer(row.messages), row.tools) for row in rows]
-    room = run.model.config.max_position_embeddings - settings.max_new_tokens
+    room = (context_length(run.model) or math.inf) - settings.max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
@@ -121,7 +122,7 @@ def score_preferences(run: RestoredRun, *, batch_size: int, limit: int | None, b
     if not rows:
         raise DataError(f"the held-out rows of {run.folder.path} have one answer each, expected two: chosen, rejected")
     pairs = [(_last_answer(run, row), _last_answer(run, row, row.rejected)) for row in rows]
-    longest = run.model.config.max_position_embeddings
+    longest = context_length(run.model) or math.inf
     fitting = [i for i, pair in enumerate(pairs) if max(len(answer.input_ids) for answer in pair) <= longest]
     if not fitting:
         raise DataError(f"no held-out conversation of {run.folder.path} fits into the model's context")
@@ -141,6 +142,16 @@ def _last_answer(run: RestoredRun, row: HeldOutRow, answer: str | None = None) -
     """Return a conversation of preferences, of which the last answer alone has labels, or another in its place."""
     messages = row.messages if answer is None else [*row.messages[:-1], {**row.messages[-1], "content": answer}]
     return run.encoder.encode(messages, row.tools)
+
+
+def scored_words(run: RestoredRun, row: HeldOutRow) -> list[str]:
+    """Return what each turn in the loss says, without the reasoning that the template leaves out of it."""
+    said = run.encoder.render(row.messages, row.tools).in_loss
+    trained = [message for message in row.messages if is_trained(message)]
+    return [
+        answer_of(turn if turn.get("reasoning_content", "") in said else {**turn, "reasoning_content": ""})
+        for turn in trained
+    ]
 
 
 def row_losses(

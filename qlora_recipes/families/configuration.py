@@ -58,7 +58,7 @@ def _file(location: str, revision: str | None) -> Path:
 @functools.cache  # the plan asks for it many times
 def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision))
@@ -75,6 +75,10 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise
     except GatedRepoError:
         reason = "it is gated. Accept its terms on the hub, then run: hf auth login"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private; then run: hf auth login"
+    except HFValidationError:
+        reason = "there is no such folder, and no hub id has this form"
     except Exception as error:  # of the hub's library, or of its HTTP client
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     raise UnreadableModelError(f"cannot load {repository}: no config.json: {reason}. {_EXPECTED}")

@@ -57,6 +57,7 @@ def detect(row: Row) -> Formatter:
     raise DataError(
         f"no formatter fits a row with the columns {filled_columns(row)}. Expected one of these shapes:\n{known}\n"
         "  unmarked_text: text without turns, all of it in the loss; plain_text, where you name it, takes any text\n"
+        '  preferences: chosen, rejected, in a recipe with method = "dpo"\n'
         "For data of any other shape, give the recipe a format_row(row) that returns messages."
     )
 

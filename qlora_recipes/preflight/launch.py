@@ -84,8 +84,9 @@ def steps(run: Run) -> Check:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.trainer.accelerator.num_processes
     total = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
     warm_up = args.get_warmup_steps(total)
+    more = "--max_steps" if args.max_steps > 0 else "--num_train_epochs"
     return warn_unless(
         total >= _FEW_STEPS and warm_up < total / 2,
-        f"{total:,} of {batch} rows each, {warm_up:,} of them warm-up",
-        "Few steps hardly learn: lower --gradient_accumulation_steps, or raise --num_train_epochs.",
+        f"{total:,} of {batch} rows each, {min(warm_up, total):,} of them warm-up",
+        f"Few steps hardly learn: lower --gradient_accumulation_steps, or raise {more}.",
     )

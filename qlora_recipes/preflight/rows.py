@@ -21,6 +21,7 @@ from qlora_recipes.stages import Run
 
 _SHARED_WORDS = 8  # consecutive words that two texts almost never share by chance
 _HELD_OUT = 2_000  # held-out conversations to look for, since hashes of all their words are in memory
+_FEW_HELD_OUT = 20  # below, a comparison says nothing of their answers
 _COLUMNS = 12  # named; all of them are in the receipt
 _BARS = "▁▂▃▄▅▆▇█"
 Item = TypeVar("Item")
@@ -105,10 +106,12 @@ def short_answers(run: Run) -> Check:
 
 
 def held_out_rows(run: Run) -> Check:
-    """Without rows kept from training, a falling loss cannot be told from memorization."""
+    """Without rows kept from training a falling loss may be memorization, and few of them cannot be compared."""
     count = len(run.data.held_out)
     return warn_unless(
-        count > 0, f"{count:,} of {count + len(run.data.train):,} rows", "Raise held_out in the recipe's DatasetSpec."
+        count >= _FEW_HELD_OUT,
+        f"{count:,} of {count + len(run.data.train):,} rows",
+        f"To compare their answers takes {_FEW_HELD_OUT}: raise held_out in the recipe's DatasetSpec.",
     )
 
 
