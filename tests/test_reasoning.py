@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,3 +113,13 @@ def test_held_out_answers_are_compared_without_reasoning(monkeypatch: pytest.Mon
     monkeypatch.setattr(held_out, "generate", lambda *_, **__: [said])
     scores = held_out.score_answers(run, batch_size=1, limit=None, bar=silent())
     assert [(doc.answer, doc.target, doc.score) for doc in scores.docs] == [("In Belthel.", "In Belthel.", 1.0)]
+
+
+def test_reasoning_that_the_template_leaves_out_is_not_counted_as_scored() -> None:
+    """Qwen3 drops the thoughts of earlier turns; in bits per byte their bytes would stand for no bits."""
+    thought = {"role": "assistant", "reasoning_content": "Anna lives in Rolben.", "content": "In Belthel."}
+    row = HeldOutRow(
+        "line 1", [QUESTION, thought, {**QUESTION, "content": "And Ben?"}, {**thought, "content": "There."}]
+    )
+    run: Any = SimpleNamespace(encoder=encoder_of("qwen3"))
+    assert held_out.scored_words(run, row) == ["In Belthel.", "Anna lives in Rolben.\nThere."]

@@ -235,8 +235,13 @@ def _measure(trained: _AsTrained, folder: Path, receipt: Receipt) -> tuple[Candi
         trust_remote_code=BaseKey.of(receipt).trust_remote_code,
     ).eval()
     bits = choice.bits_of(trained.run, model, trained.asked)
-    loss = choice.compared(bits, trained.bits, trained.asked)
     moved = choice.moved(bits, trained.bits, trained.asked)
+    if not math.isfinite(moved):
+        raise CheckError(
+            f"merged into the {choice.WEIGHTS[folder.name]}, the model gives no finite figures in {receipt.dtype}. Keep "
+            "the adapter beside the base, or give --base with the other weights"
+        )
+    loss = choice.compared(bits, trained.bits, trained.asked)
     return Candidate(loss, moved, choice.seconds_per_token(model, _prompt(trained.asked))), bits
 
 
@@ -250,11 +255,6 @@ def _check_written(candidates: Mapping[str, Candidate], trained: _AsTrained, rec
 
     What an adapter does by less than the margin cannot be told from rounding.
     """
-    if broken := next((way for way, candidate in candidates.items() if not math.isfinite(candidate.moved)), None):
-        raise CheckError(
-            f"merged into the {choice.WEIGHTS[broken]}, the model gives no finite figures in {receipt.dtype}. Keep the "
-            "adapter beside the base, or give --base with the other one"
-        )
     way = SIXTEEN_BIT if not precision_named(receipt.precision).quantized else DEQUANTIZED
     bits_per_byte = choice.moved(trained.bits, {kind: 0 * bits for kind, bits in trained.bits.items()}, trained.asked)
     if trained.effect < choice.MARGIN * bits_per_byte or way not in candidates:
