@@ -238,8 +238,8 @@ def _measure(trained: _AsTrained, folder: Path, receipt: Receipt) -> tuple[Candi
     moved = choice.moved(bits, trained.bits, trained.asked)
     if not math.isfinite(moved):
         raise CheckError(
-            f"merged into the {choice.WEIGHTS[folder.name]}, the model gives no finite figures in {receipt.dtype}. Keep "
-            "the adapter beside the base, or give --base with the other weights"
+            f"merged into the {choice.WEIGHTS[folder.name]}, the model gives no finite figures in {receipt.dtype}. "
+            "Keep the adapter beside the base, or give --base with the other weights"
         )
     loss = choice.compared(bits, trained.bits, trained.asked)
     return Candidate(loss, moved, choice.seconds_per_token(model, _prompt(trained.asked))), bits
