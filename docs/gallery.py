@@ -23,6 +23,8 @@ in the QLoRA paper. Start with this one: it is what `make demo` runs.""",
     "llama2_attention_only": """\
 Tunes the same model on the same conversations, with LoRA of rank 8 on the query and value projections alone, as
 in the LoRA paper. It needs less memory, and learns less.""",
+    "llama2_preferences": """\
+Tunes Llama-2-7b-chat on pairs of answers, of which people chose one.""",
     "falcon_faq": """\
 Tunes Falcon-7b on your own questions and answers, given with `--dataset FILE`. Such files are short, so it takes three
 passes over them.""",

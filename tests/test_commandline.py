@@ -154,6 +154,7 @@ def test_every_command_refuses_alike(refused: Callable[[Callable[[], None]], str
         ("eval/throughput.py", ["fast"], "unexpected word 'fast'"),
         ("recipe", ["--r", "8", "9"], "unexpected word '9'"),
         ("recipe", ["--"], "unexpected word '--'"),
+        ("plan", [RECIPE, "--init_lora_weights", "x"], "--init_lora_weights: got 'x', expected one of gaussian"),
         ("plan", [RECIPE, "--bf16"], "--bf16 is not set by hand; it follows from --dtype bfloat16"),
         ("plan", [RECIPE, "--gpu", "24", "--config", "["], "--config [ cannot be read"),
         ("recipe", ["--plan", "["], "--plan: got '[', expected true or false"),

@@ -37,7 +37,9 @@ THOUGHTS = {
 def encoder_of(family: str) -> ConversationEncoder:
     tokenizer = AutoTokenizer.from_pretrained(STANDINS[family].folder)
     spec = SPECS.get(family, ModelSpec(str(STANDINS[family].folder)))
-    return ConversationEncoder(tokenizer, choose_template(spec, tokenizer))
+    template = choose_template(spec, tokenizer)
+    tokenizer.chat_template = template.source  # as training saves it
+    return ConversationEncoder(tokenizer, template)
 
 
 def run_of(family: str, rows: list[HeldOutRow] | None = None) -> RestoredRun:

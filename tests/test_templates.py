@@ -414,7 +414,9 @@ def test_rows_with_a_turn_that_the_template_refuses_are_dropped(
     system = [[{"role": "system", "content": "Be brief."}, *row] for row in ROWS]
     run = read(recipe_of(recipe_for, tmp_path, [*ROWS, *system[:5]]), model)
     assert run.data.receipt.rows_dropped == {Reason.TEMPLATE: 5}
-    with pytest.raises(DataError, match=r"12 refused by the template[\s\S]*System role not supported[\s\S]*Take a model"):
+    with pytest.raises(
+        DataError, match=r"12 refused by the template[\s\S]*System role not supported[\s\S]*Take a model"
+    ):
         read(recipe_of(recipe_for, tmp_path, system), model)
 
 

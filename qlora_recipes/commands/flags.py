@@ -125,7 +125,8 @@ class Parser:
         """Take the words that belong to a flag from those after it."""
         count = next((at for at, word in enumerate(rest) if _FLAG.match(word)), len(rest))
         taken = rest[: count if list in flag.kinds else min(count, 1)]
-        if bool in flag.kinds and (not taken or (self.words is not None and not _is_value(flag, taken))):
+        is_word = self.words is not None and flag.kinds == [bool] and not _is_value(flag, taken)
+        if bool in flag.kinds and (not taken or is_word):
             return ["true"]
         del rest[: len(taken)]
         return taken
