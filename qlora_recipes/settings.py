@@ -283,7 +283,8 @@ def _datasets(recipe: type[Recipe], dataset: str | None, demo: bool) -> tuple[Da
     if dataset:
         alike = len({spec.format_row for spec in declared}) == 1  # else the file's columns decide
         format_row = declared[0].format_row if alike else None
-        return (replace(declared[0], source=dataset, share=1.0, format_row=format_row),)
+        revision = declared[0].revision if dataset == declared[0].source else None
+        return (replace(declared[0], source=dataset, share=1.0, format_row=format_row, revision=revision),)
     return tuple(replace(spec, source=_demo_rows(recipe, spec)) if demo else spec for spec in declared)
 
 
