@@ -29,6 +29,7 @@ from qlora_recipes.formatters import (
     is_visible,
     messages,
     plain_text,
+    preferences,
     prompt_completion,
     question_answer,
     sharegpt,
@@ -66,6 +67,7 @@ def test_the_reasons_are_pinned() -> None:
         "missing column",
         "no assistant turn",
         "no turn in the loss",
+        "no two answers to one prompt",
         "not a tool call",
         "not a weight",
         "not an object",
@@ -348,6 +350,8 @@ BAD_ROWS: list[tuple[Callable[..., list[Message]], object, str]] = [
     # Prompts and completions.
     (prompt_completion, {"prompt": "a", "completion": conversation("a", "A")}, "not messages"),
     (prompt_completion, {"prompt": conversation("a", "A"), "completion": conversation("b")}, "no assistant turn"),
+    # Pairs.
+    (preferences, {"prompt": "a", "chosen": "A", "rejected": "A"}, "no two answers to one prompt"),
     # Plain text.
     (plain_text, {"text": " \n"}, "empty text"),
     (plain_text, {"text": ["a"]}, "not text"),

@@ -399,4 +399,4 @@ def _check(prepared: Prepare, file: Path, count: int | None = None) -> None:
     receipt = data.receipt
     assert receipt.rows_used + sum(receipt.rows_dropped.values()) == receipt.rows_in == (count or receipt.rows_in)
     for row in data.train:
-        assert row.messages[-1]["role"] == "assistant" and row.messages[-1]["content"].strip()
+        assert row.messages[-1]["role"] in ("assistant", "text") and row.messages[-1]["content"].strip()

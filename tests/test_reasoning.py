@@ -116,10 +116,11 @@ def test_held_out_answers_are_compared_without_reasoning(monkeypatch: pytest.Mon
 
 
 def test_reasoning_that_the_template_leaves_out_is_not_counted_as_scored() -> None:
-    """Qwen3 drops the thoughts of earlier turns; in bits per byte their bytes would stand for no bits."""
+    """Some templates drop the thoughts of earlier turns; in bits per byte their bytes would stand for no bits."""
     thought = {"role": "assistant", "reasoning_content": "Anna lives in Rolben.", "content": "In Belthel."}
     row = HeldOutRow(
         "line 1", [QUESTION, thought, {**QUESTION, "content": "And Ben?"}, {**thought, "content": "There."}]
     )
-    run: Any = SimpleNamespace(encoder=encoder_of("qwen3"))
+    rendered = SimpleNamespace(in_loss="In Belthel.\n<think>\nAnna lives in Rolben.\n</think>\n\nThere.\n")
+    run: Any = SimpleNamespace(encoder=SimpleNamespace(render=lambda *_: rendered))
     assert held_out.scored_words(run, row) == ["In Belthel.", "Anna lives in Rolben.\nThere."]

@@ -432,7 +432,10 @@ def test_answers_stop_at_the_end_of_a_turn_and_where_the_model_itself_stops() ->
 
     for own in (call, [encoder.end_id, call]):
         model: Any = SimpleNamespace(
-            device="cpu", generate=continued, generation_config=GenerationConfig(eos_token_id=own)
+            device="cpu",
+            config=SimpleNamespace(),
+            generate=continued,
+            generation_config=GenerationConfig(eos_token_id=own),
         )
         found = generate(model, [[1], [1], [1]], end=encoder.end_id, pad=0)
         assert asked["eos_token_id"] == [encoder.end_id, call]

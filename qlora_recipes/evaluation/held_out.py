@@ -146,12 +146,13 @@ def _last_answer(run: RestoredRun, row: HeldOutRow, answer: str | None = None) -
 
 def scored_words(run: RestoredRun, row: HeldOutRow) -> list[str]:
     """Return what each turn in the loss says, without the reasoning that the template leaves out of it."""
-    said = run.encoder.render(row.messages, row.tools).in_loss
-    trained = [message for message in row.messages if is_trained(message)]
-    return [
-        answer_of(turn if turn.get("reasoning_content", "") in said else {**turn, "reasoning_content": ""})
-        for turn in trained
-    ]
+    left, words = run.encoder.render(row.messages, row.tools).in_loss, []
+    for turn in filter(is_trained, row.messages):
+        before, _, left = left.partition(turn["content"])  # a later turn may have thought the same
+        words.append(
+            answer_of(turn if turn.get("reasoning_content", "") in before else {**turn, "reasoning_content": ""})
+        )
+    return words
 
 
 def row_losses(
