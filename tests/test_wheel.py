@@ -58,7 +58,7 @@ INSTEAD = {
         f"qlora-recipes train llama2_attention_only --demo --from_run runs/tickets-demo/nf4-seed0 {QUICK}"
     ),
     "qlora-recipes serve runs/tickets-demo/nf4-seed0": "qlora-recipes serve --help",
-    "qlora-recipes push runs/tickets-demo/nf4-seed0 OWNER/NAME": (
+    "qlora-recipes push runs/tickets/nf4-seed0 OWNER/NAME": (
         "qlora-recipes push runs/tickets-demo/nf4-seed0 OWNER/NAME --base owner/base --dry_run"
     ),
     "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0": (

@@ -38,9 +38,9 @@ def commands(folder: RunFolder) -> dict[str, str]:
 def _vllm(folder: RunFolder, config: Mapping[str, Any]) -> str:
     if unknown := [name for name in _NOT_LORA if config.get(name)]:
         return f"cannot: the adapter has {unknown[0]}, and vLLM takes LoRA on linear layers alone. Merge it"
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         return "cannot: some layers have ranks or scales of their own, and vLLM reads one of each. Merge it"
+    rank = config["r"]
     allowed = next((each for each in VLLM_RANKS if each >= rank), None)
     if allowed is None:
         return f"cannot: the rank is {rank}, and vLLM takes up to {VLLM_RANKS[-1]}. Merge it"
