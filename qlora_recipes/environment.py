@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.metadata
 import logging
 import os
@@ -12,10 +14,11 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 from packaging.requirements import Requirement
@@ -238,6 +241,35 @@ def hub_answers() -> bool:
         return True  # it answers
     except OSError:
         return False
+
+
+def quick_libraries() -> None:
+    """Import the libraries in two thirds of the time, with the same result.
+
+    Their modules make two million objects that stay, which are not worth looking through for garbage hundreds of times;
+    three of them ask for the same list of all installed packages; and bitsandbytes has `torch.compile` load the compiler
+    for a few functions that are rarely called (bitsandbytes 0.50, `backends/default/ops.py`): it is loaded when one is.
+    """
+    gc.set_threshold(100_000, 20, 20)
+    vars(importlib.metadata)["packages_distributions"] = functools.cache(importlib.metadata.packages_distributions)
+    import torch
+
+    with mock.patch.object(torch, "compile", _compiled_when_called):
+        import bitsandbytes  # noqa: F401
+
+
+def _compiled_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """Stand in for `torch.compile`, as a decorator with or without options."""
+    if function is None:
+        return functools.partial(_compiled_when_called, **options)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        import torch
+
+        return torch.compile(function, **options)
+
+    return lambda *arguments, **others: compiled()(*arguments, **others)
 
 
 def quiet_libraries() -> None:

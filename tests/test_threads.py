@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_recipes import environment
 
@@ -143,3 +145,20 @@ def test_what_a_launcher_set_is_not_the_users(variables: dict[str, str], flags: 
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(launch, env=inherited | variables | paths, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
+
+
+def test_what_bitsandbytes_compiles_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    plain = environment._compiled_when_called(lambda x: x + 1)
+    with_options = environment._compiled_when_called(dynamic=False)(lambda x: x + 1)
+    assert not compiled
+    assert [plain(1), plain(1), with_options(1)] == [2, 2, 2]
+    assert compiled == [{}, {"dynamic": False}]
+
+
+def test_bitsandbytes_still_has_the_compiler_loaded_when_it_is_imported() -> None:
+    """When this fails, `_compiled_when_called` can go."""
+    from bitsandbytes.backends.default import ops
+
+    assert "torch.compile(fn" in inspect.getsource(ops._try_torch_compile)
