@@ -20,12 +20,13 @@ INSTALL := $(PIP) install --constraint constraints.txt
 pin      = $(shell sed -n 's/^$(1)==[^; ]*/&/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install hashes demo ladder docs lint test test-all test-oldest clean
+.PHONY: help install hashes demo ladder gpu docs lint test test-all test-oldest clean
 
 help:
 	@echo 'make install   make .venv with the versions that are tested'
 	@echo 'make demo      NF4 against 16 bits on a stand-in, with a report: no GPU, no network'
 	@echo 'make ladder    five precisions on a stand-in, from 16 bits to 4, in one report'
+	@echo 'make gpu       what only a GPU can show, in under ten minutes, written into docs/gpu.md'
 	@echo 'make docs      build the site of README, docs and docstrings in site/'
 	@echo 'make hashes    write constraints-hashes.txt anew; make install HASHES=1 installs nothing else'
 	@echo 'make lint      check style, formatting and types'
@@ -85,6 +86,10 @@ demo: $(STAMP)
 ladder: $(STAMP)
 	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions bf16 int8 nf4 nf4-single fp4 --seeds 0 \
 	  --output runs/$(basename $(notdir $(RECIPE)))-demo/ladder
+
+# Goes on after a failure; without a GPU it takes small models through the same programs.
+gpu: $(STAMP)
+	$(BIN)/python eval/on_gpu.py --json runs/gpu.json --markdown docs/gpu.md
 
 # A link that leads nowhere fails the build. The variable silences advice about the builder's successor.
 docs: $(STAMP)

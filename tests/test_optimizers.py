@@ -65,6 +65,7 @@ def test_an_optimizer_moves_every_weight_and_keeps_what_is_planned(name: str, ru
         assert planned <= sum(kept.values()) <= 1.05 * planned + 100
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA driver does the paging")
 def test_a_paged_state_leaves_the_gpu_and_comes_back() -> None:
     """bitsandbytes pages the state of a weight of 100,000 elements or more, and of no smaller one."""

@@ -1,0 +1,73 @@
+"""`eval/on_gpu.py` goes on after a part that fails, and its page says what ran and what did not."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from qlora_recipes import environment
+from qlora_recipes.experiments.gpu import measure, page
+from qlora_recipes.experiments.gpu.command import Outcome, main, run_part
+from qlora_recipes.experiments.gpu.parts import SMALL, Part, parts
+
+
+def outcome(code: str, tmp_path: Path, *, seconds: int = 60, left: float = 60, **others: object) -> Outcome:
+    part = Part("a part", "runs", (sys.executable, "-c", code), seconds, **others)  # type: ignore[arg-type]
+    before = {"base": Outcome("base", "base", "failed")}
+    return run_part(part, before, time.monotonic() + left, tmp_path)
+
+
+def test_a_part_that_fails_says_why(tmp_path: Path) -> None:
+    found = outcome("import sys; print('no kernel image'); sys.exit(3)", tmp_path)
+    assert found.state == "failed" and found.said.split() == "no kernel image ended with 3".split()
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_has_started(tmp_path: Path) -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    found = outcome(child, tmp_path, seconds=1)
+    assert found.state == "failed" and found.said == "ended after 1 s, the limit" and found.seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (dict(left=5), "no time was left"),
+        (dict(needs="base"), "base was not done"),
+        (dict(needs_gpu=True), "it needs a GPU"),
+    ],
+)
+def test_a_part_that_cannot_run_is_not_reached(given: dict[str, object], why: str, tmp_path: Path) -> None:
+    found = outcome("raise SystemExit(1)", tmp_path, **given)  # type: ignore[arg-type]
+    assert found.state == "not reached" and found.said == why
+
+
+def test_every_measurement_has_its_base(tmp_path: Path) -> None:
+    found = list(parts(SMALL, tmp_path, tmp_path / "rows.jsonl"))
+    names = [part.name for part in found]
+    assert len(names) == len(set(names))
+    assert all(part.needs in names[: names.index(part.name)] for part in found if part.needs)
+
+
+def test_attention_is_measured_and_written(tmp_path: Path) -> None:
+    spec = next(part.specification for part in parts(SMALL, tmp_path, tmp_path) if part.specification)
+    made = measure.base(spec)
+    figures = measure.attention(spec)
+    assert made["bytes"] > 0 and figures["heads"] == [2, 2] and figures["largest_difference"] < 0.05
+    found = [Outcome("attention llama2", "attention", "done", 1.0, "", figures), Outcome("tests", "tests", "failed")]
+    scale, machine = asdict(SMALL), {"device": "cpu", "name": "2 processors, no GPU"}
+    text = page.write(
+        dict(machine=machine, versions=environment.versions(), scale=scale, outcomes=list(map(asdict, found)))
+    )
+    assert page.NO_GPU in text and "2 heads, 2 of keys" in text and "| tests | failed |" in text
+
+
+@pytest.mark.slow
+def test_the_whole_program_goes_to_its_end_without_a_gpu(tmp_path: Path) -> None:
+    main(["--markdown", str(tmp_path / "gpu.md"), "--json", str(tmp_path / "gpu.json")])
+    outcomes = json.loads((tmp_path / "gpu.json").read_text())["outcomes"]
+    assert {each["state"] for each in outcomes if "it needs a GPU" not in each["said"]} == {"done"}
