@@ -247,7 +247,7 @@ def quick_libraries() -> None:
     """Import the libraries in two thirds of the time, with the same result.
 
     Their modules make two million objects that stay, not worth being looked through for garbage hundreds of times;
-    three of them ask for the same list of all installed packages; and bitsandbytes has `torch.compile` load the compiler
+    three of them ask for the list of all installed packages; and bitsandbytes has `torch.compile` load the compiler
     for a few functions that are rarely called (bitsandbytes 0.50, `backends/default/ops.py`): it is loaded when one is.
     """
     gc.set_threshold(100_000, 20, 20)
