@@ -231,7 +231,7 @@ class _Clock(TrainerCallback):
         self.count, self._start = TokenCount(), self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append({"seconds": self._now() - self._start, **vars(self.count)})
+        self.steps.append({"seconds": self._now() - self._start, **vars(self.count.read())})
 
     def _now(self) -> float:
         if self.device.type == "cuda":
