@@ -267,7 +267,7 @@ def _run_steps(
 def _prove(run: Run, launch: _Launch) -> list[Check]:
     """Check what was trained and saved, and make it the run's adapter; where a check fails it stays where it is."""
     main = Console(quiet=True) if not PartialState().is_main_process else launch.console
-    say("checking what was trained", main)
+    say("checking and saving what was trained", main)
     try:
         checks = preflight.run_checks(preflight.after_training(run.settings.recipe), run, launch.skip_checks)
         _refuse_failed(checks, "After training", main, launch.all_checks, last=False)

@@ -46,8 +46,8 @@ from qlora_recipes.stages import Run
 from qlora_recipes.training import build
 from qlora_recipes.training.accounting import non_weight_bytes
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.token_count import TokenCount
 from qlora_recipes.training.train import machine
-from qlora_recipes.training.trainer import TokenCount
 
 SPECS = {spec.family: spec for spec in MODELS.values()}
 ARMS = ("plain", "plain_bf16", "recipe")
