@@ -34,7 +34,9 @@ def run(recipe_for: Callable[..., type[Recipe]], tiny: Callable[[str], Path], tm
     recipe, folder = recipe_for(), tmp_path / "run"
     options = dict(model=str(tiny("llama2")), dataset=recipe.dataset.source, output_dir=folder)
     steps = dict(max_steps=4, logging_steps=1, learning_rate=1e-2, save_strategy="steps", save_steps=4)
-    return lambda **also: train(resolve(recipe, **options, training=steps), skip_checks=SLOW, **also)
+    return lambda optim="adamw_torch_fused", **also: train(
+        resolve(recipe, **options, training={**steps, "optim": optim}), skip_checks=SLOW, **also
+    )
 
 
 @pytest.fixture
@@ -84,13 +86,14 @@ def test_skipped_steps_are_counted_and_the_run_is_finished(run: Train, overflow:
     assert again.adapter.final_sha256 == receipt.adapter.final_sha256
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])  # which skips a step by itself
 def test_too_many_skipped_steps_end_the_run(
-    run: Train, overflow: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    run: Train, overflow: Callable[..., None], monkeypatch: pytest.MonkeyPatch, optim: str
 ) -> None:
     overflow(range(100))
     monkeypatch.setattr(non_finite, "SKIPPED", 2)
     with pytest.raises(DivergenceError) as caught:
-        run()
+        run(optim)
     message = str(caught.value)
     assert "skipped 3 of 3 steps, the last 3 in a row" in message
     assert "--dtype bfloat16" in message and "--learning_rate" in message

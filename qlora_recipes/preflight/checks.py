@@ -25,7 +25,7 @@ CheckFunction = Callable[[Any], Check]
 """A function of a run (see stages.py); its name is the check's."""
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "untested": "dim", "off": "dim"}
-_COMPILER = "It needs a C compiler and Python's headers: apt-get install gcc python3-dev, or conda install gcc; CC names another."
+_COMPILER = "It needs a C compiler and Python's headers: apt-get install gcc python3-dev, or set CC to another one."
 _SEVERITY = ("off", "pass", "untested", "warn", "fail")
 
 # ---- Verdicts; whoever runs a check names the verdict after it ----
@@ -77,9 +77,7 @@ def _run(check: CheckFunction, run: Any, skip: Collection[str]) -> Check:
             return Check(name, "fail", str(error))
         except Exception as error:  # a check may fail in as many ways as a library can; none may stop other processes
             first = (str(error).splitlines() or [""])[0]
-            if "C compiler" in first or isinstance(
-                error, subprocess.CalledProcessError
-            ):  # as Triton raises, at a kernel
+            if isinstance(error, subprocess.CalledProcessError) or "C compiler" in first:  # as Triton raises
                 return Check(name, "fail", f"Triton cannot build the GPU kernels of the loss: {first}", _COMPILER)
             return Check(
                 name,

@@ -88,6 +88,7 @@ class ExactResume(Trainer):
         self.skipped_steps = 0
         """Steps that float16's loss scaler did not apply, since their gradients overflowed."""
         self._skipped_in_a_row = 0
+        self._overflowed = False
         self._step_batches: list[Mapping[str, Any]] = []
         self._step_losses: list[torch.Tensor] = []
         self.add_callback(_Faults(self))
@@ -139,18 +140,21 @@ class ExactResume(Trainer):
         if not math.isfinite(loss):
             self._refuse(f"the loss of step {self.state.global_step + 1} is {float(loss)}, expected a finite number")
         norm = None if norm is None else float(norm)  # DeepSpeed may not have one
-        if norm is None or math.isfinite(norm):
-            return norm
-        if not self.args.fp16:
+        self._overflowed = norm is not None and not math.isfinite(norm)
+        if self._overflowed and not self.args.fp16:
             self._refuse(f"the gradient norm of step {self.state.global_step + 1} is {norm}, expected a finite number")
-        return None  # the loss scaler skips such a step
+        return None if self._overflowed else norm
 
     def count_skipped(self) -> None:
-        """Count a step that float16's loss scaler skipped, and end the run where it skips too many."""
-        skipped, step = self.accelerator.optimizer_step_was_skipped, self.state.global_step + 1
+        """Count a step that float16's loss scaler skipped, and end the run where it skips too many.
+
+        Fused optimizers, the default among them, skip it themselves, and accelerate 1.15 takes it for done.
+        """
+        skipped = self._overflowed or self.accelerator.optimizer_step_was_skipped
         self.skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if fault := non_finite.too_many_skipped(self._skipped_in_a_row, self.skipped_steps, step):
+        steps = self.state.global_step + 1
+        if fault := non_finite.too_many_skipped(self._skipped_in_a_row, self.skipped_steps, steps):
             self._refuse(fault)
         self._step_batches.clear()
 
