@@ -108,8 +108,7 @@ def _kind(part: Any) -> Hashable:
         return tuple(map(_kind, part))
     if isinstance(part, FunctionType):
         return part.__code__, *(_kind(cell.cell_contents) for cell in part.__closure__ or ())
-    kind: Hashable = part if isinstance(part, int) else type(part)
-    return kind
+    return part if isinstance(part, int) else type(part).__qualname__
 
 
 def _lengths(bounds: torch.Tensor) -> list[int]:
