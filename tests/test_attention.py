@@ -286,6 +286,36 @@ def test_a_sliding_window_has_the_mask_of_sdpa() -> None:
     assert create_causal_mask(config=plain, **given).tolist() == [0, 400, 700]
 
 
+def test_a_batch_that_says_where_conversations_begin_is_asked_once_and_then_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_splits", {})
+    plain = LlamaConfig(hidden_size=32, num_attention_heads=2)
+    plain._attn_implementation = NAME
+
+    def mask(lengths: list[int], said: list[int], **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        row = packed(lengths)
+        bounds = bounds_of(said)
+        given = dict(inputs_embeds=torch.zeros(1, 700, 32), attention_mask=None, past_key_values=None)
+        with attention.packed_batch({**row, "cu_seq_lens_q": bounds, "max_length_q": max(said)}):
+            made = create_causal_mask(config=plain, position_ids=row["position_ids"], **given, **others)
+        return made, bounds
+
+    made, bounds = mask([400, 300], [400, 300])
+    assert made is bounds
+    monkeypatch.setattr(attention, "_asked_bounds", lambda *_: pytest.fail("the mask was asked"))
+    made, bounds = mask([300, 250, 150], [300, 250, 150])
+    assert made is bounds
+    assert vars(bounds)["longest"] == 300
+    monkeypatch.undo()
+
+    monkeypatch.setattr(attention, "_splits", {})
+    made, _ = mask([400, 300], [300, 400])  # which the mask denies, now and for good
+    assert made.tolist() == [0, 400, 700]
+    made, bounds = mask([400, 300], [400, 300])
+    assert made is not bounds
+
+
 def test_a_mask_of_a_models_own_is_the_mask_of_sdpa() -> None:
     plain = LlamaConfig(hidden_size=32, num_attention_heads=2)
     plain._attn_implementation = NAME

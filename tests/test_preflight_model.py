@@ -22,6 +22,8 @@ from qlora_recipes import Recipe
 from qlora_recipes.base.checkpoint import layer_errors, weight_files
 from qlora_recipes.base.loading import base_sha256
 from qlora_recipes.data.encoding import Encoded
+from qlora_recipes.errors import CheckError
+from qlora_recipes.kernels import output_layer
 from qlora_recipes.preflight import (
     BEFORE_TRAINING,
     Run,
@@ -33,6 +35,8 @@ from qlora_recipes.preflight import (
     tokens,
     weights,
 )
+from qlora_recipes.settings import resolve
+from qlora_recipes.training.train import prepare_run
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., type[Recipe]]
@@ -66,9 +70,13 @@ def test_a_sound_run_passes_everything(
 def test_probes_leave_the_run_as_it_was(run: Run) -> None:
     modes = [module.training for module in run.model.modules()]
     weights = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
-    before = torch.get_rng_state()
+    before, counts = torch.get_rng_state(), vars(run.trainer.count).copy()
     run_checks(BEFORE_TRAINING, run)
     assert torch.equal(torch.get_rng_state(), before)
+    assert vars(run.trainer.count) == counts
+    assert run.trainer._total_train_tokens == 0
+    assert not any(run.trainer._metrics.values())
+    assert "gather_for_metrics" not in vars(run.trainer.accelerator)
     assert [module.training for module in run.model.modules()] == modes
     assert all(weight.grad is None for weight in run.model.parameters())
     assert all(torch.equal(weight, weights[name]) for name, weight in run.model.named_parameters())
@@ -127,6 +135,47 @@ def test_a_gradient_outside_the_adapter_is_refused(run: Run) -> None:
     check = verdict_of(gradient.gradient, run)
     assert check.verdict == "fail"
     assert "outside the adapter" in check.figure
+
+
+def test_a_kernel_that_computes_another_loss_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verdict_of(gradient.starting_loss, run).verdict != "fail"
+    plain = output_layer.LogProbs
+
+    class Wrong:
+        @staticmethod
+        def apply(*arguments: object) -> tuple[torch.Tensor, ...]:
+            log_probs, *others = plain.apply(*arguments)
+            return 1.1 * log_probs, *others
+
+    monkeypatch.setattr(output_layer, "LogProbs", Wrong)
+    check = verdict_of(gradient.starting_loss, run)
+    assert check.verdict == "fail"
+    assert "nats a token by the trainer" in check.figure
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs."),
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),  # as without Python's headers
+    ],
+)
+def test_kernels_that_cannot_be_compiled_are_one_message_before_the_folder_is_taken(
+    tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Uncompiled:
+        @staticmethod
+        def apply(*_: object) -> None:
+            raise error
+
+    monkeypatch.setattr(output_layer, "LogProbs", Uncompiled)
+    settings = resolve(recipe_for(), model=str(tiny("llama2")), output_dir=tmp_path / "run")
+    with pytest.raises(CheckError) as caught:
+        prepare_run(settings)
+    message = str(caught.value)
+    assert "gradient, gradient_after_evaluation, starting_loss: Triton cannot build the GPU kernels" in message
+    assert message.count("apt-get install gcc python3-dev") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_refused(run: Run) -> None:

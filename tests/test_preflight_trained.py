@@ -54,7 +54,7 @@ def run(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> Run:
     prepared, _ = prepare_run(settings, console=quiet())
     prepared.trainer.train()
     folder = RunFolder(tmp_path)
-    prepared.trainer.save_model(str(folder.adapter))
+    prepared.trainer.save_model(str(folder.unproven))
     weights = sum(weight.numel() for weight in prepared.model.parameters() if weight.requires_grad)
     receipt = AdapterReceipt([], 14, weights, "float32", "", "", all_finite=True, unchanged=[], bytes=0)
     memory = MemoryReceipt(0, 0, 0, planned_bytes=None)
@@ -118,7 +118,7 @@ def test_an_optimizer_state_that_is_not_finite_is_refused(run: Run) -> None:
 def test_another_adapter_on_disk_is_refused(run: Run) -> None:
     from safetensors.torch import load_file, save_file
 
-    file = run.folder.adapter / WEIGHTS
+    file = run.folder.unproven / WEIGHTS
     save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     check = verdict_of(trained.adapter_reloads, run)
     assert check.verdict == "fail"
@@ -127,7 +127,7 @@ def test_another_adapter_on_disk_is_refused(run: Run) -> None:
 
 
 def test_another_template_on_disk_is_refused(run: Run) -> None:
-    file = run.folder.adapter / "chat_template.jinja"
+    file = run.folder.unproven / "chat_template.jinja"
     file.write_text(file.read_text() + "\n{# another #}")
     check = verdict_of(trained.tokenizer_reloads, run)
     assert check.verdict == "fail"

@@ -21,9 +21,11 @@ import torch
 from kill_and_resume import outcome
 
 from qlora_recipes import DatasetSpec, Recipe
+from qlora_recipes.base.adapters import WEIGHTS
 from qlora_recipes.commands.entry import run_command
-from qlora_recipes.errors import DivergenceError, RunFolderError, SetupError, UsageError
+from qlora_recipes.errors import CheckError, DivergenceError, RunFolderError, SetupError, UsageError
 from qlora_recipes.experiments.benchmark.command import main as benchmark
+from qlora_recipes.preflight import trained
 from qlora_recipes.run import checkpoints
 from qlora_recipes.run.checkpoints import Checkpoint, newest_intact
 from qlora_recipes.run.folder import RunFolder
@@ -518,6 +520,26 @@ def test_an_infinite_gradient_is_refused_before_it_is_applied(
     with pytest.raises(DivergenceError, match=r"the gradient norm of step 2 is (inf|nan)"):
         runs.train(f"gradient {packing}", packing=packing, eval_strategy="no", save_steps=1)
     assert names(RunFolder(runs.folder / f"gradient {packing}")) == {"checkpoint-1"}
+
+
+@pytest.mark.parametrize(
+    ("found_in", "check"), [("base_sha256", "base_unchanged"), ("template_sha256", "tokenizer_reloads")]
+)
+def test_what_fails_a_check_after_training_is_kept_aside(
+    runs: Runs, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, found_in: str, check: str
+) -> None:
+    settings, off = runs.settings(f"unproven {check}"), [name for name in SLOW if name != check]
+    with monkeypatch.context() as patch, pytest.raises(CheckError) as caught:
+        patch.setattr(trained, found_in, lambda _: "another")
+        train.train(settings, skip_checks=off)
+    folder = RunFolder(settings.output_dir)
+    assert check in str(caught.value)
+    assert f"What was trained is in {folder.unproven}, without a receipt" in str(caught.value)
+    assert not folder.finished and not folder.adapter.exists()
+    assert (folder.unproven / WEIGHTS).read_bytes() == whole["file"]
+    train.train(settings, skip_checks=off, resume=True)
+    assert outcome(folder.path) == whole
+    assert not folder.unproven.exists()
 
 
 @contextmanager

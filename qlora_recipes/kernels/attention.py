@@ -10,8 +10,11 @@ Knows nothing about recipes or adapters. Registered as `by_conversation`; where 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -27,6 +30,19 @@ SHORT = 512
 BLOCK = 128
 """Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in PyTorch 2.11
+_batch: ContextVar[Mapping[str, Any]] = ContextVar("batch")
+_splits: dict[Hashable, bool] = {}
+"""Kind of mask to whether it keeps apart exactly the conversations that the collator put into a row."""
+
+
+@contextmanager
+def packed_batch(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Have masks made from where TRL's collator saw conversations begin, on the CPU: asking a GPU is waiting for it."""
+    token = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
 
 
 def conversation_mask(
@@ -47,22 +63,60 @@ def conversation_mask(
     packed = not allow_is_causal_skip  # how Transformers signals a mask that is more than causal
     plain = not others.get("use_vmap") and others.get("attention_mask") is None
     plain = plain and not getattr(others.get("config"), "num_kv_shared_layers", 0)
-    later = torch.arange(1, q_length, device=device)
-    first = torch.zeros_like(later)
-    if (
-        packed
-        and plain
-        and batch_size == 1
-        and SHORT < q_length == kv_length
-        and not mask_function(first, first, later - 1, later).any()  # some tokens see later ones
-    ):
-        begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
-        bounds = functional.pad(functional.pad(begins, (1, 0)), (0, 1), value=q_length).to(torch.int32)
-        window = others.get("local_size")
-        if window is None or int(bounds.diff().max()) <= window:
-            return bounds if len(begins) else None
+    if packed and plain and batch_size == 1 and SHORT < q_length == kv_length:
+        bounds = _bounds(mask_function, q_length, others.get("local_size"), device)
+        if bounds is not None:
+            return bounds if len(bounds) > 2 else None
     others |= {"mask_function": mask_function, "allow_is_causal_skip": allow_is_causal_skip, "device": device}
     return sdpa_mask(batch_size, q_length, kv_length, **others)
+
+
+def _bounds(
+    mask_function: Callable[..., torch.Tensor], tokens: int, window: int | None, device: torch.device | str
+) -> torch.Tensor | None:
+    """Return where conversations begin and end in a mask; None where it is not causal within each of them.
+
+    A GPU is asked once for each kind of mask, whether it agrees with the collator, which is then believed.
+    """
+    batch, kind = _batch.get({}), _kind(mask_function)
+    known: torch.Tensor | None = batch.get("cu_seq_lens_q")
+    if known is not None and len(known) > 2 and batch["input_ids"].numel() == tokens <= (window or tokens):
+        if kind not in _splits:
+            asked = _asked_bounds(mask_function, tokens, window, device)
+            _splits[kind] = asked is not None and torch.equal(asked, known)
+        if _splits[kind]:
+            vars(known)["longest"] = batch["max_length_q"]
+            return known
+    return _asked_bounds(mask_function, tokens, window, device)
+
+
+def _asked_bounds(
+    mask_function: Callable[..., torch.Tensor], tokens: int, window: int | None, device: torch.device | str
+) -> torch.Tensor | None:
+    later = torch.arange(1, tokens, device=device)
+    first = torch.zeros_like(later)
+    if mask_function(first, first, later - 1, later).any():  # some tokens see later ones
+        return None
+    begins = (~mask_function(first, first, later, later - 1)).nonzero().flatten() + 1  # cannot see the token before
+    bounds = functional.pad(functional.pad(begins, (1, 0)), (0, 1), value=tokens).to(torch.int32)
+    return bounds if window is None or max(_lengths(bounds)) <= window else None
+
+
+def _kind(part: Any) -> Hashable:
+    """Return what a mask function is made of, whatever tensors it holds."""
+    if isinstance(part, tuple):
+        return tuple(map(_kind, part))
+    if isinstance(part, FunctionType):
+        return part.__code__, *(_kind(cell.cell_contents) for cell in part.__closure__ or ())
+    return part if isinstance(part, int) else type(part).__qualname__
+
+
+def _lengths(bounds: torch.Tensor) -> list[int]:
+    """Return the tokens of each conversation, asked for once for all layers."""
+    held = vars(bounds)
+    if "lengths" not in held:
+        held["lengths"] = bounds.diff().tolist()
+    return cast(list[int], held["lengths"])
 
 
 def attention(
@@ -94,13 +148,12 @@ def attention(
         return compute(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if plain and _has_flash(query):
-        longest = others.get("max_length_q") or int(bounds.diff().max())  # asking the GPU means waiting for it
+        longest = vars(bounds).get("longest") or others.get("max_length_q") or max(_lengths(bounds))
         return _on_gpu(query, key, value, bounds, longest, scaling), None
     if on_cpu:
         with torch.autocast("cpu", enabled=False):  # which would compute the scores in 16 bits
             return _apply(query[0], key[0], value[0], bounds.tolist(), scaling)[None], None
-    lengths = bounds.diff().tolist()
-    rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    rows = zip(*(part.split(_lengths(bounds), dim=2) for part in (query, key, value)), strict=True)
     parts = [compute(module, q, k, v, None, dropout, scaling, **others)[0] for q, k, v in rows]
     return torch.cat(parts, dim=1), None
 

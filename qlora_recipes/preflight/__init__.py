@@ -3,7 +3,7 @@
 A check is a function of the run at its stage (stages.py) that returns a `Check`; its own name is the check's.
 `fail_unless` and `warn_unless` make one. A recipe adds its own with `checks = (my_check,)`; they are made before
 training, on a `Run`. A check that fails before training stops the run before anything is written; one that fails
-afterwards leaves a folder without a receipt.
+afterwards leaves a folder without a receipt, and in it what was trained, in `unproven`.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ AFTER_TRAINING: Sequence[CheckFunction] = (
     trained.base_unchanged,
     machine.peak_as_planned,
 )
-"""Made on a trained run, before its adapter is saved."""
+"""Made on a trained run."""
 
 AFTER_SAVING: Sequence[CheckFunction] = (
     trained.adapter_reloads,
     trained.tokenizer_reloads,
     trained.answers_end,
 )
-"""Made on a trained run whose adapter is in its folder; they decide whether there will be a receipt."""
+"""Made of what was saved of a trained run, which becomes its adapter when all of them pass."""
 
 
 OF_PREFERENCES: Sequence[CheckFunction] = (preferences.answers_alone, preferences.reference_is_the_start)

@@ -6,6 +6,7 @@ could not be looked at, and *off* for what the user turned off. Knows no single 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ CheckFunction = Callable[[Any], Check]
 """A function of a run (see stages.py); its name is the check's."""
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "untested": "dim", "off": "dim"}
+_COMPILER = "It needs a C compiler and Python's headers: apt-get install gcc python3-dev, or set CC to another one."
 _SEVERITY = ("off", "pass", "untested", "warn", "fail")
 
 # ---- Verdicts; whoever runs a check names the verdict after it ----
@@ -75,6 +77,8 @@ def _run(check: CheckFunction, run: Any, skip: Collection[str]) -> Check:
             return Check(name, "fail", str(error))
         except Exception as error:  # a check may fail in as many ways as a library can; none may stop other processes
             first = (str(error).splitlines() or [""])[0]
+            if isinstance(error, subprocess.CalledProcessError) or "C compiler" in first:  # as Triton raises
+                return Check(name, "fail", f"Triton cannot build the GPU kernels of the loss: {first}", _COMPILER)
             return Check(
                 name,
                 "fail",
@@ -91,7 +95,10 @@ def refuse_failed(checks: Iterable[Check]) -> None:
     """
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        faults = "\n".join(f"  {check.name}: {check.figure}. {check.advice}".rstrip() for check in failed)
+        said: dict[str, list[str]] = {}
+        for check in failed:
+            said.setdefault(f"{check.figure}. {check.advice}".rstrip(), []).append(check.name)
+        faults = "\n".join(f"  {', '.join(names)}: {fault}" for fault, names in said.items())
         plural = "" if len(failed) == 1 else "s"
         raise CheckError(f"{len(failed)} check{plural} failed, so this run cannot be trusted:\n{faults}")
 

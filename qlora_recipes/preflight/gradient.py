@@ -26,6 +26,7 @@ from qlora_recipes.preflight.probes import (
     keeps_apart,
     logits,
     probe_batch,
+    trainer_loss,
     without_outlier_columns,
 )
 from qlora_recipes.run.receipt import Check, StartReceipt
@@ -83,14 +84,24 @@ def gradient_after_evaluation(run: Run) -> Check:
 
 
 def starting_loss(run: Run) -> Check:
-    """A pretrained model is better than chance from the start; one with weights that did not load is not."""
-    run.model.train()
+    """A pretrained model is better than chance from the start; one with weights that did not load is not.
+
+    The loss that trains, which the trainer computes without logits, is also the plain cross-entropy of the logits.
+    """
+    batch = probe_batch(run)
     with torch.no_grad():
-        loss = float(forward(run, probe_batch(run)).loss)
+        loss = float(trainer_loss(run, batch))
+        torch.manual_seed(0)
+        plain = forward(run, batch)
     chance = math.log(run.model.config.vocab_size)
     figure = f"{loss:.2f} nats a token on two rows, chance is {chance:.2f}"
     if not math.isfinite(loss):
         return fail_unless(False, figure, "Use --dtype bfloat16; float16 overflows beyond 65,504.")
+    args = cast(SFTConfig, run.trainer.args)
+    on_purpose = args.loss_type != "nll" or args.label_smoothing_factor or args.router_aux_loss_coef
+    if not on_purpose and abs(loss - float(plain.loss)) > _ROUNDING * float(plain.logits.abs().max()):
+        figure = f"{loss:.4f} nats a token by the trainer, {float(plain.loss):.4f} by the logits"
+        return fail_unless(False, figure, "The loss that trains is another one: report this with the model's name.")
     return warn_unless(loss < 0.9 * chance, figure, "Is this a pretrained model, and its own tokenizer?")
 
 

@@ -92,12 +92,19 @@ def logits(run: Run, batch: dict[str, Any]) -> torch.Tensor:
     return found.float()
 
 
-def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return name to gradient of every weight that has one after a pass in training mode."""
+def trainer_loss(run: Run, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the loss that trains, as the trainer and its kernels compute it; of preferences, that of the model."""
     torch.manual_seed(0)  # the same dropout in every probe; put back by `preserving_state`
     run.model.train()
+    of_model = run.settings.of_preferences  # whose loss takes pairs
+    loss: torch.Tensor = forward(run, batch).loss if of_model else cast(Any, run.trainer).probe_loss(batch)
+    return loss
+
+
+def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return name to gradient of every weight that has one after a pass in training mode."""
     run.model.zero_grad(set_to_none=True)
-    forward(run, batch).loss.backward()
+    trainer_loss(run, batch).backward()
     found = {name: weight.grad for name, weight in run.model.named_parameters() if weight.grad is not None}
     run.model.zero_grad(set_to_none=True)
     return found

@@ -53,14 +53,16 @@ def adapter_changed(run: Run) -> Check:
 
 
 def losses_finite(run: Run) -> Check:
-    """No logged loss or gradient norm is NaN or infinite; one such step spoils every weight."""
+    """No logged loss or gradient norm is NaN or infinite; one such step, unless it was skipped, spoils every weight."""
     logged = [
         f"{name} of step {entry['step']}" for entry in run.trainer.state.log_history
         for name in ("loss", "grad_norm") if name in entry and not math.isfinite(entry[name])
     ]  # fmt: skip
+    skipped = cast(Any, run.trainer).skipped_steps
+    counted = f"; {skipped} steps skipped by float16's loss scaler" if skipped else ""
     return fail_unless(
         not logged,
-        f"{logged[0]}, {len(logged)} in all" if logged else "every logged loss and gradient norm",
+        f"{logged[0]}, {len(logged)} in all" if logged else f"every logged loss and gradient norm{counted}",
         "Lower --learning_rate, or use --dtype bfloat16.",
     )
 
@@ -107,12 +109,12 @@ def _sharded(run: Run) -> bool:
 
 
 def adapter_reloads(run: Run) -> Check:
-    """The adapter in the run folder gives the logits of the one in memory, to the last bit."""
+    """The adapter that was saved gives the logits of the one in memory, to the last bit."""
     if _sharded(run):
         return untested("the base is sharded over processes")
     batch = probe_batch(run)
     trained = logits(run, batch)
-    add_adapter(run.model, run.folder.adapter, _RELOADED)
+    add_adapter(run.model, run.folder.unproven, _RELOADED)
     try:
         run.model.set_adapter(_RELOADED)
         moved = float((logits(run, batch) - trained).abs().max())
@@ -126,7 +128,7 @@ def adapter_reloads(run: Run) -> Check:
 
 def tokenizer_reloads(run: Run) -> Check:
     """The tokenizer in the adapter folder has the training template, and gives the training ids for it."""
-    saved = AutoTokenizer.from_pretrained(run.folder.adapter)
+    saved = AutoTokenizer.from_pretrained(run.folder.unproven)
     encoder = ConversationEncoder(saved, run.encoder.template)
     rows = spread(run.data.train, 20, ~run.data.figures["truncated"])
     wrong = [row.place for row in rows if encoder.encode(row.messages, row.tools).input_ids != row.encoded.input_ids]

@@ -38,6 +38,8 @@ class RunFolder:
         self.loss_plot = path / "loss.png"
         self.adapter = path / "adapter"
         """Adapter weights, tokenizer, chat template and model card."""
+        self.unproven = path / "unproven"
+        """What was trained, until every check after training has passed; then it becomes `adapter`."""
         self.held_out = path / "held_out.json"
         """The conversations kept from training."""
         self.answers = path / "answers.json"

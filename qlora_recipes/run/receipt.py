@@ -177,6 +177,8 @@ class TrainingReceipt:
     and of the last tenth of the logged steps."""
     optimizer_state: dict[str, int] = field(default_factory=dict)
     """Storage dtype to bytes that the optimizer of one process keeps; `float32 paged` can move to the host."""
+    skipped_steps: int = 0
+    """Those of the steps that float16's loss scaler did not apply, since their gradients overflowed."""
 
 
 @dataclass

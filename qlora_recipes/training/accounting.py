@@ -25,7 +25,8 @@ from qlora_recipes.memory import estimate
 from qlora_recipes.preflight.preferences import mean_margins
 from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, TrainingReceipt
 from qlora_recipes.stages import Run
-from qlora_recipes.training.trainer import ExactResume, TokenCount
+from qlora_recipes.training.token_count import TokenCount
+from qlora_recipes.training.trainer import ExactResume
 
 
 def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
@@ -56,7 +57,7 @@ def describe_training(trainer: ExactResume) -> TrainingReceipt:
     losses = losses or [entry["train_loss"] for entry in log if "train_loss" in entry]  # no step was logged: their mean
     tail = losses[-max(1, len(losses) // 10) :]
     device, seconds = trainer.args.device, trainer.seconds
-    counts = torch.tensor(list(asdict(trainer.count).values()), device=device)
+    counts = torch.tensor(list(asdict(trainer.count.read()).values()), device=device)
     total = TokenCount(*trainer.accelerator.reduce(counts, "sum").tolist())
     return TrainingReceipt(
         steps=trainer.state.global_step,
@@ -75,6 +76,7 @@ def describe_training(trainer: ExactResume) -> TrainingReceipt:
         attention=cast(PreTrainedModel, trainer.model).config._attn_implementation,
         margins=mean_margins(trainer.state.log_history),
         optimizer_state=optimizer_state(trainer.optimizer),
+        skipped_steps=trainer.skipped_steps,
     )
 
 

@@ -1,4 +1,7 @@
-"""A NaN or infinite loss or gradient ends the run and shows the rows that it came from; nothing of it is saved."""
+"""A NaN or infinite loss or gradient ends the run and shows the rows that it came from; nothing of it is saved.
+
+In float16 an overflow is part of the loss scaler's search: it skips the step, and only too many of them end the run.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,32 @@ from qlora_recipes.errors import DivergenceError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A float16 gradient scaler starts at 2**16 and halves at each overflow: that many skipped steps are its normal search.
-SCALER_TRIES = 24
+SKIPPED = 24
+"""Steps that float16's loss scaler may skip: it starts at 2**16 and halves at each overflow, which is its search."""
+SKIPPED_SHARE = 0.05
+"""And besides, as a share of all steps; it doubles every 2,000 steps, and then skips one or two."""
 _SHOWN, _WIDTH = 8, 300  # rows of a batch, characters of a row
 
 
+def too_many_skipped(in_a_row: int, skipped: int, steps: int) -> str:
+    """Return what is wrong with the number of steps that float16's loss scaler skipped; empty where nothing is."""
+    if in_a_row <= SKIPPED and skipped <= SKIPPED + SKIPPED_SHARE * steps:
+        return ""
+    return (
+        f"float16's loss scaler skipped {skipped} of {steps} steps, the last {in_a_row} in a row, because their "
+        f"gradients overflowed; expected at most {SKIPPED} in a row, and {SKIPPED} and {SKIPPED_SHARE:.0%} in all"
+    )
+
+
 def refuse(
-    what: str,
-    value: float,
-    step: int,
+    fault: str,
     batches: Sequence[Mapping[str, Any]],
     trained: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    float16: bool = False,
 ) -> NoReturn:
-    """Raise, naming the step and showing the rows of its batches.
+    """Raise, showing the rows of a step's batches.
 
     Raises:
         DivergenceError: always.
@@ -36,10 +51,10 @@ def refuse(
     places = {key: row.place for row in trained if (key := tuple(row.encoded.input_ids)) in expected}
     shown = "\n".join(f"  {places.get(tuple(ids), 'a row')}: {_text(ids, tokenizer)}" for ids in rows[:_SHOWN])
     more = f"\n  and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    dtype = "Use --dtype bfloat16 where the GPU has it, lower" if float16 else "Lower"
     raise DivergenceError(
-        f"the {what} of step {step} is {value}, expected a finite number; nothing of this step is saved, and the "
-        "checkpoints before it are kept. Lower --learning_rate, lengthen --warmup_steps, or look at the rows of its "
-        f"batch on this process:\n{shown}{more}"
+        f"{fault}; nothing of this step is saved, and the checkpoints before it are kept. {dtype} --learning_rate, "
+        f"lengthen --warmup_steps, or look at the rows of its batch on this process:\n{shown}{more}"
     )
 
 

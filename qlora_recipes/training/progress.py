@@ -46,7 +46,8 @@ class ProgressDisplay(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any = None, **kw: Any) -> None:
         if logs and "loss" in logs:
             speed = (logs.get("num_tokens", 0) - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
-            self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}", speed=f"{speed:,.0f}")
+            skipped = f" ({logs['skipped_steps']} skipped)" if logs.get("skipped_steps") else ""
+            self.progress.update(self.task, loss=f"{float(logs['loss']):.3f}{skipped}", speed=f"{speed:,.0f}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.progress.stop()
@@ -121,6 +122,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         f"out and {dropped:,} dropped. {data.supervised_tokens:,} of {data.tokens:,} tokens are in the loss.",
         f"The loss went from {training.first_loss:.3f} to {training.final_loss:.3f} in {training.steps} steps of "
         f"{rows}, at {training.tokens_per_second:,.0f} tokens/s in {training.seconds:.1f} s.",
+        f"float16's loss scaler skipped {training.skipped_steps} of the steps." if training.skipped_steps else "",
         f"Memory peaked at {_gib(memory.peak_bytes)}; training used {_gib(memory.training_bytes)} of it{planned}.",
         f"Upstream defects repaired: {', '.join(run.repairs) or 'none'}.",
         f"The run was resumed after step {resumed}." if resumed else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from trl import SFTTrainer
 
 from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
-from qlora_recipes.errors import RunFolderError
+from qlora_recipes.errors import CheckError, RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.report.card import model_card
 from qlora_recipes.run.checkpoints import Checkpoint
@@ -54,7 +55,8 @@ def train(
 
     Raises:
         RecipesError: for anything that would make the run fail, or be something other than it claims. A check that
-            fails before training leaves nothing behind; one that fails afterwards leaves a folder without a receipt.
+            fails before training leaves nothing behind; one that fails afterwards leaves a folder without a receipt,
+            with what was trained in `unproven`.
     """
     console = console or Console()
     with machine_faults(settings):
@@ -145,7 +147,7 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     memory = accounting.describe_memory(run, held)
     run = replace(run, trained=Trained(accounting.describe_adapter(run, initial, before), folder, memory))
 
-    checks += _check_and_save(run, launch)
+    checks += _prove(run, launch)
     if PartialState().is_main_process:
         _write_results(launch, run, journal.read(), training, checks)
         folder.put_in_place()
@@ -256,19 +258,26 @@ def _run_steps(
         raise
     finally:
         display.progress.stop()
+    # before anything is proven of it; gathers a sharded adapter, and writes tokenizer and template too
+    trainer.save_model(str(folder.unproven))
+    PartialState().wait_for_everyone()
     return accounting.describe_training(trainer)
 
 
-def _check_and_save(run: Run, launch: _Launch) -> list[Check]:
-    """Check what was trained, save it, and check what was saved; raise where one fails, before there is a receipt."""
+def _prove(run: Run, launch: _Launch) -> list[Check]:
+    """Check what was trained and saved, and make it the run's adapter; where a check fails it stays where it is."""
     main = Console(quiet=True) if not PartialState().is_main_process else launch.console
     say("checking and saving what was trained", main)
-    checks = preflight.run_checks(preflight.after_training(run.settings.recipe), run, launch.skip_checks)
-    _refuse_failed(checks, "After training", main, launch.all_checks, last=False)
-    run.trainer.save_model(str(run.folder.adapter))  # gathers a sharded adapter; writes tokenizer and template too
-    PartialState().wait_for_everyone()
-    checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
-    _refuse_failed(checks, "After training", main, launch.all_checks)
+    try:
+        checks = preflight.run_checks(preflight.after_training(run.settings.recipe), run, launch.skip_checks)
+        _refuse_failed(checks, "After training", main, launch.all_checks, last=False)
+        checks += preflight.run_checks(preflight.AFTER_SAVING, run, launch.skip_checks)
+        _refuse_failed(checks, "After training", main, launch.all_checks)
+    except CheckError as error:
+        raise CheckError(f"{error}\nWhat was trained is in {run.folder.unproven}, without a receipt") from error
+    if PartialState().is_main_process:
+        shutil.rmtree(run.folder.adapter, ignore_errors=True)  # of a session that was killed before its receipt
+        run.folder.unproven.rename(run.folder.adapter)
     return checks
 
 

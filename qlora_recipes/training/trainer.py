@@ -6,6 +6,8 @@ Knows nothing of recipes.
 
 from __future__ import annotations
 
+import copy
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -21,35 +23,18 @@ from trl import DPOTrainer, SFTTrainer
 
 from qlora_recipes.base.adapters import ADAPTER, set_weights
 from qlora_recipes.data.arrow_rows import Conversation
-from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.errors import RunFolderError
+from qlora_recipes.kernels.attention import packed_batch
 from qlora_recipes.preflight.probes import preserving_state
 from qlora_recipes.run import checkpoints
 from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.training import non_finite
+from qlora_recipes.training.token_count import TokenCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.trainer_utils import TrainOutput
-
-
-@dataclass
-class TokenCount:
-    """What this process has run through the model."""
-
-    positions: int = 0
-    real: int = 0
-    supervised: int = 0
-    micro_batches: int = 0
-
-    def add(self, inputs: Mapping[str, Any]) -> None:
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        self.micro_batches += 1
-        self.positions += ids.numel()
-        self.real += ids.numel() if mask is None else int(mask.sum())
-        mask = inputs["completion_mask"] if "completion_mask" in inputs else inputs["labels"] != IGNORED
-        self.supervised += int(mask.sum())
 
 
 @dataclass
@@ -66,6 +51,7 @@ class _Progress:
     last_logged_step: int
     metrics_since_log: dict[str, list[float]]
     tokens: int
+    skipped_steps: int = 0
 
 
 class _EvaluationStopped(Exception):
@@ -99,8 +85,12 @@ class ExactResume(Trainer):
         self._continued: Path | None = None
         """Checkpoint that is resumed, until a step or an evaluation is about to begin."""
         self._aside: Path | None = None
+        self.skipped_steps = 0
+        """Steps that float16's loss scaler did not apply, since their gradients overflowed."""
+        self._skipped_in_a_row = 0
+        self._overflowed = False
         self._step_batches: list[Mapping[str, Any]] = []
-        self._overflows = 0
+        self._step_losses: list[torch.Tensor] = []
         self.add_callback(_Faults(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -122,22 +112,59 @@ class ExactResume(Trainer):
         self.count.add(inputs)
         self._step_batches.append({name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")})
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # With several processes only one would raise and leave the others waiting; its gradient reaches all of them.
-        if self.accelerator.num_processes == 1 and not torch.isfinite(loss):
-            self._refuse("loss", float(loss))
+        self._step_losses.append(loss)
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
-        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())  # DeepSpeed may not have one
-        self._overflows = 0 if finite else self._overflows + 1
-        if self._overflows > (non_finite.SCALER_TRIES if self.accelerator.scaler is not None else 0):
-            self._refuse("gradient norm", float(norm))
-        self._step_batches.clear()
-        return norm
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with packed_batch(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _refuse(self, what: str, value: float) -> None:
-        non_finite.refuse(what, value, self.state.global_step + 1, self._step_batches, self.rows, self.tokenizer)
+    def probe_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss that trains, of one batch and this process alone, without counting or logging it."""
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        vars(self.accelerator)["gather_for_metrics"] = lambda figure, *_: figure
+        try:
+            with self.compute_loss_context_manager():
+                return cast(torch.Tensor, self.compute_loss(cast(torch.nn.Module, self.model), dict(inputs)))
+        finally:
+            del vars(self.accelerator)["gather_for_metrics"]
+            self._metrics, self._total_train_tokens = metrics, tokens
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float | None:
+        """Read the losses and the gradient norm of a step, once: for each reading the GPU runs dry."""
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers
+        loss = torch.stack(self._step_losses).sum()
+        self._step_losses.clear()
+        if self.accelerator.num_processes > 1:  # or one alone would raise, and leave the others waiting
+            loss = self.accelerator.reduce(loss, "sum")
+        if not math.isfinite(loss):
+            self._refuse(f"the loss of step {self.state.global_step + 1} is {float(loss)}, expected a finite number")
+        norm = None if norm is None else float(norm)  # DeepSpeed may not have one
+        self._overflowed = norm is not None and not math.isfinite(norm)
+        if self._overflowed and not self.args.fp16:
+            self._refuse(f"the gradient norm of step {self.state.global_step + 1} is {norm}, expected a finite number")
+        return None if self._overflowed else norm
+
+    def count_skipped(self) -> None:
+        """Count a step that float16's loss scaler skipped, and end the run where it skips too many.
+
+        Fused optimizers, the default among them, skip it themselves, and accelerate 1.15 takes it for done.
+        """
+        skipped = self._overflowed or self.accelerator.optimizer_step_was_skipped
+        self.skipped_steps += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        steps = self.state.global_step + 1
+        if fault := non_finite.too_many_skipped(self._skipped_in_a_row, self.skipped_steps, steps):
+            self._refuse(fault)
+        self._step_batches.clear()
+
+    def _refuse(self, fault: str) -> None:
+        non_finite.refuse(fault, self._step_batches, self.rows, self.tokenizer, float16=self.args.fp16)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.args.fp16:
+            logs["skipped_steps"] = self.skipped_steps
+        super().log(logs, *args, **kwargs)
 
     # ---- Stopping ----
 
@@ -206,13 +233,14 @@ class ExactResume(Trainer):
 
     def _progress(self) -> _Progress:
         return _Progress(
-            count=self.count,
+            count=self.count.read(),
             seconds=self.seconds,
             loss_since_log=self._tr_loss.item(),
             loss_logged=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,
             metrics_since_log=dict(self._metrics["train"]),
             tokens=self._total_train_tokens,
+            skipped_steps=self.skipped_steps,
         )
 
     @property
@@ -236,6 +264,7 @@ class ExactResume(Trainer):
         self._globalstep_last_logged = progress.last_logged_step
         self._metrics["train"].update(progress.metrics_since_log)
         self._total_train_tokens = progress.tokens
+        self.skipped_steps = progress.skipped_steps
         if self.state.best_model_checkpoint:  # a path in the folder where it was written
             best = self._folder / Path(self.state.best_model_checkpoint).name
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -328,6 +357,9 @@ class _Faults(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         self.trainer.begin()
         self.trainer.signals.loop_runs = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
+        self.trainer.count_skipped()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kw: Any) -> None:
         if self.trainer.check_signals():

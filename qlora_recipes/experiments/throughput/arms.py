@@ -46,8 +46,8 @@ from qlora_recipes.stages import Run
 from qlora_recipes.training import build
 from qlora_recipes.training.accounting import non_weight_bytes
 from qlora_recipes.training.build import build_trainer, load_model, prepare_rows
+from qlora_recipes.training.token_count import TokenCount
 from qlora_recipes.training.train import machine
-from qlora_recipes.training.trainer import TokenCount
 
 SPECS = {spec.family: spec for spec in MODELS.values()}
 ARMS = ("plain", "plain_bf16", "recipe")
@@ -231,7 +231,7 @@ class _Clock(TrainerCallback):
         self.count, self._start = TokenCount(), self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append({"seconds": self._now() - self._start, **vars(self.count)})
+        self.steps.append({"seconds": self._now() - self._start, **vars(self.count.read())})
 
     def _now(self) -> float:
         if self.device.type == "cuda":
