@@ -14,7 +14,8 @@ from rich.text import Text
 from trl import SFTTrainer
 
 from qlora_recipes import environment, preflight
-from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, tensor_hashes
+from qlora_recipes.base.device import check_gpu
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.report.card import model_card
@@ -77,7 +78,9 @@ def finalize_settings(settings: Settings, *, resume: bool = False, console: Cons
 
     Raises:
         UsageError: for what a library would refuse once the base is loaded.
+        SetupError: for a GPU that PyTorch cannot use, unless the CPU was asked for.
     """
+    check_gpu()
     check_settings(settings)
     folder = RunFolder(settings.output_dir).to_resume
     if resume and folder.started.exists():
@@ -136,7 +139,7 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
 
     # DoRA's first magnitudes follow from how the base is stored, but not those that another run has trained
     initial = adapter_sha256(run.model, without=None if launch.settings.start else "lora_magnitude_vector")
-    before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
+    before = tensor_hashes(run.model)
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
 
     held = accounting.non_weight_bytes(run.model)
