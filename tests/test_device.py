@@ -196,7 +196,7 @@ def test_the_base_is_gone_when_a_run_that_ran_out_of_memory_loads_it_again(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
     monkeypatch.setattr(RunTrainer, "training_step", runs_out)
-    training = dict(auto_find_batch_size=True, packing=False, max_steps=1, per_device_train_batch_size=2)
+    training = dict(auto_find_batch_size=True, packing=False, max_steps=2, per_device_train_batch_size=2)
     settings = resolve(recipe_for(), model=str(tiny("llama2")), output_dir=tmp_path / "run", training=training)
     gc.disable()  # what only the collector frees must be freed by who loads
     try:

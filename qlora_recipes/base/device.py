@@ -1,4 +1,7 @@
-"""The device that a model goes to: a GPU that PyTorch can use, or a CPU that is meant. Knows no model."""
+"""The device that a model goes to: a GPU that PyTorch can use, or a CPU that is meant; and its memory, freed or full.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from qlora_recipes.errors import SetupError
 
 _NODES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 """Major version of CUDA to that of the oldest NVIDIA driver that runs it (CUDA's release notes, minor versions)."""
 _ON_CPU = "To use the CPU all the same, put CUDA_VISIBLE_DEVICES= in front of the command"
@@ -57,7 +61,7 @@ def _why_unusable() -> str:
         try:
             torch.cuda.init()
         except RuntimeError as error:
-            found = f"{found}: {str(error).splitlines()[0].rstrip('.')}"
+            found = f"{found}: {first_line(error).rstrip('.')}"
         return f"{found}. nvidia-smi says whether the driver itself finds the GPU"
     older = f"; for a GPU before Blackwell and a driver from {_OLDEST_DRIVER['12']} on, {_for_cuda_12()}"
     return f"{found}, expected driver {oldest} or newer. Update the driver{older if oldest > 525 else ''}"
@@ -107,6 +111,16 @@ def _driver() -> str | None:
     except OSError:
         return None
     return found[0] if found else None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of a library says that the device or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_NO_MEMORY.search(first_line(error)))
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first, or else its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def release_memory() -> None:

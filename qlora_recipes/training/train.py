@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, tensor_hashes
-from qlora_recipes.base.device import check_gpu
+from qlora_recipes.base.device import check_gpu, is_out_of_memory
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.report.card import model_card
@@ -30,7 +30,7 @@ from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, has_own_attention, load_model, prepare_rows
 from qlora_recipes.training.configuration import check_settings, refusals
-from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
+from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
 from qlora_recipes.training.trackers import add_run_figures
