@@ -153,7 +153,10 @@ class _Steps(Exception):
 
 
 def test_no_second_adapter_is_in_memory_when_the_first_step_begins(
-    recipe_for: Callable[..., type[Recipe]], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_for: Callable[..., type[Recipe]],
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[tuple[int, int]] = []
 
@@ -177,7 +180,10 @@ def test_no_second_adapter_is_in_memory_when_the_first_step_begins(
 
 
 def test_the_base_is_gone_when_a_run_that_ran_out_of_memory_loads_it_again(
-    recipe_for: Callable[..., type[Recipe]], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_for: Callable[..., type[Recipe]],
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error that ends the first attempt holds, by its traceback, every frame that holds the model."""
     models: list[weakref.ref[object]] = []

@@ -32,6 +32,7 @@ from qlora_recipes.memory.estimate import training_memory
 from qlora_recipes.memory.workload import Workload
 from qlora_recipes.precision import PRECISIONS
 
+
 class Alive(TorchDispatchMode):
     """Counts the bytes of all storages that are made from now on and are still referred to."""
 
@@ -100,7 +101,9 @@ def _memory_efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scal
     """The fused kernel of a GPU without FlashAttention, which meta tensors do not choose by themselves."""
     assert q.shape == k.shape == v.shape
     output: torch.Tensor
-    output, *_others = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    output, *_others = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, True, scale=scale
+    )
     return output
 
 

@@ -74,7 +74,7 @@ def _check_architecture() -> None:
     built = torch.cuda.get_arch_list()
     if not built or any(_runs(each, major, minor) for each in built):
         return
-    # RELEASE.md of PyTorch 2.11 and 2.12: of the wheels only those for CUDA 12.6 have sm_60 and sm_70, as bitsandbytes'.
+    # PyTorch's RELEASE.md, 2.11 and 2.12: only its wheels for CUDA 12.6 have sm_60 and sm_70; bitsandbytes has them too.
     older = (6, 0) <= (major, minor) <= (7, 0)
     fix = f"For this GPU {_for_cuda_12()}, and give --dtype float16: it has no bfloat16" if older else "Update PyTorch"
     raise SetupError(
@@ -85,7 +85,7 @@ def _check_architecture() -> None:
 
 
 def _runs(architecture: str, major: int, minor: int) -> bool:
-    """Whether a GPU runs kernels of `sm_86` (of its generation, and no newer), or of `compute_86`, which it compiles."""
+    """Whether a GPU runs kernels of `sm_86` (of its generation, and no newer), or `compute_86`, which it compiles."""
     found = re.fullmatch(r"(sm|compute)_(\d+)(\d)", architecture)
     if found is None:  # such as sm_90a, of one GPU alone
         return architecture.rstrip("af") == f"sm_{major}{minor}"

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
-from qlora_recipes.base.device import release_memory
 from qlora_recipes.base.counting import count_matrices, count_quantized, parameters_by_storage, quantizable
+from qlora_recipes.base.device import release_memory
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention

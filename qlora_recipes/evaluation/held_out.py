@@ -89,9 +89,7 @@ def score_answers(
     for batch, found in in_batches(
         lengths,
         batch_size,
-        lambda batch: generate(
-            run.model, [prompts[fitting[i]] for i in batch], end=end, pad=pad, settings=settings
-        ),
+        lambda batch: generate(run.model, [prompts[fitting[i]] for i in batch], end=end, pad=pad, settings=settings),
     ):
         answers |= zip((fitting[i] for i in batch), found, strict=True)
         bar.advance(len(batch))

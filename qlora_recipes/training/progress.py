@@ -122,7 +122,8 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         f"out and {dropped:,} dropped. {data.supervised_tokens:,} of {data.tokens:,} tokens are in the loss.",
         f"The loss went from {training.first_loss:.3f} to {training.final_loss:.3f} in {training.steps} steps of "
         f"{rows}, at {training.tokens_per_second:,.0f} tokens/s in {training.seconds:.1f} s.",
-        f"Memory peaked at {_gib(memory.peak_bytes)}{reserved}; training used {_gib(memory.training_bytes)} of it{planned}.",
+        f"Memory peaked at {_gib(memory.peak_bytes)}{reserved}; training used {_gib(memory.training_bytes)} of it"
+        f"{planned}.",
         f"Upstream defects repaired: {', '.join(run.repairs) or 'none'}.",
         f"The run was resumed after step {resumed}." if resumed else "",
         f"Checks: {tally(run.checks)}.",
