@@ -74,7 +74,7 @@ def _check_architecture() -> None:
     built = torch.cuda.get_arch_list()
     if not built or any(_runs(each, major, minor) for each in built):
         return
-    # PyTorch's RELEASE.md, 2.11 and 2.12: only its wheels for CUDA 12.6 have sm_60 and sm_70; bitsandbytes has them too.
+    # PyTorch's RELEASE.md, 2.11 and 2.12: only wheels for CUDA 12.6 have sm_60 and sm_70; bitsandbytes has them too.
     older = (6, 0) <= (major, minor) <= (7, 0)
     fix = f"For this GPU {_for_cuda_12()}, and give --dtype float16: it has no bfloat16" if older else "Update PyTorch"
     raise SetupError(
