@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import Counter
@@ -197,6 +198,7 @@ def evaluate_many(
                     if job.key == key and job.missing:
                         _score(job, base, loading, signals, console)
                 del base  # the next one needs the room
+                gc.collect()  # lm-eval's model refers to itself
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise

@@ -6,6 +6,7 @@ original weights are read from their file one matrix at a time. Knows nothing of
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
                 with restore_run(folder, base, key) as run:
                     records.write_divergence(reference, folder, _compare(run, Path(scratch)))
             del base, run  # each holds the model, and the next one needs the room
+            gc.collect()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """What one training step, or one scored row, takes in memory: the terms that `estimate.py` adds up. Imports no torch.
 
 Every formula names its source: PyTorch 2.13, Transformers 5.23, TRL 1.16, PEFT 0.21 and bitsandbytes 0.50. Those for
-the CPU were compared with every allocation of real steps; those for the GPU come from reading and are not measured yet.
+the CPU were compared with every allocation of real steps, those for the GPU with every storage of steps on tensors
+without memory (tests/test_step_memory.py), and not with a GPU yet.
 """
 
 from __future__ import annotations
