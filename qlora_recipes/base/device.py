@@ -53,7 +53,7 @@ def _why_unusable() -> str:
     found = f"got driver {driver or 'of an unknown version'} and torch {torch.__version__}"
     if cuda is None:
         return (
-            f"{found}, which is built without CUDA; expected a build with it. With driver {_OLDEST_DRIVER['13']} or newer: "
+            f"{found}, which is built without CUDA; expected one with it. With driver {_OLDEST_DRIVER['13']} or newer: "
             f"pip install --force-reinstall torch=={_release()} --index-url https://pypi.org/simple"
         )
     found, oldest = f"{found} for CUDA {cuda}", _OLDEST_DRIVER.get(cuda.partition(".")[0], 0)
