@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from qlora_recipes.environment import quiet_libraries
+from qlora_recipes.environment import expandable_segments, quiet_libraries
 from qlora_recipes.recipe import Recipe, find_recipe, load_recipe
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import LoggedStep, Receipt
@@ -93,6 +93,7 @@ def train(
     Raises:
         RecipesError: for anything that would make the run fail, or be something other than it claims.
     """
+    expandable_segments()
     from qlora_recipes.training import train as training
 
     folder = training.train(

@@ -228,6 +228,24 @@ def peak_bytes(device_type: str) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024  # kilobytes on Linux
 
 
+def reserved_bytes(device_type: str) -> int | None:
+    """Return the most that PyTorch's allocator has held of the GPU, used or not; None on a CPU, which has no such."""
+    if device_type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_reserved()
+
+
+def expandable_segments() -> None:
+    """Have PyTorch's memory on a GPU grow in place, unless the user configured it: rows of many lengths leave no holes.
+
+    To be called before PyTorch is imported, which reads it then (2.11 to 2.13).
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def hub_answers() -> bool:
     """Return whether the hub can be reached within three seconds; never in offline mode."""
     from huggingface_hub import constants

@@ -165,8 +165,9 @@ def test_a_gradient_in_any_layout_is_taken() -> None:
 @pytest.fixture(scope="module")
 def models(tiny: Tiny) -> Callable[..., PreTrainedModel]:
     """Return a tiny model by family and attention; the repaired Falcon, as every run loads it."""
+    config = AutoConfig.from_pretrained(tiny("falcon"))
     with torch.device("meta"):
-        repairs.separate_packed(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny("falcon"))))
+        repairs.separate_packed(AutoModelForCausalLM.from_config(config))
     repairs.route_falcon_attention(NAME)
     made: dict[Any, PreTrainedModel] = {}
 
@@ -356,6 +357,34 @@ def test_key_heads_are_repeated_where_pytorchs_kernel_takes_no_groups(
     query, key, value, _ = inputs([30, 20], (4, 2))
     found = attention._on_gpu(query, key, value, bounds, 30, 0.25)
     assert torch.allclose(found, fused(query, key, value, dense_mask(bounds)), atol=1e-6)
+
+
+@pytest.mark.parametrize("bounds", [bounds_of([30, 20]), None])
+def test_a_gpu_without_flash_attention_gets_as_many_key_heads_as_query_heads(
+    bounds: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its one fused kernel knows no groups; otherwise Falcon's 71 query heads make every score in float32."""
+    asked: list[tuple[torch.Size, Any, Any]] = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> torch.Tensor:
+        assert k.shape == v.shape == q.shape
+        asked.append((k.shape, given.get("attn_mask"), given.get("is_causal")))
+        assert not given.get("enable_gqa")
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(attention, "_is_older_gpu", lambda query: True)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", kernel)
+    query, key = torch.empty(1, 71, 50, 64, device="meta"), torch.empty(1, 1, 50, 64, device="meta")
+    found = attention.attention(torch.nn.Identity(), query, key, key, bounds)[0]
+    assert found.shape == (1, 50, 71, 64)
+    lengths = [50] if bounds is None else [30, 20]
+    assert asked == [((1, 71, length, 64), None, True) for length in lengths]
+
+
+def test_repeated_key_heads_give_the_same_attention() -> None:
+    query, key, value, _ = inputs([30], (6, 2))
+    found = attention._repeated(torch.nn.Identity(), query, key, value, None, scaling=0.25)[0]
+    assert torch.allclose(found, fused(query, key, value, dense_mask(bounds_of([30]))), atol=1e-6)  # 16 ** -0.5
 
 
 def test_what_the_loop_does_not_know_is_left_to_sdpa() -> None:

@@ -43,9 +43,19 @@ def test_every_precision_stands_beside_the_others_in_80_columns(recipe_for):
     text = printed(resolve(recipe_for()), gpu_gib=24)
     for precision in ("nf4", "nf4-single", "fp4", "int8", "bf16", "fp16"):
         assert precision in text
-    assert "rows in 24 GiB" in text
+    assert "rows in 22 GiB" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_gpu_as_it_is_sold_is_planned_as_pytorch_reports_it(recipe_for):
+    sold, reported = printed(resolve(recipe_for()), gpu_gib=24), printed(resolve(recipe_for()), gpu_gib=22)
+    said = "PyTorch reports as little as 22 GiB of cards that are sold with 24 GB."
+    assert said in " ".join(sold.split())
+    assert "sold" not in reported
+    assert [line for line in sold.splitlines() if "rows in" in line] == [
+        line for line in reported.splitlines() if "rows in" in line
+    ]
 
 
 def test_every_part_has_a_label():
@@ -95,7 +105,7 @@ def test_the_command_takes_the_flags_of_the_recipe(capsys):
     plan.main([str(RECIPES / "llama2_guanaco.py"), "--gpu", "24", "--precision", "bf16", "--r", "8"])
     output = capsys.readouterr().out
     assert "rank 8" in output
-    assert "rows in 24 GiB" in output
+    assert "rows in 22 GiB" in output
 
 
 @pytest.mark.parametrize("words", [["missing.py"], [str(RECIPES / "falcon_faq.py"), "--presision", "nf4"]])

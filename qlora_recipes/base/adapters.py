@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,11 @@ def adapter_sha256(model: PeftModel, *, without: str | None = None) -> str:
         for name, tensor in adapter_tensors(model)
         if without is None or without not in name
     )
+
+
+def tensor_hashes(model: PeftModel) -> dict[str, bytes]:
+    """Return name to SHA-256 of each trainable weight: what tells whether it has changed, with no copy of it."""
+    return {name: hashlib.sha256(raw_bytes(tensor)).digest() for name, tensor in adapter_tensors(model)}
 
 
 def adapted_modules(model: PeftModel) -> list[str]:

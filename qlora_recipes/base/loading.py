@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.base.counting import count_matrices, count_quantized, parameters_by_storage, quantizable
+from qlora_recipes.base.device import release_memory
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
@@ -59,6 +60,7 @@ def load_base(
         SetupError: when the device cannot hold or compute in that precision.
     """
     _check_device(precision, dtype, device)
+    release_memory()
     config = from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made: list[str] = []
     family = FAMILIES.get(config.model_type)

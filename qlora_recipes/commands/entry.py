@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from qlora_recipes.environment import check_launch, quiet_libraries
+from qlora_recipes.environment import check_launch, expandable_segments, quiet_libraries
 from qlora_recipes.errors import EXIT_CODE, RecipesError
 
 
@@ -21,6 +21,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
+    expandable_segments()
     speaks = True
     try:
         check_launch()

@@ -17,7 +17,8 @@ from qlora_recipes.recipe import load_recipe
 _IS_MEMORY: dict[str, Any] = dict(
     valid=lambda gib: 0 < gib < math.inf, expected="the memory of a GPU in GiB, such as 24"
 )
-_FLAGS = (Field("gpu", "float", "memory of a GPU, to see what fits it", "GIB", None, **_IS_MEMORY),)
+_GPU = "memory of a GPU: as it is sold (16, 24, 40, 48, 80), or as PyTorch reports it"
+_FLAGS = (Field("gpu", "float", _GPU, "GIB", None, **_IS_MEMORY),)
 
 
 def main(argv: Sequence[str]) -> None:

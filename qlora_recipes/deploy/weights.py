@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qlora_recipes.base.adapters import ADAPTER
+from qlora_recipes.base.device import torch_device
 from qlora_recipes.base.loading import base_name
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.kernels.dequantize import is_4bit
@@ -148,7 +149,7 @@ def write_merged(
         OSError: when one cannot be written, as on a full disk.
     """
     folder.mkdir(parents=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # quantized on the device it was trained on
+    device = torch_device()  # quantized on the device it was trained on
 
     def changed(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name in changes.replaced:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
+from qlora_recipes.evaluation.batches import in_batches
 from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.evaluation.task_loading import PREFERENCES
 from qlora_recipes.formatters import answer_of, before_last_answer, is_trained
-
-_POSITIONS = 8192  # of one forward pass, so that the logits of long rows fit into memory
 
 
 def score_held_out(run: RestoredRun, *, batch_size: int, limit: int | None, bar: Bar) -> Scores:
@@ -86,11 +85,13 @@ def score_answers(
     bar.start(len(fitting))
     answers: dict[int, list[int]] = {}
     end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
-    longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
-    for start in range(0, len(fitting), batch_size):
-        batch = longest_first[start : start + batch_size]
-        found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, settings=settings)
-        answers |= zip(batch, found, strict=True)
+    lengths = [(len(prompts[i]) + settings.max_new_tokens) * settings.num_beams for i in fitting]
+    for batch, found in in_batches(
+        lengths,
+        batch_size,
+        lambda batch: generate(run.model, [prompts[fitting[i]] for i in batch], end=end, pad=pad, settings=settings),
+    ):
+        answers |= zip((fitting[i] for i in batch), found, strict=True)
         bar.advance(len(batch))
     thought = reasoning_end(run.encoder)
     said = [without_reasoning(answers[i], thought) for i in fitting]
@@ -160,19 +161,11 @@ def row_losses(
 ) -> list[float]:
     """Return each row's negative log-likelihood in nats over its labels; `advance` hears of every batch."""
     losses: dict[int, float] = {}
-    for batch in _batches(rows, batch_size):
-        losses |= zip(batch, _losses(run, [rows[i] for i in batch]), strict=True)
+    lengths = [len(row.input_ids) for row in rows]
+    for batch, found in in_batches(lengths, batch_size, lambda batch: _losses(run, [rows[i] for i in batch])):
+        losses |= zip(batch, found, strict=True)
         advance(len(batch))
     return [losses[i] for i in range(len(rows))]
-
-
-def _batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of similar length, longest first, of no more than _POSITIONS positions or a single row."""
-    ordered = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
-    while ordered:
-        size = max(1, min(batch_size, _POSITIONS // len(encoded[ordered[0]].input_ids)))
-        yield ordered[:size]
-        ordered = ordered[size:]
 
 
 @torch.no_grad()

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
+from qlora_recipes.evaluation.batches import in_batches
 from qlora_recipes.evaluation.generation import Generation, own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.reasoning import answer_start, reasoning_end
@@ -29,7 +31,7 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     Upstream: HFLM (lm-eval 0.4.13) has no callbacks, so three of its private methods are overridden:
     `_loglikelihood_tokens` to count what is cut, which it only warns of, `_model_call` and `_model_generate` to advance
-    the bar. The first can go when lm-eval reports truncation with its results, the others when it takes a progress bar.
+    the bar. The first and the last also take no more rows at a time than fit: its own size is rows, however long.
     """
 
     add_bos_token: bool | None  # HFLM's own, like the next
@@ -106,9 +108,25 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """Count what is cut from the left."""
+        """Count what is cut from the left, and take as many rows at a time as there is room for.
+
+        HFLM makes one row of requests that differ in nothing but their last token, so these stay together.
+        """
         self.truncated += sum(len(context) + len(words) > self.max_length + 1 for _, context, words in requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        tokens = [context + words for _, context, words in requests]
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i in sorted(range(len(requests)), key=tokens.__getitem__):  # as HFLM has those of one length
+            rows.setdefault(tuple(tokens[i][:-1]), []).append(i)
+        lengths = [min(len(row), self.max_length) for row in rows]
+        same, score = list(rows.values()), super()._loglikelihood_tokens
+        answers: dict[int, Any] = {}
+        for batch, found in in_batches(
+            lengths,
+            self.batch_size,
+            lambda batch: score([requests[i] for row in batch for i in same[row]], *args, **kwargs),
+        ):
+            answers |= zip((i for row in batch for i in same[row]), found, strict=True)
+        return [answers[i] for i in range(len(requests))]
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
@@ -127,7 +145,7 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Advance the bar, and decode as asked in place of what the task says.
+        """Advance the bar, decode as asked in place of what the task says, and as many rows as there is room for.
 
         Where a rendered turn may open with reasoning, what ends an answer in the task would end the reasoning: the turn
         goes on to its end, and HFLM cuts what follows `think_end_token` where the task says.
@@ -138,9 +156,17 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             kwargs["max_length"] = min(self.max_length, max(kwargs["max_length"], context.shape[1] + self._room))
         with own_settings_off(self.model):
             asked = {"eos_token_id": stops, **kwargs, **self._decoded}
-            ids: torch.Tensor = super()._model_generate(context, *args, **asked)
-        self._bar.advance(len(context))
-        return ids
+            mask, answer = asked.pop("attention_mask"), super()._model_generate
+            longest = int(asked["max_length"]) * int(asked.get("num_beams") or 1)
+            parts: list[torch.Tensor] = []
+            for rows, ids in in_batches(
+                [longest] * len(context),
+                len(context),
+                lambda rows: answer(context[rows], *args, attention_mask=mask[rows], **asked),
+            ):
+                parts += ids  # all are as long, so they come in their order
+                self._bar.advance(len(rows))
+        return pad_sequence(parts, batch_first=True, padding_value=int(self.tokenizer.pad_token_id))
 
 
 def score_with_lm_eval(

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_recipes.base.adapters import adapter_sha256, load_adapter
+from qlora_recipes.base.device import torch_device
 from qlora_recipes.base.loading import load_base
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.encoding import ConversationEncoder
@@ -98,7 +99,7 @@ class RestoredRun:
 
 def restore_base(key: BaseKey) -> RestoredBase:
     """Load the base of one or more runs."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device()
     precision, trusted = precision_named(key.precision), key.trust_remote_code
     model, receipt, _ = load_base(
         key.model, key.revision, precision, key.dtype, device=device, trust_remote_code=trusted

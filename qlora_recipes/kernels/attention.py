@@ -144,6 +144,9 @@ def attention(
     on_cpu = plain and query.device.type == "cpu"
     if on_cpu and bounds is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1:
         bounds = torch.tensor([0, query.shape[2]])
+    grouped = plain and query.shape[1] > key.shape[1] and query.shape[2] == key.shape[2]
+    if grouped and (bounds is None or bounds.ndim == 1) and _is_older_gpu(query):
+        compute = _repeated
     if bounds is None or bounds.ndim != 1:
         return compute(module, query, key, value, bounds, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -156,6 +159,26 @@ def attention(
     rows = zip(*(part.split(_lengths(bounds), dim=2) for part in (query, key, value)), strict=True)
     parts = [compute(module, q, k, v, None, dropout, scaling, **others)[0] for q, k, v in rows]
     return torch.cat(parts, dim=1), None
+
+
+def _repeated(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention with keys and values repeated for every query head.
+
+    The one fused kernel of GPUs without FlashAttention knows no groups: PyTorch would write out all scores in float32.
+    """
+    groups = query.shape[1] // key.shape[1]
+    k, v = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    output = functional.scaled_dot_product_attention(query, k, v, is_causal=True, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _written_out(
@@ -198,6 +221,11 @@ def _has_flash(query: torch.Tensor) -> bool:
     """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU, Ampere or later."""
     suits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0
     return suits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _is_older_gpu(query: torch.Tensor) -> bool:
+    """Whether it is on a GPU on which PyTorch has no FlashAttention for it."""
+    return query.is_cuda and not _has_flash(query)
 
 
 def _on_gpu(

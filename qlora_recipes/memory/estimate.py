@@ -25,6 +25,9 @@ CUDA_CONTEXT = 512 * 2**20
 """Bytes that a CUDA process takes in addition to its tensors: about 300 MB of driver and kernels since CUDA 11.7
 loads them as needed (pytorch/pytorch issue 107667), and room for the kernels of training and for cuBLAS."""
 
+EVALUATED_POSITIONS = 4096
+"""Of one forward pass of an evaluation, padding included: enough to fill a GPU. A single row may be longer."""
+
 ADAMW_BYTES = 8.0
 OPTIMIZER_BYTES = {
     # Eight bits: a byte per moment, and a float32 scale per block of 256 (`bitsandbytes/optim/optimizer.py`).
@@ -90,7 +93,7 @@ class MemoryPlan:
     precision: Precision
     training: Memory
     evaluation: Memory
-    """Scoring or answering one row of full length, with the adapter unmerged."""
+    """Scoring or answering as many rows as evaluation takes at a time, with the adapter unmerged."""
 
 
 def plan(
@@ -150,18 +153,19 @@ def _moments(step: Step) -> Iterator[Memory]:
         yield _memory(step, moment, **always, **parts)
 
 
-def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload, rows: int = 1) -> Memory:
-    """Return the memory of scoring or answering rows of full length, whichever needs more.
+def evaluation_memory(sizes: Sizes, precision: Precision, work: Workload) -> Memory:
+    """Return the memory of scoring or answering rows of EVALUATED_POSITIONS or one that is longer: the larger of both.
 
     Scoring makes all logits in 16 bits and their log-softmax in float32 (lm-eval, `models/huggingface.py`),
     which a CPU casts first; answering keeps keys and values of every layer in 16 bits, and needs the logits
-    of one position.
+    of one position of each row.
     """
+    rows = max(1, EVALUATED_POSITIONS // work.length)
     step = Step(sizes, precision, replace(work, rows=rows, packing=False))
-    logits = (2 + (4 if work.device == "cuda" else 4 + 4)) * rows * sizes.vocab_size
-    scoring = _memory(step, "scoring", logits=logits * work.length)
+    logits = (2 + (4 if work.device == "cuda" else 4 + 4)) * sizes.vocab_size
+    scoring = _memory(step, "scoring", logits=logits * max(EVALUATED_POSITIONS, work.length))
     cache = 2 * 2 * rows * sizes.cached_positions(work.length) * sizes.key_value_size
-    answering = _memory(step, "answering", cache=cache, logits=logits, workspace=step.forward_workspace)
+    answering = _memory(step, "answering", cache=cache, logits=rows * logits, workspace=step.forward_workspace)
     return max(scoring, answering, key=lambda memory: memory.total)
 
 

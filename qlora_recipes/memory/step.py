@@ -1,7 +1,8 @@
 """What one training step, or one scored row, takes in memory: the terms that `estimate.py` adds up. Imports no torch.
 
 Every formula names its source: PyTorch 2.13, Transformers 5.23, TRL 1.16, PEFT 0.21 and bitsandbytes 0.50. Those for
-the CPU were compared with every allocation of real steps; those for the GPU come from reading and are not measured yet.
+the CPU were compared with every allocation of real steps, those for the GPU with every storage of steps on tensors
+without memory (tests/test_step_memory.py), and not with a GPU yet.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qlora_recipes.families.family import Sizes, Weight
+from qlora_recipes.families.family import LAYER_NORM, Sizes, Weight
 from qlora_recipes.memory.sizes import adapter_parameters, linear_parameters, unquantized_parameters
 from qlora_recipes.memory.workload import Workload
 from qlora_recipes.precision import Precision
@@ -107,7 +108,7 @@ class Step:
         LoRA's A keeps its input instead.
         """
         family, hidden, inner = self.sizes.family, self.sizes.hidden_size, self.sizes.intermediate_size
-        norms = family.norms * (family.norm.bytes_kept * hidden + 4)
+        norms = family.norms * (self._norm_kept * hidden + 4)
         ranks = 2 * self.work.rank * sum(each.count for each in self._targeted) // self.sizes.num_hidden_layers
         per_token = norms + 2 * family.mlp_kept * inner + ranks + self._adapter_inputs
         if self.precision.name == "int8" and not self.shares_inputs:
@@ -116,10 +117,24 @@ class Step:
         return self.work.tokens * per_token + self._attention_kept + cast_weights
 
     @property
+    def _float32_norms(self) -> bool:
+        """Whether norms return float32 (a truth value): autocast has LayerNorm do so on a GPU, and not on a CPU.
+
+        Each layer that reads one then makes a 16-bit copy of its own.
+        """
+        return self.work.device == "cuda" and self.sizes.family.norm is LAYER_NORM
+
+    @property
+    def _norm_kept(self) -> int:
+        return 4 if self._float32_norms else self.sizes.family.norm.bytes_kept
+
+    @property
     def _adapter_inputs(self) -> int:
         """Kept per token by the adapters of their inputs; dropout keeps its mask, on a CPU in float32."""
         if self.shares_inputs:
-            return 2 * self.sizes.inputs_read(self.work.targets)
+            of_norms = [each.name for each in self._targeted if "norm" in each.reads] if self._float32_norms else []
+            own = sum(self.sizes.inputs_read([name]) for name in of_norms) - self.sizes.inputs_read(of_norms)
+            return 2 * (self.sizes.inputs_read(self.work.targets) + own)
         mask = (1 if self.work.device == "cuda" else 4) if self.work.dropout else 0
         widths = sum(each.count * each.inputs for each in self._targeted)
         return (2 + mask) * widths // self.sizes.num_hidden_layers
@@ -141,6 +156,8 @@ class Step:
             reads_output = any(each.reads == "attention" for each in self._targeted)
             output = 0 if reads_output else 2 * query  # or the adapter after it keeps it
             mask = 0 if work.packing else 2 * work.attention_pairs
+            if work.older_gpu:  # keys and values for every query head, and what each conversation returns by itself
+                key_value, output = query, output + 2 * query
             return work.tokens * (2 * query + 2 * 2 * key_value + output + 4 * heads) + mask
         own = 2 * (query + 2 * key_value) + (2 * (query + key_value) if sizes.family.fused_qkv else 0)
         masked = 0 if work.packing and work.tokens > SHORT else work.tokens * 4 * heads + 2 * work.attention_pairs
@@ -157,7 +174,8 @@ class Step:
         per_inner, per_hidden = self.sizes.family.mlp_workspace if self.fused else (6, 10)
         mlp = self.work.tokens * (per_inner * inner + per_hidden * hidden)
         weight = self._dequantized
-        return max(mlp, weight + self.work.tokens * 8 * hidden if weight else 0)
+        beside = 8 + (4 if self._float32_norms else 0)  # a gradient in float32
+        return max(mlp, weight + self.work.tokens * beside * hidden if weight else 0)
 
     @property
     def forward_workspace(self) -> int:
@@ -187,7 +205,7 @@ class Step:
         float32, and the gradient of the hidden states in 16 bits.
         """
         states = self.work.tokens * self.sizes.hidden_size
-        kept = (2 + self.sizes.family.norm.bytes_kept) * states  # once flattened, and what the last norm keeps
+        kept = ((4 if self._float32_norms else 2) + self._norm_kept) * states  # once flattened, and by the last norm
         if self.work.device == "cuda":
             buffer = 2 * min(self.work.tokens, HEAD_TOKENS) * HEAD_VOCAB
             return kept + buffer, kept + buffer + (4 + 2) * states

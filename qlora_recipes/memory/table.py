@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_recipes.memory.estimate import GIB, Memory, largest_micro_batch, plan
+from qlora_recipes.memory.estimate import EVALUATED_POSITIONS, GIB, Memory, largest_micro_batch, plan
 from qlora_recipes.memory.fitting import USABLE, Machine, fit_to_memory
 from qlora_recipes.memory.sizes import adapter_parameters, described, sizes_for
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
@@ -30,6 +30,11 @@ _LABELS = {name: name for name in Memory("").parts} | {
 }
 
 
+_REPORTED: dict[float, float] = {16: 14.5, 24: 22, 32: 31, 40: 39, 48: 44, 80: 79}
+"""GB that cards are sold with, to the GiB that PyTorch reports of those with the least: 14.7 of a T4, 22 of an A10G or
+L4, 44.5 of an L40S, 39.5 and 79.1 of an A100."""
+
+
 def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Console | None = None) -> None:
     """Print what would run and the memory of every precision by part; of several processes the first one's.
 
@@ -39,7 +44,8 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    console = console or Console()
+    console, sold = console or Console(), gpu_gib
+    gpu_gib = _REPORTED.get(gpu_gib, gpu_gib) if gpu_gib is not None else None
     # A recipe is planned for a GPU, whichever machine prints the plan; a demo is planned for this machine.
     here = settings.demo and gpu_gib is None and shutil.which("nvidia-smi") is None
     device, processes = "cpu" if here else "cuda", int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,6 +55,8 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
     console.print(_run_table(settings, work))
     console.print()
     console.print(_memory_table(settings, work, gpu_gib))
+    if gpu_gib != sold:
+        console.print(Text(f"PyTorch reports as little as {gpu_gib:g} GiB of cards that are sold with {sold:g} GB."))
     for line in _remarks(settings, work, gpu_gib):
         console.print(Text(line))
 
@@ -113,7 +121,7 @@ def _remarks(settings: Settings, work: Workload, gpu_gib: float | None) -> Itera
     own = plan(settings, device=work.device, processes=work.processes)
     yield (
         f"Training in {own.precision.name} peaks at the {own.training.moment}; "
-        f"evaluation is of one row, when {own.evaluation.moment}."
+        f"evaluation when {own.evaluation.moment}, {max(EVALUATED_POSITIONS, work.length):,} tokens at a time."
     )
     if gpu_gib is not None:
         rows = largest_micro_batch(sizes_for(settings), own.precision, work, gpu_gib)

@@ -35,6 +35,8 @@ class Workload:
     """Whether 4-bit weights are kept a second time in 16 bits: `packed` (no) or `expanded` (yes)."""
     device: str = "cuda"
     """`cuda` or `cpu`: the libraries compute differently on each."""
+    older_gpu: bool = False
+    """Whether the GPU has no FlashAttention, as those have none that compute in float16 for want of bfloat16."""
 
     @property
     def tokens(self) -> int:
@@ -69,6 +71,7 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
         processes=processes,
         storage="expanded" if settings.storage == "expanded" else "packed",
         device=device,
+        older_gpu=device == "cuda" and settings.dtype == "float16",
     )
 
 

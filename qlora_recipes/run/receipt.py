@@ -192,6 +192,8 @@ class MemoryReceipt:
     """The peak without what was held besides the weights right before the first step: Python, libraries, rows."""
     planned_bytes: int | None
     """What the plan said of that; None where the run has no plan."""
+    reserved_bytes: int | None = None
+    """The most that PyTorch's allocator took from the GPU, with what it could not use; None on a CPU."""
 
 
 @dataclass

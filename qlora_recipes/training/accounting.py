@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from qlora_recipes import environment
-from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors, tensor_hashes
 from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
@@ -29,8 +29,8 @@ from qlora_recipes.training.token_count import TokenCount
 from qlora_recipes.training.trainer import ExactResume
 
 
-def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor]) -> AdapterReceipt:
-    """Return the adapter as it is now, compared with what it was before the first step."""
+def describe_adapter(run: Run, initial: str, before: Mapping[str, bytes]) -> AdapterReceipt:
+    """Return the adapter as it is now, compared with its `tensor_hashes` before the first step."""
     after = dict(adapter_tensors(run.model))
     modules = adapted_modules(run.model)
     layers = {name: cast(LoraLayer, run.model.get_submodule(name)) for name in modules}
@@ -44,7 +44,7 @@ def describe_adapter(run: Run, initial: str, before: Mapping[str, torch.Tensor])
         initial_sha256=initial,
         final_sha256=adapter_sha256(run.model),
         all_finite=all(bool(torch.isfinite(tensor).all()) for tensor in after.values()),
-        unchanged=sorted(name for name, tensor in after.items() if torch.equal(tensor, before[name])),
+        unchanged=[name for name, digest in tensor_hashes(run.model).items() if digest == before[name]],
         bytes=0,
         ranks=dict(sorted(ranks.items())),
     )
@@ -99,6 +99,7 @@ def describe_memory(run: Run, held: int) -> MemoryReceipt:
         base_bytes=run.base_bytes,
         training_bytes=environment.peak_since_reset(device) - held,
         planned_bytes=_planned(run, device),
+        reserved_bytes=environment.reserved_bytes(device),
     )
 
 

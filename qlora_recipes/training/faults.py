@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from qlora_recipes.base.device import first_line, is_out_of_memory
 from qlora_recipes.errors import ModelError, RecipesError, SetupError
 from qlora_recipes.memory import estimate
 from qlora_recipes.settings import Settings
@@ -25,7 +26,6 @@ _DISK_ERRORS = {
 }  # fmt: skip
 # What writers of tensors say instead of raising an OSError: torch.save, and safetensors with the system's number.
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter|file write failed|\(os error \d+\)|unexpected pos \d+ vs \d+")
-_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
 
 
 class MemoryExhaustedError(SetupError):
@@ -34,9 +34,7 @@ class MemoryExhaustedError(SetupError):
 
 def is_machine_fault(error: Exception) -> bool:
     """Whether an exception says that memory, a disk or a permission is missing."""
-    return isinstance(error, (OSError, torch.OutOfMemoryError, MemoryError)) or any(
-        pattern.search(str(error)) for pattern in (_NO_MEMORY, _WRITE_FAILED)
-    )
+    return isinstance(error, OSError) or is_out_of_memory(error) or bool(_WRITE_FAILED.search(str(error)))
 
 
 @contextmanager
@@ -55,21 +53,12 @@ def machine_faults(settings: Settings) -> Iterator[None]:
             raise
         raise SetupError(_cannot_write(settings, f"{error.strerror}: {error.filename or 'a file'}")) from error
     except Exception as error:
-        text = _first_line(error)
+        text = first_line(error)
         if is_out_of_memory(error):
             raise MemoryExhaustedError(_no_memory(settings, text)) from error
         if _WRITE_FAILED.search(text):
             raise SetupError(_cannot_write(settings, text)) from error
         raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error of a library says that the device or the machine has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_NO_MEMORY.search(_first_line(error)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cannot_write(settings: Settings, reason: str) -> str:

@@ -113,6 +113,7 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
     stored = f"{quantized.found} of {quantized.expected} linear layers are stored as {run.precision}"
     rows = f"{asked['per_device_train_batch_size']} x {asked['gradient_accumulation_steps']} rows"
     planned = f", where {_gib(memory.planned_bytes)} were planned" if memory.planned_bytes else ""
+    reserved = f" ({_gib(memory.reserved_bytes)} reserved)" if memory.reserved_bytes else ""
     resumed = ", ".join(str(resume.from_step) for resume in run.resumes)
     sentences = [
         f"Trained an adapter of {adapter.parameters:,} weights in {adapter.modules} modules ({adapter.dtype}, sha256 "
@@ -123,7 +124,8 @@ def print_summary(folder: RunFolder, console: Console | None = None) -> None:
         f"The loss went from {training.first_loss:.3f} to {training.final_loss:.3f} in {training.steps} steps of "
         f"{rows}, at {training.tokens_per_second:,.0f} tokens/s in {training.seconds:.1f} s.",
         f"float16's loss scaler skipped {training.skipped_steps} of the steps." if training.skipped_steps else "",
-        f"Memory peaked at {_gib(memory.peak_bytes)}; training used {_gib(memory.training_bytes)} of it{planned}.",
+        f"Memory peaked at {_gib(memory.peak_bytes)}{reserved}; training used {_gib(memory.training_bytes)} of it"
+        f"{planned}.",
         f"Upstream defects repaired: {', '.join(run.repairs) or 'none'}.",
         f"The run was resumed after step {resumed}." if resumed else "",
         f"Checks: {tally(run.checks)}.",

@@ -15,7 +15,8 @@ from rich.text import Text
 from trl import SFTTrainer
 
 from qlora_recipes import environment, preflight
-from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, adapter_tensors
+from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, tensor_hashes
+from qlora_recipes.base.device import check_gpu, is_out_of_memory
 from qlora_recipes.errors import CheckError, RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.report.card import model_card
@@ -30,7 +31,7 @@ from qlora_recipes.stages import Run, Trained
 from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, has_own_attention, load_model, prepare_rows
 from qlora_recipes.training.configuration import check_settings, refusals
-from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, is_out_of_memory, machine_faults
+from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
 from qlora_recipes.training.trackers import add_run_figures
@@ -79,7 +80,9 @@ def finalize_settings(settings: Settings, *, resume: bool = False, console: Cons
 
     Raises:
         UsageError: for what a library would refuse once the base is loaded.
+        SetupError: for a GPU that PyTorch cannot use, unless the CPU was asked for.
     """
+    check_gpu()
     check_settings(settings)
     folder = RunFolder(settings.output_dir).to_resume
     if resume and folder.started.exists():
@@ -138,7 +141,7 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
 
     # DoRA's first magnitudes follow from how the base is stored, but not those that another run has trained
     initial = adapter_sha256(run.model, without=None if launch.settings.start else "lora_magnitude_vector")
-    before = {name: tensor.clone() for name, tensor in adapter_tensors(run.model)}
+    before = tensor_hashes(run.model)
     journal = _open_journal(launch, folder, run_identity(launch.asked, run, initial), checkpoint, passed_over)
 
     held = accounting.non_weight_bytes(run.model)
