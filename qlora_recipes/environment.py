@@ -32,6 +32,10 @@ _RECORDED = (
 )  # fmt: skip
 _COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _LAUNCHERS = "accelerate launch and torchrun set it; without one of them unset it"
+_SHARDING = {
+    "FSDP_VERSION": ("2", "FSDP1 needs one dtype in a block, and the adapter is float32"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "with another type no adapter is saved, and no error says so"),
+}
 
 
 def outside_tested() -> dict[Requirement, str]:
@@ -89,7 +93,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def check_launch() -> None:
-    """Refuse variables of a launcher that are no numbers, or of which some are set and others are not.
+    """Refuse variables of a launcher that are no numbers, of which some are missing, or that shard in a way that loses.
 
     Raises:
         UsageError: naming the variable.
@@ -108,6 +112,12 @@ def check_launch() -> None:
     if several and missing:
         found = " ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(f"{missing[0]}: not set, expected with {found}. {_LAUNCHERS}")
+    for name, (expected, why) in _SHARDING.items() if sharding_asked() == "FSDP" else ():
+        if (got := os.environ.get(name, "not set")) != expected:
+            raise UsageError(
+                f"{name}: got {got}, expected {expected}: {why}. Launch with recipes/launch/fsdp_qlora.yaml, or set "
+                f"{name.lower()} in your own file"
+            )
 
 
 def local_processes() -> int:
