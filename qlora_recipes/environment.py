@@ -33,8 +33,8 @@ _RECORDED = (
 _COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _LAUNCHERS = "accelerate launch and torchrun set it; without one of them unset it"
 _SHARDING = {
-    "FSDP_VERSION": ("2", "FSDP1 needs one dtype in a block, and the adapter is float32"),
-    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "with another type no adapter is saved, and no error says so"),
+    "FSDP_VERSION": ("1", "2", "FSDP1 needs one dtype in a block, and the adapter is float32"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "FULL_STATE_DICT", "with another no adapter is saved"),
 }
 
 
@@ -112,8 +112,8 @@ def check_launch() -> None:
     if several and missing:
         found = " ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(f"{missing[0]}: not set, expected with {found}. {_LAUNCHERS}")
-    for name, (expected, why) in _SHARDING.items() if sharding_asked() == "FSDP" else ():
-        if (got := os.environ.get(name, "not set")) != expected:
+    for name, (unset, expected, why) in _SHARDING.items() if sharding_asked() == "FSDP" else ():
+        if (got := os.environ.get(name, unset)) != expected:
             raise UsageError(
                 f"{name}: got {got}, expected {expected}: {why}. Launch with recipes/launch/fsdp_qlora.yaml, or set "
                 f"{name.lower()} in your own file"

@@ -83,7 +83,9 @@ def test_a_rank_that_does_not_come_is_named(start: Start) -> None:
 
 
 def test_a_rank_that_nobody_answers_says_where_it_looked(start: Start) -> None:
-    started = start(2, lambda rank: ranks.meet({}, 1) if rank else None, variables=lambda rank: {"MASTER_PORT": "9"})
+    started = start(
+        2, lambda rank: ranks.meet({}, 1) if rank else None, variables=lambda rank: {"MASTER_PORT": "9"}, nodes=2
+    )
     assert started.wait()[1] == 2
     assert "got no answer from rank 0 at 127.0.0.1:9 within 1 s" in started.errors[0]
 
@@ -197,6 +199,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_resumes_to_the_same_adapter(
     assert resumed.adapter.final_sha256 == whole.adapter.final_sha256
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_by_the_timeout_and_is_named(trained: Callable[..., Ranks]) -> None:
     hanging = trained("hangs", before=at_step(1, 1, lambda: time.sleep(60)), ddp_timeout=4)
     assert hanging.wait(ranks=[0])[0] == 2
