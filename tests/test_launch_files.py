@@ -68,7 +68,7 @@ else:
 def test_accelerate_reads_the_file(file: Path) -> None:
     config = load_config_from_file(str(file))
     assert config.num_machines == 1 and not config.use_cpu
-    assert config.mixed_precision == "no"  # --dtype decides
+    assert config.mixed_precision is None  # --dtype decides
 
 
 def test_accelerate_starts_what_the_files_say(tmp_path: Path) -> None:
