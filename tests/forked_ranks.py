@@ -24,7 +24,6 @@ class Ranks:
     folder: Path
     pids: list[int]
     store: TCPStore
-    """Held, since torch's launchers have one, through which their processes meet."""
     codes: dict[int, int] = field(default_factory=dict)
     """Rank to exit code, negative for a signal."""
 
@@ -63,6 +62,20 @@ class Ranks:
                 self.codes[rank] = os.waitstatus_to_exitcode(ended[1])
 
 
+def launcher_store() -> TCPStore:
+    """Return what a launcher has for its processes to meet through; to be held as long as they run."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def launch_variables(rank: int, count: int, store: TCPStore, on_a_node: int) -> dict[str, str]:
+    """Return the environment that a launcher gives to one of its processes."""
+    given = {
+        **{"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % on_a_node, "LOCAL_WORLD_SIZE": on_a_node},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True},
+    }
+    return {name: str(value) for name, value in given.items()}
+
+
 def start_ranks(
     count: int,
     target: Callable[[int], object],
@@ -72,7 +85,7 @@ def start_ranks(
     variables: Callable[[int], Mapping[str, str]] = lambda rank: {},
 ) -> Ranks:
     """Fork `count` processes on as many `nodes`, each of which calls `target` with its rank as a command would."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = launcher_store()
     folder.mkdir(parents=True, exist_ok=True)
     on_a_node, pids = count // nodes, []
     sys.stdout.flush()
@@ -80,11 +93,7 @@ def start_ranks(
         if child := os.fork():
             pids.append(child)
             continue
-        given = {
-            **{"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % on_a_node, "LOCAL_WORLD_SIZE": on_a_node},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True},
-        }
-        os.environ.update({name: str(value) for name, value in given.items()} | dict(variables(rank)))
+        os.environ.update(launch_variables(rank, count, store, on_a_node) | dict(variables(rank)))
         _call(target, rank, folder / f"rank-{rank}.txt")
     return Ranks(folder, pids, store)
 
