@@ -3,8 +3,9 @@
     python tests/kill_and_resume.py --kills 30
     python tests/kill_and_resume.py --kills 12 --processes 2 [--sharded]
 
-With several processes one of them is killed, and all are started again. Prints one line for each kill, then how many runs ended with the same adapter, to the bit, and the same curve; exits
-with 1 when one did not. The models are tiny, and random; the code is the one that trains real ones.
+With several processes one of them is killed, and all are started again. Prints one line for each kill, then how many
+runs ended with the same adapter, to the bit, and the same curve; exits with 1 when one did not. The models are tiny,
+and random; the code is the one that trains real ones.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def run(
             os.close(ear)
             if launch.processes > 1:
                 os.environ.update(launch_variables(rank, launch.processes, store, launch.processes))
+            if rank != launch.victim:
+                os.close(mouth)
             _child(folder, variant, output, mouth if rank == launch.victim else None, resume, launch.sharded)
         children.append(child)
     os.close(mouth)
