@@ -93,7 +93,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def check_launch() -> None:
-    """Refuse variables of a launcher that are no numbers, of which some are missing, or that shard in a way that loses.
+    """Refuse variables of a launcher that are no numbers, or of which some are set and others are not.
 
     Raises:
         UsageError: naming the variable.
@@ -112,6 +112,20 @@ def check_launch() -> None:
     if several and missing:
         found = " ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(f"{missing[0]}: not set, expected with {found}. {_LAUNCHERS}")
+
+
+def check_sharding() -> None:
+    """Refuse a way to divide a model among processes that cannot be resumed safely, or saves nothing.
+
+    Raises:
+        UsageError: naming what to launch with in its place.
+    """
+    if sharding_asked() == "DEEPSPEED":
+        raise UsageError(
+            "DeepSpeed: its checkpoints are pickles, which it opens without a restriction and which can run code; and "
+            "all that ZeRO-2 divides of a LoRA run is the optimizer's state of the adapter. Launch with "
+            "recipes/launch/ddp.yaml, or with fsdp_qlora.yaml, which divides the base"
+        )
     for name, (unset, expected, why) in _SHARDING.items() if sharding_asked() == "FSDP" else ():
         if (got := os.environ.get(name, unset)) != expected:
             raise UsageError(

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from qlora_recipes.environment import check_launch, quiet_libraries
+from qlora_recipes.environment import check_launch, check_sharding, quiet_libraries
 from qlora_recipes.errors import EXIT_CODE, RecipesError
 
 
@@ -27,6 +27,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except RecipesError as error:
         _end_with(error, argv)
     try:
+        check_sharding()
         main(argv)
     except RecipesError as error:
         _leave_it_to_the_first()
