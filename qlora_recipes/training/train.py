@@ -191,7 +191,8 @@ def prepare_run(
     main = Console(quiet=True) if not PartialState().is_main_process else console
     say(f"reading and encoding {settings.dataset_name}", main)
     run = prepare_rows(settings, main)
-    ranks.agree({"rows": run.data.receipt.fingerprint, "template": run.data.template.sha256})
+    fitted = {"training": public(settings.training), "storage": settings.storage}  # to the memory of each node
+    ranks.agree({"rows": run.data.receipt.fingerprint, "template": run.data.template.sha256, **fitted})
     say("checking the rows", main)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
     _refuse_failed(checks, "Before loading the base", main, all_checks, last=False)  # which takes minutes
