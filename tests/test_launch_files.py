@@ -15,7 +15,6 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from forked_ranks import start_ranks
 
-from qlora_recipes import environment
 from qlora_recipes.recipe import load_recipe
 from qlora_recipes.run.checkpoints import checkpoints
 from qlora_recipes.run.folder import RunFolder
@@ -168,7 +167,6 @@ def test_a_slurm_job_that_is_stopped_goes_back_into_the_queue_and_ends_the_same(
     assert job.start(output).wait(100) == 0, job.log()
 
     def train_whole(rank: int) -> None:
-        environment.share_threads()
         training = dict(max_steps=60, save_steps=4)
         model = job.words[1]
         train(resolve(load_recipe(job.recipe), model=model, output_dir=whole, training=training), skip_checks=SKIPPED)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from forked_ranks import Ranks, start_ranks
 
-from qlora_recipes import Recipe, environment
+from qlora_recipes import Recipe
 from qlora_recipes.data import prepare as prepare_module
 from qlora_recipes.errors import DataError
 from qlora_recipes.preflight import ranks
@@ -205,4 +205,3 @@ def test_a_rank_that_hangs_ends_the_run_by_the_timeout_and_is_named(trained: Cal
     assert hanging.wait(ranks=[0])[0] == 2
     (message,) = hanging.errors
     assert message.startswith("error: rank 1 (process ") and "Timed out waiting 4000ms" in message
-    assert environment.local_processes() == 1
