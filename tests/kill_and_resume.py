@@ -262,12 +262,12 @@ def kill_once(
     output = folder / f"killed-{number}"
     launch = replace(launch, victim=chance.randrange(launch.processes) if launch.processes > 1 else 0)
     sessions = [run(folder, variant, output, launch, aim_at(place, reference, chance))]
-    if sessions[0].killed and chance.random() < 0.25:
+    if sessions[0].killed and not RunFolder(output).finished and chance.random() < 0.25:
         sessions.append(run(folder, variant, output, launch, aim_at("steps", reference, chance), resume=True))
     phases = [session.phase for session in sessions if session.killed]
-    if sessions[-1].killed:
-        sessions.append(run(folder, variant, output, launch, resume=True))
-    whole, end = outcome(folder / variant), outcome(output) if sessions[-1].code == 0 else {}
+    if sessions[-1].killed and not RunFolder(output).finished:  # another process may have written the receipt
+        run(folder, variant, output, launch, resume=True)
+    whole, end = outcome(folder / variant), outcome(output) if RunFolder(output).finished else {}
     return {
         "variant": variant,
         "aimed at": place,

@@ -79,12 +79,14 @@ def train(
 
 def _meet(settings: Settings, **flags: bool) -> None:
     """Wait for the other processes of the run, if there are any, and make sure that all were started alike."""
+    if not ranks.several():
+        return
     timeout = settings.training.get("ddp_timeout", 1800)
-    file = Path(getattr(sys.modules[settings.recipe.__module__], "__file__", None) or sys.executable)
+    file = getattr(sys.modules.get(settings.recipe.__module__), "__file__", None)  # none in a notebook
     facts = {
         **settings_identity(settings),
         "training": public(settings.training),
-        "recipe file": hashlib.sha256(file.read_bytes()).hexdigest()[:12],
+        "recipe file": file and hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12],
         "versions": environment.versions(),
         **flags,
     }
