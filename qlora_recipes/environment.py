@@ -35,6 +35,10 @@ _RECORDED = (
 )  # fmt: skip
 _COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _LAUNCHERS = "accelerate launch and torchrun set it; without one of them unset it"
+_SHARDING = {
+    "FSDP_VERSION": ("1", "2", "FSDP1 needs one dtype in a block, and the adapter is float32"),
+    "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "FULL_STATE_DICT", "with another no adapter is saved"),
+}
 
 
 def outside_tested() -> dict[Requirement, str]:
@@ -111,6 +115,26 @@ def check_launch() -> None:
     if several and missing:
         found = " ".join(f"{name}={value}" for name, value in given.items())
         raise UsageError(f"{missing[0]}: not set, expected with {found}. {_LAUNCHERS}")
+
+
+def check_sharding() -> None:
+    """Refuse a way to divide a model among processes that cannot be resumed safely, or saves nothing.
+
+    Raises:
+        UsageError: naming what to launch with in its place.
+    """
+    if sharding_asked() == "DEEPSPEED":
+        raise UsageError(
+            "DeepSpeed: its checkpoints are pickles, which it opens without a restriction and which can run code; and "
+            "all that ZeRO-2 divides of a LoRA run is the optimizer's state of the adapter. Launch with "
+            "recipes/launch/ddp.yaml, or with fsdp_qlora.yaml, which divides the base"
+        )
+    for name, (unset, expected, why) in _SHARDING.items() if sharding_asked() == "FSDP" else ():
+        if (got := os.environ.get(name, unset)) != expected:
+            raise UsageError(
+                f"{name}: got {got}, expected {expected}: {why}. Launch with recipes/launch/fsdp_qlora.yaml, or set "
+                f"{name.lower()} in your own file"
+            )
 
 
 def local_processes() -> int:

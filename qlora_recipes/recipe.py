@@ -50,6 +50,7 @@ DERIVED = {
     "use_cpu": "the devices found; CUDA_VISIBLE_DEVICES= hides them",
     "disable_tqdm": "nothing; the display is this package's",
     "push_to_hub": "qlora-recipes push RUN OWNER/NAME, once the run is proven: TRL uploads before there is a receipt",
+    "deepspeed": "nothing; FSDP2 divides a base (recipes/launch/fsdp_qlora.yaml), and its checkpoints are safe to read",
     "fsdp": "accelerate launch --use_fsdp",
     "fsdp_config": "the --fsdp_ flags of accelerate launch",
     "task_type": "nothing; it is CAUSAL_LM",

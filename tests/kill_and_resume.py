@@ -1,9 +1,11 @@
 """Kill runs with SIGKILL at random moments, resume them, and compare the results with those of an uninterrupted run.
 
     python tests/kill_and_resume.py --kills 30
+    python tests/kill_and_resume.py --kills 12 --processes 2 [--sharded]
 
-Prints one line for each kill, then how many runs ended with the same adapter, to the bit, and the same curve; exits
-with 1 when one did not. The models are tiny, and random; the code is the one that trains real ones.
+With several processes one of them is killed, and all are started again. Prints one line for each kill, then how many
+runs ended with the same adapter, to the bit, and the same curve; exits with 1 when one did not. The models are tiny,
+and random; the code is the one that trains real ones.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from conftest import FAMILIES, make_tiny  # first: it keeps the hub and the GPU away
+from forked_ranks import launch_variables, launcher_store
 from rich.console import Console
 
 from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.base.adapters import WEIGHTS
+from qlora_recipes.errors import EXIT_CODE, RecipesError
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import resolve
 from qlora_recipes.standins import ROWS
@@ -44,8 +48,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PLACES = ("anywhere", "steps", "save", "evaluation")
 """Where a kill is aimed at: uniformly over the whole run, over its steps, or within a save or an evaluation."""
 
+_LEFT_ALONE = 15
+"""Seconds that the other processes get to notice by themselves that one is gone."""
 _EVENTS = {"_save_checkpoint": "save", "evaluate": "evaluation", "training_step": "step"}
 _COUNTED = ("steps", "micro_batches", "epochs", "first_loss", "final_loss", "tokens", "supervised_tokens")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is spread over processes, and which of them is watched and killed."""
+
+    processes: int = 1
+    sharded: bool = False
+    victim: int = 0
 
 
 @dataclass
@@ -57,6 +72,8 @@ class Session:
     seconds: float = 0.0
     killed: bool = False
     code: int = 0
+    others: list[int] = field(default_factory=list)
+    """Exit codes of the other processes of the same run."""
 
     def count(self, event: str) -> int:
         return [name for _, name in self.events].count(event)
@@ -93,28 +110,57 @@ def recipe(folder: Path) -> type[Recipe]:
     return Killed
 
 
-def run(folder: Path, variant: str, output: Path, aim: Aim | None = None, *, resume: bool = False) -> Session:
-    """Train in a forked process, and kill it when it is where `aim` says."""
+def run(
+    folder: Path, variant: str, output: Path, launch: Launch, aim: Aim | None = None, *, resume: bool = False
+) -> Session:
+    """Train in forked processes, and kill one when it is where `aim` says."""
     ear, mouth = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(ear)
-        _child(folder, variant, output, mouth, resume)
+    store = launcher_store()
+    children = []
+    for rank in range(launch.processes):
+        child = os.fork()
+        if child == 0:
+            os.close(ear)
+            if launch.processes > 1:
+                os.environ.update(launch_variables(rank, launch.processes, store, launch.processes))
+            if rank != launch.victim:
+                os.close(mouth)
+            _child(folder, variant, output, mouth if rank == launch.victim else None, resume, launch.sharded)
+        children.append(child)
     os.close(mouth)
     try:
-        return _watch(child, ear, aim)
+        session = _watch(children.pop(launch.victim), ear, aim)
     finally:
         os.close(ear)
+    session.others = [_end(child) for child in children]
+    session.code = session.code or max(session.others, key=abs, default=0)
+    return session
 
 
-def _child(folder: Path, variant: str, output: Path, mouth: int, resume: bool) -> None:
+def _end(child: int) -> int:
+    """Return the exit code of a process when it has ended; after a while it is killed, as a launcher does."""
+    until = time.monotonic() + _LEFT_ALONE
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
+        time.sleep(0.02)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def _child(folder: Path, variant: str, output: Path, mouth: int | None, resume: bool, sharded: bool) -> None:
     """Train and end the process, whatever happens; every event goes into the pipe."""
     code = 1
     try:
+        if sharded:
+            from sharded_runs import FSDP, _label_as_on_gpus
+
+            os.environ.update(FSDP)
+            _label_as_on_gpus(True)
         log = (folder / "log.txt").open("a")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        for method, event in _EVENTS.items():
+        for method, event in _EVENTS.items() if mouth is not None else ():
             setattr(RunTrainer, method, _told(getattr(RunTrainer, method), event, mouth))
         choices = VARIANTS[variant]
         killed = recipe(folder)
@@ -123,6 +169,9 @@ def _child(folder: Path, variant: str, output: Path, mouth: int, resume: bool) -
         )
         train(settings, resume=resume, console=Console(file=log))
         code = 0
+    except RecipesError as error:
+        print(error)
+        code = EXIT_CODE
     except BaseException:
         traceback.print_exc()
     finally:
@@ -206,20 +255,25 @@ def outcome(output: Path) -> dict[str, Any]:
     }
 
 
-def kill_once(folder: Path, variant: str, place: str, reference: Session, chance: random.Random, number: int) -> dict:
+def kill_once(
+    folder: Path, variant: str, place: str, reference: Session, chance: random.Random, number: int, launch: Launch
+) -> dict:
     """Kill a run once, and sometimes once more, resume it to its end, and return how it compares."""
     output = folder / f"killed-{number}"
-    sessions = [run(folder, variant, output, aim_at(place, reference, chance))]
-    if sessions[0].killed and chance.random() < 0.25:
-        sessions.append(run(folder, variant, output, aim_at("steps", reference, chance), resume=True))
+    launch = replace(launch, victim=chance.randrange(launch.processes) if launch.processes > 1 else 0)
+    sessions = [run(folder, variant, output, launch, aim_at(place, reference, chance))]
+    if sessions[0].killed and not RunFolder(output).finished and chance.random() < 0.25:
+        sessions.append(run(folder, variant, output, launch, aim_at("steps", reference, chance), resume=True))
     phases = [session.phase for session in sessions if session.killed]
-    if sessions[-1].killed:
-        sessions.append(run(folder, variant, output, resume=True))
-    whole, end = outcome(folder / variant), outcome(output) if sessions[-1].code == 0 else {}
+    if sessions[-1].killed and not RunFolder(output).finished:  # another process may have written the receipt
+        run(folder, variant, output, launch, resume=True)
+    whole, end = outcome(folder / variant), outcome(output) if RunFolder(output).finished else {}
     return {
         "variant": variant,
         "aimed at": place,
         "killed in": phases,
+        "killed rank": launch.victim,
+        "the others ended with": sessions[0].others,
         "went on from": [resume.from_step for resume in RunFolder(output).receipt().resumes] if end else [],
         "same": [name for name in whole if end.get(name) == whole[name]],
         "differs in": [name for name in whole if end.get(name) != whole[name]],
@@ -231,12 +285,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="runs to kill (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--processes", type=int, default=1, help="of each run (default: 1)")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 in place of DDP")
     given = parser.parse_args()
+    launch = Launch(given.processes, given.sharded)
     chance = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe(folder)
-        references = {variant: run(folder, variant, folder / variant) for variant in given.variants}
+        references = {variant: run(folder, variant, folder / variant, launch) for variant in given.variants}
         if any(session.code for session in references.values()):
             sys.exit((folder / "log.txt").read_text()[-3000:])
         results: list[dict] = []
@@ -245,7 +302,7 @@ def main() -> None:
                 break
             variant = given.variants[len(results) % len(given.variants)]
             place = PLACES[len(results) // len(given.variants) % len(PLACES)]
-            result = kill_once(folder, variant, place, references[variant], chance, number)
+            result = kill_once(folder, variant, place, references[variant], chance, number, launch)
             if result["killed in"]:  # else the run was over before the moment came
                 results.append(result)
                 print(json.dumps(result), flush=True)

@@ -254,7 +254,7 @@ VALUES: list[tuple[list[str], object]] = [
     (["--init_lora_weights", "false"], False),
     (["--bias", "all"], "all"),
     (["--skip_checks", "steps,hub"], ["steps", "hub"]),
-    (["--deepspeed", "zero.json"], "zero.json"),
+    (["--accelerator_config", "a.json"], "a.json"),
     (["--output_dir=~/runs"], str(Path.home() / "runs")),
     (["--run_name=~/runs"], "~/runs"),
 ]

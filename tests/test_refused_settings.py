@@ -193,6 +193,12 @@ LAUNCHES: list[tuple[dict[str, str], str]] = [
     ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK: got 3, expected less than WORLD_SIZE=2"),
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR: not set"),
     ({"MASTER_PORT": "http"}, "MASTER_PORT: got 'http'"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed: its checkpoints are pickles"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION: got 1, expected 2"),
+    (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+        "FSDP_STATE_DICT_TYPE: got SHARDED_STATE_DICT, expected FULL_STATE_DICT: with another no adapter is saved",
+    ),
 ]
 
 

@@ -132,7 +132,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed: Installed) -> N
         for path in (ROOT / "qlora_recipes").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    expected |= {Path("qlora_recipes") / path.relative_to(ROOT) for path in (ROOT / "recipes").glob("*.py")}
+    recipes = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "recipes" / "launch").iterdir()]
+    expected |= {Path("qlora_recipes") / path.relative_to(ROOT) for path in recipes}
     assert package == expected
     suffixes = {path.suffix for path in package}
     assert {".yaml", ".css", ".jinja", ".safetensors", ".jsonl"} <= suffixes

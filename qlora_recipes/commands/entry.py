@@ -9,8 +9,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from qlora_recipes.environment import check_launch, expandable_segments, quiet_libraries
+from qlora_recipes.environment import check_launch, check_sharding, expandable_segments, quiet_libraries
 from qlora_recipes.errors import EXIT_CODE, RecipesError
 
 
@@ -22,20 +23,38 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
     expandable_segments()
-    speaks = True
     try:
         check_launch()
-        speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0  # one message, not one for each process
+    except RecipesError as error:
+        _end_with(error, argv)
+    try:
+        check_sharding()
         main(argv)
     except RecipesError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        if speaks:
-            message = f"error: {error}".encode("utf-8", "backslashreplace").decode()  # it may quote half a character
-            print(message, file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        _leave_it_to_the_first()
+        _end_with(error, argv)
     except BrokenPipeError:  # whoever read it, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)  # what is finished is on the disk
+    except Exception:
+        _leave_it_to_the_first()
+        raise
+
+
+def _end_with(error: RecipesError, argv: Sequence[str]) -> NoReturn:
+    if "--debug" in argv:
+        traceback.print_exc()
+    message = f"error: {error}".encode("utf-8", "backslashreplace").decode()  # it may quote half a character
+    print(message, file=sys.stderr)
+    sys.exit(EXIT_CODE)
+
+
+def _leave_it_to_the_first() -> None:
+    """End quietly where another process of the run has failed before: one message, not one for each process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from qlora_recipes.preflight.ranks import fails_first
+
+        if not fails_first():
+            sys.exit(EXIT_CODE)

@@ -88,9 +88,12 @@ def _pair(row: Mapping[str, Any]) -> dict[str, list[int]]:
 class Rows(Sequence[Conversation]):
     """Conversations on disk; each is read again whenever it is asked for."""
 
-    def __init__(self, file: _RowFile, table: Dataset) -> None:
+    def __init__(self, file: _RowFile | None, table: Dataset) -> None:
         self._file = file  # held, since it removes the file when it goes
         self._table = table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_file": None, "_table": self._table}  # another process reads the file and does not remove it
 
     def __len__(self) -> int:
         return len(self._table)

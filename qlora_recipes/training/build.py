@@ -33,6 +33,7 @@ from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.memory.sizes import described, sizes_for
+from qlora_recipes.preflight import ranks
 from qlora_recipes.preflight.probes import keeps_apart
 from qlora_recipes.run.display import progress_bar
 from qlora_recipes.run.folder import RunFolder
@@ -58,7 +59,7 @@ def prepare_rows(settings: Settings, console: Console | None = None) -> Run:
         _check_start(settings.start, encoder)
     with progress_bar("rows", console or Console(quiet=True)) as bar:
         row = bar.add_task("rows", total=None)
-        data = prepare(settings, encoder, lambda rows: bar.advance(row, rows))
+        data = ranks.once_per_node(lambda: prepare(settings, encoder, lambda rows: bar.advance(row, rows)))
     return Run(Prepared(settings, tokenizer, encoder, data))
 
 

@@ -1,4 +1,4 @@
-"""A full disk, a folder without permission or a lack of memory, as errors that say what is kept and how to fix it.
+"""A full disk, a lack of permission or memory, or a lost process, as errors that say what is kept and how to fix it.
 
 Knows nothing of trainers.
 """
@@ -17,6 +17,7 @@ import torch
 from qlora_recipes.base.device import first_line, is_out_of_memory
 from qlora_recipes.errors import ModelError, RecipesError, SetupError
 from qlora_recipes.memory import estimate
+from qlora_recipes.preflight import ranks
 from qlora_recipes.settings import Settings
 
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -39,7 +40,7 @@ def is_machine_fault(error: Exception) -> bool:
 
 @contextmanager
 def machine_faults(settings: Settings) -> Iterator[None]:
-    """Turn what libraries raise for a full disk, a folder that takes no files or a lack of memory into our errors.
+    """Turn what libraries raise for a full disk, a lack of memory or a process that is gone into our errors.
 
     Raises:
         SetupError: saying what went wrong, what is kept and the fix.
@@ -58,6 +59,8 @@ def machine_faults(settings: Settings) -> Iterator[None]:
             raise MemoryExhaustedError(_no_memory(settings, text)) from error
         if _WRITE_FAILED.search(text):
             raise SetupError(_cannot_write(settings, text)) from error
+        if ranks.is_lost_process(error):
+            raise ranks.lost_process(error) from error
         raise
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
@@ -19,6 +22,7 @@ from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, tensor_hashes
 from qlora_recipes.base.device import check_gpu, is_out_of_memory
 from qlora_recipes.errors import CheckError, RunFolderError
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
+from qlora_recipes.preflight import ranks
 from qlora_recipes.report.card import model_card
 from qlora_recipes.run.checkpoints import Checkpoint
 from qlora_recipes.run.display import say
@@ -32,7 +36,7 @@ from qlora_recipes.training import accounting
 from qlora_recipes.training.build import build_trainer, has_own_attention, load_model, prepare_rows
 from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
-from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity
+from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity, settings_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
 from qlora_recipes.training.trackers import add_run_figures
 from qlora_recipes.training.trainer import ExactResume
@@ -61,6 +65,7 @@ def train(
     """
     console = console or Console()
     with machine_faults(settings):
+        _meet(settings, resume=resume, overwrite=overwrite)
         settings = finalize_settings(settings, resume=resume, console=console)
     launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, all_checks, console)
     while True:
@@ -73,6 +78,24 @@ def train(
                 raise
         reason = f"out of memory with {batch_of(launch.settings)}, now {batch_of(smaller)}"
         launch = replace(launch, settings=smaller, overwrite=False, resume=True, reason=reason)
+
+
+def _meet(settings: Settings, **flags: bool) -> None:
+    """Wait for the other processes of the run, if there are any, and make sure that all were started alike."""
+    if not ranks.several():
+        return
+    timeout = settings.training.get("ddp_timeout", 1800)
+    file = getattr(sys.modules.get(settings.recipe.__module__), "__file__", None)  # none in a notebook
+    facts = {
+        **settings_identity(settings),
+        "training": public(settings.training),
+        "recipe file": file and hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12],
+        "versions": environment.versions(),
+        **flags,
+    }
+    ranks.meet(facts, timeout)
+    PartialState(timeout=timedelta(seconds=timeout))  # the first one made decides for all
+    ranks.prove_shared(settings.output_dir)
 
 
 def finalize_settings(settings: Settings, *, resume: bool = False, console: Console | None = None) -> Settings:
@@ -175,6 +198,8 @@ def prepare_run(
     main = Console(quiet=True) if not PartialState().is_main_process else console
     say(f"reading and encoding {settings.dataset_name}", main)
     run = prepare_rows(settings, main)
+    fitted = {"training": public(settings.training), "storage": settings.storage}  # to the memory of each node
+    ranks.agree({"rows": run.data.receipt.fingerprint, "template": run.data.template.sha256, **fitted})
     say("checking the rows", main)
     checks = preflight.run_checks(preflight.BEFORE_LOADING, run, skip_checks)
     _refuse_failed(checks, "Before loading the base", main, all_checks, last=False)  # which takes minutes
