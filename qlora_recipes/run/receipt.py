@@ -155,7 +155,7 @@ class TrainingReceipt:
 
     steps: int
     micro_batches: int
-    """Forward and backward passes of one process."""
+    """Forward and backward passes, over all processes."""
     epochs: float
     first_loss: float
     final_loss: float
@@ -218,6 +218,9 @@ class Resume:
     """Newer checkpoints that were damaged, and how."""
     versions_changed: dict[str, str] = field(default_factory=dict)
     """Packages of another version than the run was started with; the same bits cannot be promised then."""
+    processes_changed: str = ""
+    """How many processes saved the checkpoint and how many resumed it, where these differ: the rows of each step are
+    the same, but the run is no longer bit-exact."""
 
 
 @dataclass

@@ -212,7 +212,7 @@ def _open_journal(
     if launch.resume and folder.started.exists():
         journal.refuse_another(identity)
         if main:
-            resume = journal.note(checkpoint.step if checkpoint else 0, passed_over, launch.reason)
+            resume = journal.note(checkpoint, passed_over, launch.reason)
             print_resume(resume, launch.console)
     elif main:
         folder.claim()
