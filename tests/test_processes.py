@@ -117,6 +117,9 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(
     for name in ("steps", "micro_batches", "tokens", "supervised_tokens", "padding_share"):
         assert getattr(got.training, name) == pytest.approx(getattr(was.training, name)), name
     assert got.training.seconds > 0
+    assert (got.spread.processes, got.spread.nodes, len(got.spread.peak_bytes)) == (2 // divided, 1, 2 // divided)
+    assert (got.spread.wrapper, got.spread.sharding) == ("DDP" if divided == 1 else "none", "none")
+    assert got.spread.dtypes == {"autocast": "bf16"}
     losses, before = ([row["loss"] for row in outcome(runs.folder / run)["curve"] if "loss" in row]
                       for run in (resumed, resumed[:3]))  # fmt: skip
     assert losses == pytest.approx(before, abs=2e-3)

@@ -193,6 +193,23 @@ class MemoryReceipt:
 
 
 @dataclass
+class SpreadReceipt:
+    """How a run was spread over processes when it ended; `training.tokens` are those of all of them."""
+
+    processes: int = 1
+    nodes: int = 1
+    """Machines, or launchers on one machine."""
+    wrapper: str = "none"
+    """What joins the processes: none, DDP, FSDP2 or DeepSpeed."""
+    sharding: str = "none"
+    """What each process has only a part of: FULL_SHARD, SHARD_GRAD_OP or a stage of ZeRO."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """What is computed in what: `autocast`, and of FSDP2 `param_dtype`, `reduce_dtype` and `output_dtype`."""
+    peak_bytes: list[int] = field(default_factory=list)
+    """Peak memory of each process, as `memory.peak_bytes` is that of the first."""
+
+
+@dataclass
 class Check:
     """One thing that was verified."""
 
@@ -265,6 +282,7 @@ class Receipt:
     start: StartReceipt | None = None
     """The run whose adapter this one began with; None for an adapter of its own."""
     schema_version: Literal[1] = 1
+    spread: SpreadReceipt = field(default_factory=SpreadReceipt)
 
 
 @dataclass

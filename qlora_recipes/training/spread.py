@@ -1,0 +1,38 @@
+"""How a run was spread over processes: the section `spread` of the receipt. Changes nothing of the run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
+
+from qlora_recipes import environment
+from qlora_recipes.run.receipt import SpreadReceipt
+
+_DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
+
+
+def describe_spread(trainer: Trainer, peak_bytes: int) -> SpreadReceipt:
+    """Return how a run is spread over processes, and the peak of each; all processes must call this together."""
+    accelerator, model = trainer.accelerator, trainer.model
+    processes = accelerator.num_processes
+    dtypes = {"autocast": str(accelerator.mixed_precision)}
+    wrapper, sharding = "none" if processes == 1 else "DDP", "none"
+    if isinstance(model, FSDPModule):
+        plugin = accelerator.state.fsdp_plugin
+        wrapper, sharding = "FSDP2", "FULL_SHARD" if plugin.reshard_after_forward else "SHARD_GRAD_OP"
+        policy = {name: getattr(plugin.mixed_precision_policy, name, None) for name in _DTYPES}
+        dtypes |= {name: str(dtype).removeprefix("torch.") for name, dtype in policy.items() if dtype}
+    elif trainer.is_deepspeed_enabled:
+        wrapper, sharding = "DeepSpeed", f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    peak = torch.tensor([peak_bytes], device=trainer.args.device)
+    return SpreadReceipt(
+        processes=processes,
+        nodes=math.ceil(processes / environment.local_processes()),
+        wrapper=wrapper,
+        sharding=sharding,
+        dtypes=dtypes,
+        peak_bytes=accelerator.gather(peak).tolist(),
+    )
