@@ -65,6 +65,8 @@ class Memory:
     """Dequantized weights and intermediate results of the layer at work."""
     heap: int = 0
     """On a CPU, what the C library holds next to tensors: holes between them, and memory freed but not returned."""
+    gathered: int = 0
+    """Weights that FSDP has gathered from the other processes for as long as they are used."""
     context: int = 0
     """The CUDA context, which `torch.cuda.max_memory_allocated` does not see."""
 

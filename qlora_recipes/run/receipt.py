@@ -202,9 +202,9 @@ class SpreadReceipt:
     wrapper: str = "none"
     """What joins the processes: none, DDP, FSDP2 or DeepSpeed."""
     sharding: str = "none"
-    """What each process has only a part of: FULL_SHARD, SHARD_GRAD_OP or a stage of ZeRO."""
+    """What each process has only a part of: FULL_SHARD (weights, gradients, optimizer) or a stage of ZeRO."""
     dtypes: dict[str, str] = field(default_factory=dict)
-    """What is computed in what: `autocast`, and of FSDP2 `param_dtype`, `reduce_dtype` and `output_dtype`."""
+    """What is computed in what: `autocast`, and what FSDP2 casts: `param_dtype`, `reduce_dtype` or `output_dtype`."""
     peak_bytes: list[int] = field(default_factory=list)
     """Peak memory of each process, as `memory.peak_bytes` is that of the first."""
 

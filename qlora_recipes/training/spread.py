@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 from transformers import Trainer
 
 from qlora_recipes import environment
@@ -21,10 +22,9 @@ def describe_spread(trainer: Trainer, peak_bytes: int) -> SpreadReceipt:
     dtypes = {"autocast": str(accelerator.mixed_precision)}
     wrapper, sharding = "none" if processes == 1 else "DDP", "none"
     if isinstance(model, FSDPModule):
-        plugin = accelerator.state.fsdp_plugin
-        wrapper, sharding = "FSDP2", "FULL_SHARD" if plugin.reshard_after_forward else "SHARD_GRAD_OP"
-        policy = {name: getattr(plugin.mixed_precision_policy, name, None) for name in _DTYPES}
-        dtypes |= {name: str(dtype).removeprefix("torch.") for name, dtype in policy.items() if dtype}
+        wrapper, sharding, policy = "FSDP2", "FULL_SHARD", _get_module_fsdp_state(model)._mp_policy
+        cast = {name: getattr(policy, name) for name in _DTYPES}
+        dtypes |= {name: str(dtype).removeprefix("torch.") for name, dtype in cast.items() if dtype}
     elif trainer.is_deepspeed_enabled:
         wrapper, sharding = "DeepSpeed", f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     peak = torch.tensor([peak_bytes], device=trainer.args.device)
