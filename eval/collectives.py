@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,7 +67,8 @@ def load(folder: Path, precision: str) -> PeftModel:
         folder, dtype=torch.bfloat16, quantization_config=stored if precision == "nf4" else None
     )
     base.gradient_checkpointing_enable()
-    return get_peft_model(base, LoraConfig(r=RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+    return cast(PeftModel, model.train())  # layers are checkpointed in training only
 
 
 def divide(model: PeftModel) -> None:

@@ -124,6 +124,11 @@ def spread(settings: Settings, work: Workload, gpu_gib: float) -> Iterator[Table
     """Yield what to print of a workload on several GPUs: what each way takes, which one fits, and what launches it."""
     found = ways(sizes_for(settings), settings.precision, work, gpu_gib)
     yield _table(found, work.processes, gpu_gib)
+    sizes = sizes_for(settings)
+    gathers = {way.precision.name: gathered_bytes(sizes, way.precision, work) for way in found if way.wrapper == "FSDP"}
+    said = ", ".join(f"{size / GIB:.2f} GiB in {name}" for name, size in gathers.items())
+    reduced = found[0].training.adapter / GIB
+    yield Text(f"Sent: by FSDP each micro-batch gathers {said}; by DDP and FSDP each step reduces {reduced:.2f} GiB.")
     fitting = sorted((way for way in found if way.rows), key=lambda way: way.precision != settings.precision)
     if not fitting:
         yield Text(
