@@ -29,8 +29,8 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     data, adapter = first.data, first.adapter
     own = any(own_starts(first, one) for one in receipts if one.seed == first.seed)
     spread = dict.fromkeys(map(_spread, receipts))
-    alike = len({how for _, how in spread}) == 1
-    equal = [name for name in SHARED + SEEDED if not (own and name == INITIAL) and (alike or name not in SPREAD)]
+    spread_alike = len({how for _, how in spread}) == 1
+    equal = [name for name in SHARED + SEEDED if not (own and name == INITIAL) and (spread_alike or name not in SPREAD)]
     yield "receipts", True, f"equal in {len(equal)} sections: {', '.join(equal)}"
     yield "base as stored", True, "; ".join(dict.fromkeys(_storage(receipt) for receipt in receipts))
     counted = (
@@ -52,10 +52,10 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     repairs = sorted({repair for receipt in receipts for repair in receipt.repairs})
     yield "upstream defects repaired", True, ", ".join(repairs) or "none found"
     yield "versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items())
-    shown = next(iter(spread))[1] if alike else "; ".join(f"{precision}: {how}" for precision, how in spread)
+    shown = next(iter(spread))[1] if spread_alike else "; ".join(f"{precision}: {how}" for precision, how in spread)
     changes = sorted({each.processes_changed for one in receipts for each in one.resumes} - {""})
     resumed = f"; resumed by another number of processes, no longer bit-exact: {', '.join(changes)}" if changes else ""
-    yield "processes", alike and not changes, shown + resumed
+    yield "processes", spread_alike and not changes, shown + resumed
     yield "device", True, f"{first.training.device}, attention {first.training.attention}"
 
 
