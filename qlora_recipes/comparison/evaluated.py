@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from qlora_recipes.comparison.proof import check_adapter, check_arms, check_scores, check_start, check_storage
-from qlora_recipes.comparison.receipts import SPREAD, own_starts, receipt_differences
+from qlora_recipes.comparison.receipts import own_starts, receipt_differences
 from qlora_recipes.errors import ComparisonError, nearest
 from qlora_recipes.evaluation.records import DocRecord, TaskResult, read_task
 from qlora_recipes.run.differences import shortened
@@ -184,9 +184,9 @@ def group(runs: Sequence[Run], *, other_spread: bool = False) -> dict[str, dict[
 
 def _check_same(a: Run, b: Run, *, same_seed: bool = True, other_spread: bool = False) -> None:
     """Refuse two runs that differ in anything but precision (and, unless `same_seed`, the seed)."""
-    found = list(receipt_differences(a.receipt, b.receipt, same_seed=same_seed, other_spread=other_spread))
+    found = receipt_differences(a.receipt, b.receipt, same_seed=same_seed, other_spread=other_spread)
     if lines := [f"  - {key}: {shortened(left)} and {shortened(right)}" for key, left, right in found]:
-        spread_alone = all(key.startswith(tuple(SPREAD)) for key, *_ in found) and not other_spread
+        spread_alone = not any(receipt_differences(a.receipt, b.receipt, same_seed=same_seed, other_spread=True))
         raise ComparisonError(
             f"{a.folder.path} and {b.folder.path} differ in more than precision:\n" + "\n".join(lines) + "\n"
             "Expected equal values in both; train one of them again with the other's settings"

@@ -20,12 +20,12 @@ SHARED = (
     "training.supervised_tokens training.packed training.processes training.device training.attention "
     "spread.nodes spread.wrapper spread.sharding spread.dtypes"
 ).split()
-# Those of them that may differ where runs are compared that were spread otherwise; the first only if the rows of a
-# step are the same.
-_DIVIDED = [f"settings.training.{name}" for name in ("per_device_train_batch_size", "gradient_accumulation_steps")] + [
-    "training.micro_batches"
-]
-SPREAD = [*_DIVIDED, "training.processes", "spread.nodes", "spread.wrapper", "spread.sharding", "spread.dtypes"]
+# Those of them that may differ where runs are compared that were spread otherwise.
+SPREAD = "training.processes spread.nodes spread.wrapper spread.sharding spread.dtypes".split()
+# How the rows of a step are divided, which may differ then if they are as many.
+_DIVIDED = (
+    "settings.training.per_device_train_batch_size settings.training.gradient_accumulation_steps training.micro_batches"
+).split()
 # Those of them, and others, that follow from the seed.
 INITIAL = "adapter.initial_sha256"
 SEEDED = ["seed", INITIAL]
@@ -41,14 +41,15 @@ def receipt_differences(
     """
     found = list(_start_differences(a, b, same_seed=same_seed, other_spread=other_spread))
     yield from found
-    free = () if not other_spread else SPREAD if _rows_a_step(a) == _rows_a_step(b) else SPREAD[len(_DIVIDED) :]
+    divided = a.training.processes != b.training.processes and _rows_a_step(a) == _rows_a_step(b)
+    free = (*SPREAD, *(_DIVIDED if divided else ())) if other_spread else ()
     own = not found and same_seed and own_starts(a, b)
     for name in SHARED + (SEEDED if same_seed else []):
         if own and name == INITIAL:
             continue
         section = attrgetter(name)
         for key, left, right in differences(section(a), section(b), name):
-            if (same_seed or key not in _OF_SEED) and not key.startswith(tuple(free)):
+            if (same_seed or key not in _OF_SEED) and not key.startswith(free):
                 yield key, left, right
 
 

@@ -236,8 +236,10 @@ class ExactResume(Trainer):
         self.args.eval_on_start = False  # this is not the start
         fix = "Remove the checkpoint to resume from the one before it"
         files, rank = checkpoints.Checkpoint(self._continued).progress, self.args.process_index
-        saved = [read_record(file, _Progress, fix=fix) for file in files]
-        progress = saved[rank] if len(saved) == self.args.world_size else _of_other_processes(saved, rank)
+        if len(files) == self.args.world_size:
+            progress = read_record(files[rank], _Progress, fix=fix)
+        else:
+            progress = _of_other_processes([read_record(file, _Progress, fix=fix) for file in files], rank)
         self.count = progress.count
         self._began -= progress.seconds  # of earlier sessions, on the steps that were kept
         self._tr_loss += progress.loss_since_log
