@@ -9,12 +9,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from qlora_recipes.families.family import Sizes
-from qlora_recipes.memory.estimate import CUDA_CONTEXT, GIB, Memory, optimizer_bytes, training_memory
+from qlora_recipes.memory.estimate import CUDA_CONTEXT, GIB, Memory, moments, optimizer_bytes, training_memory
 from qlora_recipes.memory.fitting import USABLE
 from qlora_recipes.memory.sizes import linear_parameters, sizes_for, unquantized_parameters
 from qlora_recipes.memory.step import Step, base_bytes
@@ -77,18 +78,17 @@ def sharded_memory(sizes: Sizes, precision: Precision, work: Workload) -> Memory
     Gathered are two layers, since the next one's weights are under way while one computes, and what is in no layer: the
     output layer and the last norm. Accumulated gradients stay whole until the last micro-batch of a step.
     """
-    alone = training_memory(sizes, precision, replace(work, processes=1))
-    trained, layers, processes = Step(sizes, precision, work).trained, sizes.num_hidden_layers, work.processes
-    gathered = 2 * layer_bytes(sizes, precision, work) + root_bytes(sizes)
+    step = Step(sizes, precision, replace(work, processes=1))
+    trained, layers, processes = step.trained, sizes.num_hidden_layers, work.processes
     divided = divided_bytes(sizes, precision)
-    return replace(
-        alone,
-        base=divided // processes + base_bytes(sizes, precision) - divided,
-        adapter=4 * trained // processes,
-        gradients=4 * trained if work.accumulation > 1 else 4 * trained // processes + 4 * trained // layers,
-        optimizer=optimizer_bytes(work.optim, trained) // processes,
-        gathered=gathered,
-    )
+    parts: dict[str, Any] = {
+        "base": divided // processes + base_bytes(sizes, precision) - divided,
+        "adapter": 4 * trained // processes,
+        "gradients": 4 * trained if work.accumulation > 1 else 4 * trained // processes + 4 * trained // layers,
+        "optimizer": optimizer_bytes(work.optim, trained) // processes,
+        "gathered": 2 * layer_bytes(sizes, precision, work) + root_bytes(sizes),
+    }
+    return max((replace(moment, **parts) for moment in moments(step)), key=lambda memory: memory.total)
 
 
 def divided_bytes(sizes: Sizes, precision: Precision) -> int:
