@@ -146,12 +146,14 @@ def compare(
     tasks: Sequence[str] | None = None,
     baseline: str | None = None,
     divergence: bool = False,
+    other_spread: bool = False,
     command: Sequence[str] = (),
 ) -> Report:
     """Return what can be said of runs that differ in precision alone, and write it into `output` where it is given.
 
     `margin` is the largest difference, in points, that still counts as equivalent. Earlier margins of the report in
-    `output` are told in the new one. `divergence` loads every arm in turn and measures KL as well.
+    `output` are told in the new one. `divergence` loads every arm in turn and measures KL as well. With `other_spread`
+    the runs may also have been spread over processes in different ways, with the same rows in every step.
 
     Raises:
         RecipesError: when the runs differ in more than precision, are not evaluated, or say too little.
@@ -168,12 +170,13 @@ def compare(
         margins.pop()
     folders = [path_of(run) for run in runs]
     if divergence:
-        _measure_divergence(folders, tasks, baseline)
+        _measure_divergence(folders, tasks, baseline, other_spread)
     report = compare_folders(
         folders,
         margin,
         tasks=tasks,
         baseline=baseline,
+        other_spread=other_spread,
         earlier_margins=margins,
         command=command,
     )
@@ -243,10 +246,12 @@ def path_of(run: Run | str | Path) -> Path:
     return run.path if isinstance(run, Run) else Path(run)
 
 
-def _measure_divergence(folders: Sequence[Path], tasks: Sequence[str] | None, baseline: str | None) -> None:
+def _measure_divergence(
+    folders: Sequence[Path], tasks: Sequence[str] | None, baseline: str | None, other_spread: bool
+) -> None:
     from qlora_recipes.comparison.folders import read_arms
     from qlora_recipes.evaluation.kl import measure
 
-    arms = read_arms(folders, tasks, baseline)
+    arms = read_arms(folders, tasks, baseline, other_spread=other_spread)
     (reference, *seeds), *others = [[run.folder for run in by_seed.values()] for by_seed in arms.values()]
     measure(reference, [*(folders[0] for folders in others), *seeds[:1]], said=print)

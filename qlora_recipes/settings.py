@@ -3,7 +3,8 @@
 Settings become final in this order, and nothing else changes them:
 
 1. `settings.resolve`: each of these four overrides the ones before it; `auto_fields` names what none of them set.
-2. `training.journal.restore_batch`, with `--resume` only: `auto_fields` get the values that the run started with.
+2. `training.journal.restore_batch`, with `--resume` only: `auto_fields` get the values that the run started with,
+   and gradients are accumulated as often as keeps its global batch with another number of processes.
 3. `memory.fitting.fit_to_memory`: those that are still not set are chosen to fit the machine.
    `training.train.finalize_settings` calls 2 and 3.
 4. `training.faults.halve_batch`, out of memory under `--auto_find_batch_size`: half the batch, and the run resumes.

@@ -21,6 +21,7 @@ from qlora_recipes.run.receipt import (
     QuantizedReceipt,
     Receipt,
     SettingsReceipt,
+    SpreadReceipt,
     TemplateReceipt,
     TrainingReceipt,
 )
@@ -152,6 +153,7 @@ def receipt(precision: str, seed: int, **changes: Any) -> Receipt:
         memory=MemoryReceipt(peak_bytes=2**30, base_bytes=2**29, training_bytes=2**28, planned_bytes=None),
         repairs=[],
         checks=[Check("quantized_linears", "pass", "28 of 28")],
+        spread=SpreadReceipt(dtypes={"autocast": "bf16"}, peak_bytes=[2**30]),
     )
     for key, value in changes.items():
         *path, last = key.split("__")

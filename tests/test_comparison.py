@@ -27,7 +27,7 @@ from qlora_recipes.evaluation.records import (
 )
 from qlora_recipes.run.differences import MISSING, differences
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import QuantizedReceipt
+from qlora_recipes.run.receipt import QuantizedReceipt, Resume, SpreadReceipt
 
 N = 800
 SCORES = answers(N)
@@ -80,6 +80,7 @@ def ladder(root: Path, seeds: int = 2) -> list[Path]:
         ({"training__tokens": 1}, "training.tokens: 1 and 15336"),
         ({"training__attention": "eager"}, "training.attention"),
         ({"training__device": "cuda"}, "training.device"),
+        ({"spread__wrapper": "FSDP2"}, "spread.wrapper"),
         ({"base__model": "another"}, "base.model: another and standin-llama2"),
     ],
 )
@@ -89,6 +90,34 @@ def test_receipts_that_differ_in_more_than_precision_are_refused(
     runs = pair(tmp_path, receipt=change)
     with pytest.raises(ComparisonError, match=rf"differ in more than precision:\n(.*\n)*?.*{key}"):
         compare_folders(runs, 1.0)
+
+
+def on_four_gpus(rows: int) -> dict[str, Any]:
+    """What the receipt says of a run on two nodes of two GPUs; 2 rows each make a step like that of one process."""
+    dtypes = {"autocast": "bf16", "output_dtype": "float32"}
+    return {
+        "settings__training": {"learning_rate": 3e-3, "seed": 0, "per_device_train_batch_size": rows},
+        "training__processes": 4,
+        "spread": SpreadReceipt(4, 2, "FSDP2", "FULL_SHARD", dtypes, [2**30] * 4),
+    }
+
+
+def test_arms_that_were_spread_otherwise_are_compared_only_when_told(tmp_path: Path) -> None:
+    runs = pair(tmp_path, receipt=on_four_gpus(rows=2) | {"resumes": [Resume("2026", 3, processes_changed="2 -> 4")]})
+    with pytest.raises(ComparisonError, match=r"spread\.sharding(.*\n)*.*or give --other_spread"):
+        compare_folders(runs, 1.0)
+    report = compare_folders(runs, 1.0, other_spread=True)
+    facts = {fact.name: fact for fact in report.validity}
+    assert facts["processes"].verdict == "warn"
+    for part in ("nf4: 4 processes on 2 nodes, FSDP2, FULL_SHARD, autocast bf16", "bf16: 1 process, ", "2 -> 4"):
+        assert part in facts["processes"].figure
+    assert "spread.wrapper" not in facts["receipts"].figure
+
+
+def test_arms_with_other_rows_in_a_step_are_never_compared(tmp_path: Path) -> None:
+    runs = pair(tmp_path, receipt=on_four_gpus(rows=4))
+    with pytest.raises(ComparisonError, match=r"per_device_train_batch_size: 4 and (.*\n)*.*other's settings$"):
+        compare_folders(runs, 1.0, other_spread=True)
 
 
 def test_receipts_may_differ_in_timings_paths_and_storage() -> None:

@@ -33,6 +33,7 @@ _FLAGS = (
     Field("baseline", "str", "what the others are compared with", "PRECISION", None),
     Field("report_to", "list[str]", "trackers that get the verdict too, such as tensorboard", "TRACKER", ()),
     Field("output", "str", "where the report goes (default: report/ beside the runs)", "FOLDER", None),
+    Field("other_spread", "bool", "compare runs that were spread over processes in different ways", default=False),
     Field("divergence", "bool", "load every arm in turn and measure KL as well", default=False),
 )
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         tasks=given["tasks"],
         baseline=given["baseline"],
         divergence=given["divergence"],
+        other_spread=given["other_spread"],
         command=called(),
     )
     say(report, output)

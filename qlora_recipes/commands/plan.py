@@ -18,7 +18,11 @@ _IS_MEMORY: dict[str, Any] = dict(
     valid=lambda gib: 0 < gib < math.inf, expected="the memory of a GPU in GiB, such as 24"
 )
 _GPU = "memory of a GPU: as it is sold (16, 24, 40, 48, 80), or as PyTorch reports it"
-_FLAGS = (Field("gpu", "float", _GPU, "GIB", None, **_IS_MEMORY),)
+_IS_COUNT: dict[str, Any] = dict(valid=lambda number: number > 0, expected="a number of GPUs, such as 8")
+_FLAGS = (
+    Field("gpu", "float", _GPU, "GIB", None, **_IS_MEMORY),
+    Field("processes", "int", "GPUs of the run, to see how it can be spread over them", "N", None, **_IS_COUNT),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,4 +33,5 @@ def main(argv: Sequence[str]) -> None:
     """
     about = "Print what a recipe would do and the memory it would take, in every precision."
     flags = parse_with_recipe("qlora-recipes plan", about, _FLAGS, argv)
-    print_plan(settings_from(load_recipe(flags["recipe"]), flags), gpu_gib=flags["gpu"])
+    settings = settings_from(load_recipe(flags["recipe"]), flags)
+    print_plan(settings, gpu_gib=flags["gpu"], processes=flags["processes"])

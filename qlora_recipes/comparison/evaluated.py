@@ -144,8 +144,10 @@ def check_weights(results: Results, adapter: str | None, base: str, what: str) -
                 )
 
 
-def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
+def group(runs: Sequence[Run], *, other_spread: bool = False) -> dict[str, dict[int, Run]]:
     """Return precision to seed to run, for runs that differ in precision and seed and in nothing else.
+
+    With `other_spread` they may also have been spread over processes in different ways.
 
     Raises:
         ComparisonError: naming what else differs, what is given twice or is a copy, or which seed an arm lacks.
@@ -161,7 +163,7 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     if len(arms) < 2:
         raise ComparisonError(f"got runs of {', '.join(arms) or 'nothing'} alone, expected two precisions or more")
     for run in runs[1:]:
-        _check_same(runs[0], run, same_seed=False)
+        _check_same(runs[0], run, same_seed=False, other_spread=other_spread)
     check_arms([(run.folder.path, run.receipt) for run in runs])
     (one, first), *others = arms.items()
     for precision, by_seed in others:
@@ -171,7 +173,7 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
                 "runs are compared seed by seed. Train what is missing"
             )
         for seed, run in by_seed.items():
-            _check_same(first[seed], run)
+            _check_same(first[seed], run, other_spread=other_spread)
         if len({own_starts(first[seed].receipt, run.receipt) for seed, run in by_seed.items()}) > 1:
             raise ComparisonError(
                 f"the runs of {one} and {precision} start from one adapter with some seeds and from two with others; "
@@ -180,13 +182,16 @@ def group(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     return {precision: dict(sorted(by_seed.items())) for precision, by_seed in arms.items()}
 
 
-def _check_same(a: Run, b: Run, *, same_seed: bool = True) -> None:
+def _check_same(a: Run, b: Run, *, same_seed: bool = True, other_spread: bool = False) -> None:
     """Refuse two runs that differ in anything but precision (and, unless `same_seed`, the seed)."""
-    found = receipt_differences(a.receipt, b.receipt, same_seed=same_seed)
+    found = receipt_differences(a.receipt, b.receipt, same_seed=same_seed, other_spread=other_spread)
     if lines := [f"  - {key}: {shortened(left)} and {shortened(right)}" for key, left, right in found]:
+        spread_alone = not any(receipt_differences(a.receipt, b.receipt, same_seed=same_seed, other_spread=True))
         raise ComparisonError(
             f"{a.folder.path} and {b.folder.path} differ in more than precision:\n" + "\n".join(lines) + "\n"
             "Expected equal values in both; train one of them again with the other's settings"
+            + ", or give --other_spread: they differ in how they were spread over processes"
+            * spread_alone
         )
 
 

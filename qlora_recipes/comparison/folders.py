@@ -16,13 +16,19 @@ from qlora_recipes.errors import ComparisonError
 _FIX_PLAN = "Remove the file, and the comparison is exploratory"
 
 
-def read_arms(folders: Sequence[Path], tasks: Sequence[str] | None = None, baseline: str | None = None) -> Arms:
-    """Return the scores of run folders by precision and seed, the baseline first.
+def read_arms(
+    folders: Sequence[Path],
+    tasks: Sequence[str] | None = None,
+    baseline: str | None = None,
+    *,
+    other_spread: bool = False,
+) -> Arms:
+    """Return the scores of run folders by precision and seed, the baseline first; `other_spread` as in `group`.
 
     Raises:
         ComparisonError: when a run is not evaluated, or none has the precision of the baseline.
     """
-    arms = group([read_scores(folder, tasks) for folder in folders])
+    arms = group([read_scores(folder, tasks) for folder in folders], other_spread=other_spread)
     if baseline is not None and baseline not in arms:
         raise ComparisonError(f"no run has the precision {baseline}, expected as baseline; got {', '.join(arms)}")
     baseline = baseline or choose_baseline(list(arms))
@@ -35,10 +41,11 @@ def compare_folders(
     *,
     tasks: Sequence[str] | None = None,
     baseline: str | None = None,
+    other_spread: bool = False,
     earlier_margins: Sequence[float] = (),
     command: Sequence[str] = (),
 ) -> Report:
-    """Return the report on run folders; `margin` is in points, `command` what was called.
+    """Return the report on run folders; `margin` is in points, `command` what was called, `other_spread` as in `group`.
 
     It tells the margins that earlier reports on them stated, and how it departs from a `benchmark.json` beside them.
 
@@ -47,7 +54,7 @@ def compare_folders(
     """
     beside = {Path(os.path.realpath(folder)).parent for folder in folders}  # a loop of links too
     plan = read_preregistration(beside.pop(), fix=_FIX_PLAN) if len(beside) == 1 else None
-    arms = read_arms(folders, tasks, baseline)
+    arms = read_arms(folders, tasks, baseline, other_spread=other_spread)
     controls = read_controls(arms)
     return build_report(
         arms, margin=margin, controls=controls, earlier_margins=earlier_margins, plan=plan, command=command

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from qlora_recipes.comparison.evaluated import Run
 from qlora_recipes.comparison.findings import Fact
-from qlora_recipes.comparison.receipts import INITIAL, SEEDED, SHARED, own_starts
+from qlora_recipes.comparison.receipts import INITIAL, SEEDED, SHARED, SPREAD, own_starts
 from qlora_recipes.evaluation.records import TaskResult
 from qlora_recipes.run.receipt import Receipt, StartReceipt
 
@@ -28,7 +28,9 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     first = receipts[0]
     data, adapter = first.data, first.adapter
     own = any(own_starts(first, one) for one in receipts if one.seed == first.seed)
-    equal = [name for name in SHARED + SEEDED if not (own and name == INITIAL)]
+    spread = dict.fromkeys(map(_spread, receipts))
+    spread_alike = len({how for _, how in spread}) == 1
+    equal = [name for name in SHARED + SEEDED if not (own and name == INITIAL) and (spread_alike or name not in SPREAD)]
     yield "receipts", True, f"equal in {len(equal)} sections: {', '.join(equal)}"
     yield "base as stored", True, "; ".join(dict.fromkeys(_storage(receipt) for receipt in receipts))
     counted = (
@@ -50,12 +52,25 @@ def _trained(runs: Sequence[Run]) -> Iterator[tuple[str, bool, str]]:
     repairs = sorted({repair for receipt in receipts for repair in receipt.repairs})
     yield "upstream defects repaired", True, ", ".join(repairs) or "none found"
     yield "versions", True, ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    shown = next(iter(spread))[1] if spread_alike else "; ".join(f"{precision}: {how}" for precision, how in spread)
+    changes = sorted({each.processes_changed for one in receipts for each in one.resumes} - {""})
+    resumed = f"; resumed by another number of processes, no longer bit-exact: {', '.join(changes)}" if changes else ""
+    yield "processes", spread_alike and not changes, shown + resumed
     yield "device", True, f"{first.training.device}, attention {first.training.attention}"
 
 
 def _started_from(start: StartReceipt) -> str:
     was = start.receipt
     return f"{was.recipe}, {was.precision}, seed {was.seed}: sha256 {was.adapter.final_sha256[:12]}"
+
+
+def _spread(receipt: Receipt) -> tuple[str, str]:
+    """Return the precision of a run, and how it was spread over processes."""
+    spread, number = receipt.spread, receipt.training.processes
+    nodes = f" on {spread.nodes} nodes" if spread.nodes > 1 else ""
+    parts = [part for part in (spread.wrapper, spread.sharding) if part != "none"]
+    dtypes = [f"{name} {dtype}" for name, dtype in spread.dtypes.items()]
+    return receipt.precision, ", ".join([f"{number} process{'es' * (number > 1)}{nodes}", *parts, *dtypes])
 
 
 def _storage(receipt: Receipt) -> str:

@@ -68,6 +68,8 @@ class Memory:
     """Dequantized weights and intermediate results of the layer at work."""
     heap: int = 0
     """On a CPU, what the C library holds next to tensors: holes between them, and memory freed but not returned."""
+    gathered: int = 0
+    """Weights that FSDP has gathered from the other processes for as long as they are used."""
     context: int = 0
     """The CUDA context, which `torch.cuda.max_memory_allocated` does not see."""
 
@@ -117,7 +119,7 @@ def optimizer_bytes(optim: str, parameters: int) -> int:
 def training_memory(sizes: Sizes, precision: Precision, work: Workload) -> Memory:
     """Return the memory of the moment of a training step that needs the most."""
     step = Step(sizes, precision, work)
-    peak = max(_moments(step), key=lambda memory: memory.total)
+    peak = max(moments(step), key=lambda memory: memory.total)
     return replace(peak, heap=step.heap(peak.activations))
 
 
@@ -127,7 +129,7 @@ def _memory(step: Step, moment: str, **parts: int) -> Memory:
     return Memory(moment, base_bytes(step.sizes, step.precision), adapter=4 * step.trained, context=context, **parts)
 
 
-def _moments(step: Step) -> Iterator[Memory]:
+def moments(step: Step) -> Iterator[Memory]:
     """Yield the memory of every moment at which a training step can peak."""
     optimizer = optimizer_bytes(step.work.optim, step.trained)
     layers, every = step.sizes.num_hidden_layers, step.work.checkpoint_every

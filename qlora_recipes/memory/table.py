@@ -16,6 +16,7 @@ from rich.text import Text
 
 from qlora_recipes.memory.estimate import EVALUATED_POSITIONS, GIB, Memory, largest_micro_batch, plan
 from qlora_recipes.memory.fitting import USABLE, Machine, fit_to_memory
+from qlora_recipes.memory.ranks import spread
 from qlora_recipes.memory.sizes import adapter_parameters, described, sizes_for
 from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.precision import PRECISIONS
@@ -35,8 +36,16 @@ _REPORTED: dict[float, float] = {16: 14.5, 24: 22, 32: 31, 40: 39, 48: 44, 80: 7
 L4, 44.5 of an L40S, 39.5 and 79.1 of an A100."""
 
 
-def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Console | None = None) -> None:
+def print_plan(
+    settings: Settings,
+    *,
+    gpu_gib: float | None = None,
+    processes: int | None = None,
+    console: Console | None = None,
+) -> None:
     """Print what would run and the memory of every precision by part; of several processes the first one's.
+
+    With several processes and the memory of a GPU, print also how the run can be spread over them.
 
     Raises:
         ModelError: when the model's dimensions cannot be had.
@@ -48,7 +57,7 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
     gpu_gib = _REPORTED.get(gpu_gib, gpu_gib) if gpu_gib is not None else None
     # A recipe is planned for a GPU, whichever machine prints the plan; a demo is planned for this machine.
     here = settings.demo and gpu_gib is None and shutil.which("nvidia-smi") is None
-    device, processes = "cpu" if here else "cuda", int(os.environ.get("WORLD_SIZE", "1"))
+    device, processes = "cpu" if here else "cuda", processes or int(os.environ.get("WORLD_SIZE", "1"))
     if gpu_gib is not None and 0 < gpu_gib < math.inf:
         settings = fit_to_memory(settings, Machine(device, int(USABLE * gpu_gib * GIB), processes))
     work = workload_of(settings, device, processes)
@@ -59,6 +68,10 @@ def print_plan(settings: Settings, *, gpu_gib: float | None = None, console: Con
         console.print(Text(f"PyTorch reports as little as {gpu_gib:g} GiB of cards that are sold with {sold:g} GB."))
     for line in _remarks(settings, work, gpu_gib):
         console.print(Text(line))
+    if processes > 1 and gpu_gib is not None:
+        console.print()
+        for part in spread(settings, work, gpu_gib):
+            console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def _run_table(settings: Settings, work: Workload) -> Table:

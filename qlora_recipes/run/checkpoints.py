@@ -22,6 +22,8 @@ from qlora_recipes.run.files import read_bytes, write_json
 MANIFEST = "manifest.json"
 WRITING = ".writing"
 """Folder next to the checkpoints in which the next one is made."""
+PROGRESS = "progress-{}.json"
+"""File of a checkpoint with what one process has done, by its rank."""
 _DELETING = ".deleting-"
 _NAME = re.compile(r"checkpoint-\d+")
 _PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "training_args.bin")
@@ -36,6 +38,12 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.path.name.rpartition("-")[2])
+
+    @property
+    def progress(self) -> list[Path]:
+        """What each process that saved it has done, in the order of their ranks."""
+        found = self.path.glob(PROGRESS.format("*"))
+        return sorted(found, key=lambda file: int(file.stem.rpartition("-")[2]))
 
     def fault(self, *, hashes: bool = True) -> str | None:
         """Return what is wrong with it, or None; without `hashes` only names and sizes are checked."""

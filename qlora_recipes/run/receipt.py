@@ -155,7 +155,7 @@ class TrainingReceipt:
 
     steps: int
     micro_batches: int
-    """Forward and backward passes of one process."""
+    """Forward and backward passes, over all processes."""
     epochs: float
     first_loss: float
     final_loss: float
@@ -197,6 +197,23 @@ class MemoryReceipt:
 
 
 @dataclass
+class SpreadReceipt:
+    """How a run was spread over processes when it ended; `training.tokens` are those of all of them."""
+
+    processes: int = 1
+    nodes: int = 1
+    """Machines, or launchers on one machine."""
+    wrapper: str = "none"
+    """What joins the processes: none, DDP, FSDP2 or DeepSpeed."""
+    sharding: str = "none"
+    """What each process has only a part of: FULL_SHARD (weights, gradients, optimizer) or a stage of ZeRO."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """What is computed in what: `autocast`, and what FSDP2 casts: `param_dtype`, `reduce_dtype` or `output_dtype`."""
+    peak_bytes: list[int] = field(default_factory=list)
+    """Peak memory of each process, as `memory.peak_bytes` is that of the first."""
+
+
+@dataclass
 class Check:
     """One thing that was verified."""
 
@@ -222,6 +239,9 @@ class Resume:
     """Newer checkpoints that were damaged, and how."""
     versions_changed: dict[str, str] = field(default_factory=dict)
     """Packages of another version than the run was started with; the same bits cannot be promised then."""
+    processes_changed: str = ""
+    """How many processes saved the checkpoint and how many resumed it, where these differ: the rows of each step are
+    the same, but the run is no longer bit-exact."""
 
 
 @dataclass
@@ -266,6 +286,7 @@ class Receipt:
     start: StartReceipt | None = None
     """The run whose adapter this one began with; None for an adapter of its own."""
     schema_version: Literal[1] = 1
+    spread: SpreadReceipt = field(default_factory=SpreadReceipt)
 
 
 @dataclass

@@ -61,7 +61,7 @@ def describe_training(trainer: ExactResume) -> TrainingReceipt:
     total = TokenCount(*trainer.accelerator.reduce(counts, "sum").tolist())
     return TrainingReceipt(
         steps=trainer.state.global_step,
-        micro_batches=trainer.count.micro_batches,
+        micro_batches=total.micro_batches,
         epochs=float(trainer.state.epoch or 0),
         first_loss=losses[0],
         final_loss=sum(tail) / len(tail),

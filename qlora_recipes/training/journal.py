@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -29,6 +30,7 @@ _FIX = (
     "Without it nothing shows that this is the run to resume: give --output_dir another folder, or --overwrite to "
     "start again in this one"
 )
+_ROWS, _ACCUMULATED = "per_device_train_batch_size", "gradient_accumulation_steps"
 # Settings that decide what is kept and shown of a run, but not its weights.
 _FREE = ("save_", "logging_", "log_", "report_to", "run_name", "hub_", "push_to_hub", "dataloader_", "disable_tqdm")
 
@@ -46,6 +48,7 @@ def settings_identity(settings: Settings) -> dict[str, Any]:
         "lora": public(settings.lora),
         "training": training,
         "from run": settings.start and settings.start.receipt.adapter.final_sha256,
+        "processes": PartialState().num_processes,
     }
     return cast(dict[str, Any], json.loads(json.dumps(identity, default=str)))  # as the file gives it back
 
@@ -58,23 +61,67 @@ def run_identity(asked: Settings, run: Run, initial_sha256: str) -> dict[str, An
         "template": run.data.template.sha256,
         "base weights": run.base.sha256,
         "first adapter": initial_sha256,
-        "processes": PartialState().num_processes,
     }
 
 
 def restore_batch(settings: Settings, folder: RunFolder) -> Settings:
     """Return settings with their auto fields as they were when the run in a folder started, on whatever machine.
 
+    With another number of processes than then, gradients are accumulated as often as keeps the global batch.
+
     Raises:
         RunFolderError: when `started.json` is damaged, naming the key.
+        UsageError: when that number of processes does not divide the global batch.
     """
-    was = Journal(folder).read().run["training"]
+    run = Journal(folder).read().run
+    was = run["training"]
     names = {name for group in settings.auto_fields for name in AUTO_FIELDS[group]} & was.keys()
     try:
         restored = {name: fields_of(config_of(settings.recipe))[name].check(was[name]) for name in names}
     except UsageError as error:
         raise RunFolderError(f"{folder.started}, key run.training.{error}. {_FIX}") from error
-    return replace(settings, training={**settings.training, **restored}, auto_fields=frozenset())
+    restored = {**settings.training, **restored}
+    if run.get("processes", now := PartialState().num_processes) != now:
+        restored = _divide_batch(restored, run, folder)
+    return replace(settings, training=restored, auto_fields=frozenset())
+
+
+def _divide_batch(training: Mapping[str, Any], run: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Return settings with the global batch of a run that another number of processes started."""
+    was, processes, rows = _batch(run), PartialState().num_processes, training.get(_ROWS, 8)
+    for name, value in zip((f"training.{_ROWS}", f"training.{_ACCUMULATED}", "processes"), was, strict=True):
+        if not isinstance(value, int) or value < 1:
+            raise RunFolderError(f"{folder.started}, key run.{name}: got {value!r:.60}, expected 1 or more. {_FIX}")
+    batch = math.prod(was)
+    if environment.sharding_asked() == "DEEPSPEED":
+        raise UsageError(
+            f"--resume: {folder.path} was started with {run['processes']} processes, and now there are {processes}; "
+            "expected the same, because each has its part of DeepSpeed's optimizer in a file of its own"
+        )
+    if batch % (rows * processes):
+        per_process = f"--{_ROWS} {math.gcd(rows, batch // processes)}" if batch % processes == 0 else ""
+        fix = per_process or f"a number of processes that divides {batch}"
+        raise UsageError(
+            f"--resume: {folder.path} has {batch} rows a step, and {processes} processes of {rows} rows each do not "
+            f"divide them; expected {fix}"
+        )
+    if training.get(_ACCUMULATED, 1) != was[1]:
+        return dict(training)  # the user's, which is compared with the run's as a whole
+    return {**training, _ACCUMULATED: batch // (rows * processes)}
+
+
+def _batch(run: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the rows, accumulation and processes of a run, whose product is its global batch."""
+    return run["training"].get(_ROWS, 8), run["training"].get(_ACCUMULATED, 1), run["processes"]
+
+
+def _undivided(identity: Mapping[str, Any], was: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an identity as it is with another number of processes, where the global batch is the same."""
+    batches = [_batch(identity), _batch(was)]
+    if not all(isinstance(part, int) for batch in batches for part in batch) or len(set(map(math.prod, batches))) > 1:
+        return identity
+    divided = {name: was["training"][name] for name in (_ROWS, _ACCUMULATED) if name in was["training"]}
+    return {**identity, "processes": was["processes"], "training": {**identity["training"], **divided}}
 
 
 def _now() -> str:
@@ -98,6 +145,8 @@ class Journal:
             RunFolderError: naming every difference.
         """
         was = self.read().run
+        if was.get("processes", identity["processes"]) != identity["processes"]:
+            identity = _undivided(identity, was)
         pairs = differences({key: was.get(key, MISSING) for key in identity}, identity)
         found = [(key, *(MISSING if value is None else value for value in values)) for key, *values in pairs]
         lines = [f"  {key}: was {shortened(a)}, now {shortened(b)}" for key, a, b in sorted(found) if a != b]
@@ -108,11 +157,14 @@ class Journal:
                 + "\nGive the flags that it was started with, or another --output_dir"
             )
 
-    def note(self, step: int, passed_over: Mapping[str, str], reason: str) -> Resume:
-        """Record that the run is resumed from a step, and return what was recorded."""
+    def note(self, checkpoint: Checkpoint | None, passed_over: Mapping[str, str], reason: str) -> Resume:
+        """Record that the run is resumed from a checkpoint, or from its beginning, and return what was recorded."""
         content, now = self.read(), environment.versions()
         changed = {name: f"{was} -> {now.get(name)}" for name, was in content.versions.items() if was != now.get(name)}
-        resume = Resume(_now(), step, reason, dict(passed_over), changed)
+        saved_by, resumed_by = len(checkpoint.progress) if checkpoint else 0, PartialState().num_processes
+        spread = f"{saved_by} -> {resumed_by}" if saved_by not in (0, resumed_by) else ""
+        step = checkpoint.step if checkpoint else 0
+        resume = Resume(_now(), step, reason, dict(passed_over), changed, spread)
         write_json(self.folder.started, asdict(replace(content, resumes=[*content.resumes, resume])))
         return resume
 

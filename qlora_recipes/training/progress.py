@@ -78,6 +78,10 @@ def print_resume(resume: Resume, console: Console) -> None:
         console.print(Text(f"passed over {name}: {fault}"))
     for name, change in resume.versions_changed.items():
         console.print(Text(f"{name} {change} since the run was started: bit-identical results cannot be promised"))
+    if resume.processes_changed:
+        console.print(
+            Text(f"processes {resume.processes_changed}: every step has the same rows, but is no longer bit-exact")
+        )
     because = f" ({resume.reason})" if resume.reason else ""
     console.print(Text(f"resuming after step {resume.from_step}{because}"))
 

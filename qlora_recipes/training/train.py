@@ -28,7 +28,7 @@ from qlora_recipes.run.checkpoints import Checkpoint
 from qlora_recipes.run.display import say
 from qlora_recipes.run.files import write_json, write_text
 from qlora_recipes.run.folder import RunFolder
-from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, Started, TrainingReceipt
+from qlora_recipes.run.receipt import Check, Receipt, SettingsReceipt, SpreadReceipt, Started, TrainingReceipt
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.settings import Settings, public
 from qlora_recipes.stages import Run, Trained
@@ -38,6 +38,7 @@ from qlora_recipes.training.configuration import check_settings, refusals
 from qlora_recipes.training.faults import MemoryExhaustedError, batch_of, halve_batch, machine_faults
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, run_identity, settings_identity
 from qlora_recipes.training.progress import MetricsFile, ProgressDisplay, plot_loss, print_resume
+from qlora_recipes.training.spread import describe_spread
 from qlora_recipes.training.trackers import add_run_figures
 from qlora_recipes.training.trainer import ExactResume
 
@@ -171,11 +172,12 @@ def _train(launch: _Launch, signals: StopSignals) -> RunFolder:
     environment.reset_peak(PartialState().device.type)
     training = _run_steps(launch, run, folder, signals, checkpoint)
     memory = accounting.describe_memory(run, held)
+    spread = describe_spread(run.trainer, memory.peak_bytes)
     run = replace(run, trained=Trained(accounting.describe_adapter(run, initial, before), folder, memory))
 
     checks += _prove(run, launch)
     if PartialState().is_main_process:
-        _write_results(launch, run, journal.read(), training, checks)
+        _write_results(launch, run, journal.read(), training, spread, checks)
         folder.put_in_place()
     PartialState().wait_for_everyone()
     return final
@@ -242,7 +244,7 @@ def _open_journal(
     if launch.resume and folder.started.exists():
         journal.refuse_another(identity)
         if main:
-            resume = journal.note(checkpoint.step if checkpoint else 0, passed_over, launch.reason)
+            resume = journal.note(checkpoint, passed_over, launch.reason)
             print_resume(resume, launch.console)
     elif main:
         folder.claim()
@@ -309,7 +311,14 @@ def _prove(run: Run, launch: _Launch) -> list[Check]:
     return checks
 
 
-def _write_results(launch: _Launch, run: Run, journal: Started, training: TrainingReceipt, checks: list[Check]) -> None:
+def _write_results(
+    launch: _Launch,
+    run: Run,
+    journal: Started,
+    training: TrainingReceipt,
+    spread: SpreadReceipt,
+    checks: list[Check],
+) -> None:
     """Write what a finished run has besides its adapter, and last its receipt."""
     settings, folder = launch.settings, run.folder
     run.adapter.bytes = (folder.adapter / WEIGHTS).stat().st_size
@@ -339,6 +348,7 @@ def _write_results(launch: _Launch, run: Run, journal: Started, training: Traini
         checks=checks,
         resumes=journal.resumes,
         start=settings.start,
+        spread=spread,
     )
     plot_loss(folder.metrics, folder.loss_plot, f"{receipt.recipe}, {receipt.precision}, seed {receipt.seed}")
     write_text(folder.adapter / "README.md", model_card(receipt))

@@ -11,14 +11,15 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, set_seed
 from trl import DPOTrainer, SFTTrainer
 
 from qlora_recipes.base.adapters import ADAPTER, set_weights
@@ -52,6 +53,16 @@ class _Progress:
     metrics_since_log: dict[str, list[float]]
     tokens: int
     skipped_steps: int = 0
+
+
+def _of_other_processes(saved: Sequence[_Progress], rank: int) -> _Progress:
+    """Return what a rank goes on with when another number of processes saved this: the first one has all counts.
+
+    The loss of a step is the mean over its processes, and what is logged of it is gathered already.
+    """
+    counts = TokenCount(*map(sum, zip(*(astuple(each.count) for each in saved), strict=True)))
+    loss = sum(each.loss_since_log for each in saved) / len(saved)
+    return replace(saved[0], count=counts if rank == 0 else TokenCount(), loss_since_log=loss)
 
 
 class _EvaluationStopped(Exception):
@@ -200,7 +211,8 @@ class ExactResume(Trainer):
         self._aside = folder / checkpoints.WRITING
         try:
             super()._save_checkpoint(cast(torch.nn.Module, model), trial)
-            write_json(self._aside / name / self._progress_file, asdict(self._progress()))
+            file = checkpoints.PROGRESS.format(self.args.process_index)
+            write_json(self._aside / name / file, asdict(self._progress()))
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
@@ -227,10 +239,6 @@ class ExactResume(Trainer):
 
     # ---- Resuming ----
 
-    @property
-    def _progress_file(self) -> str:
-        return f"progress-{self.args.process_index}.json"
-
     def _progress(self) -> _Progress:
         return _Progress(
             count=self.count.read(),
@@ -255,7 +263,11 @@ class ExactResume(Trainer):
             return
         self.args.eval_on_start = False  # this is not the start
         fix = "Remove the checkpoint to resume from the one before it"
-        progress = read_record(self._continued / self._progress_file, _Progress, fix=fix)
+        files, rank = checkpoints.Checkpoint(self._continued).progress, self.args.process_index
+        if len(files) == self.args.world_size:
+            progress = read_record(files[rank], _Progress, fix=fix)
+        else:
+            progress = _of_other_processes([read_record(file, _Progress, fix=fix) for file in files], rank)
         self.count = progress.count
         self._began -= progress.seconds  # of earlier sessions, on the steps that were kept
         self._tr_loss += progress.loss_since_log
@@ -268,6 +280,14 @@ class ExactResume(Trainer):
         if self.state.best_model_checkpoint:  # a path in the folder where it was written
             best = self._folder / Path(self.state.best_model_checkpoint).name
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random numbers of this process; another number of processes begins with new ones of each rank."""
+        if checkpoint is None or len(checkpoints.Checkpoint(Path(checkpoint)).progress) == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:
+            drawn = np.random.SeedSequence([self.args.seed, self.state.global_step, self.args.process_index])
+            set_seed(int(drawn.generate_state(1)[0]))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._make_up_evaluation()
