@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
 from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
+from qlora_recipes.evaluation.ranks import over_ranks
 from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores, sha256
 from qlora_recipes.evaluation.task_loading import PREFERENCES
@@ -84,14 +86,18 @@ def score_answers(
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
-    answers: dict[int, list[int]] = {}
     end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     longest_first = sorted(fitting, key=lambda i: -len(prompts[i]))
-    for start in range(0, len(fitting), batch_size):
-        batch = longest_first[start : start + batch_size]
+    batches = [longest_first[start : start + batch_size] for start in range(0, len(fitting), batch_size)]
+
+    def answer(place: int, batch: list[int]) -> list[list[int]]:
+        torch.manual_seed(settings.seed + place)  # what is drawn does not depend on the batches before
         found = generate(run.model, [prompts[i] for i in batch], end=end, pad=pad, settings=settings)
-        answers |= zip(batch, found, strict=True)
         bar.advance(len(batch))
+        return found
+
+    found = over_ranks(batches, answer)
+    answers = dict(zip(chain(*batches), chain(*found), strict=True))
     thought = reasoning_end(run.encoder)
     said = [without_reasoning(answers[i], thought) for i in fitting]
     texts = [str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
@@ -159,10 +165,14 @@ def row_losses(
     run: RestoredRun, rows: Sequence[Encoded], batch_size: int, *, advance: Callable[[int], None] = lambda _: None
 ) -> list[float]:
     """Return each row's negative log-likelihood in nats over its labels; `advance` hears of every batch."""
-    losses: dict[int, float] = {}
-    for batch in _batches(rows, batch_size):
-        losses |= zip(batch, _losses(run, [rows[i] for i in batch]), strict=True)
+    batches = list(_batches(rows, batch_size))
+
+    def compute(_: int, batch: list[int]) -> list[float]:
+        losses = _losses(run, [rows[i] for i in batch])
         advance(len(batch))
+        return losses
+
+    losses = dict(zip(chain(*batches), chain(*over_ranks(batches, compute)), strict=True))
     return [losses[i] for i in range(len(rows))]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lm_eval.evaluator import evaluate
@@ -15,6 +16,7 @@ from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
 from qlora_recipes.evaluation.generation import Generation, own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
+from qlora_recipes.evaluation.ranks import over_ranks
 from qlora_recipes.evaluation.reasoning import answer_start, reasoning_end
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
 from qlora_recipes.evaluation.task_loading import EvalTask
@@ -22,6 +24,8 @@ from qlora_recipes.evaluation.task_loading import EvalTask
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
+
+Item = TypeVar("Item")
 
 
 class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
@@ -94,21 +98,58 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         scored as if it were text. Can go when `test_lm_eval_still_scores_a_second_bos` fails.
         """
         self._bar.start(len(requests))
+        rolling = super().loglikelihood_rolling
         before, self.add_bos_token = self.add_bos_token, False
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            found = over_ranks(
+                _cut(requests, self.batch_size), lambda _, batch: rolling(batch, disable_tqdm=disable_tqdm)
+            )
+            return list(chain(*found))
         finally:
             self.add_bos_token = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        """Start the bar."""
+        """Start the bar, and share the batches out; each draws from its own seed."""
         self._bar.start(len(requests))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        generate, seed, truncated = super().generate_until, torch.initial_seed(), self.truncated
+
+        def alike(i: int) -> tuple[str, int, str]:
+            prompt, settings = requests[i].args
+            return repr(sorted(settings.items())), -len(self.tok_encode(prompt)), prompt
+
+        def answer(place: int, batch: Sequence[int]) -> tuple[list[str], int]:
+            torch.manual_seed(seed + place)
+            self.truncated = 0
+            return generate([requests[i] for i in batch], disable_tqdm=disable_tqdm), self.truncated
+
+        keys = {i: alike(i) for i in range(len(requests))}
+        batches = []
+        for _, group in groupby(sorted(keys, key=lambda i: keys[i]), key=lambda i: keys[i][0]):
+            batches += _cut(list(group), self.batch_size)
+        found = over_ranks(batches, answer)
+        self.truncated = truncated + sum(cut for _, cut in found)
+        answers = dict(zip(chain(*batches), chain(*(said for said, _ in found)), strict=True))
+        return [answers[i] for i in range(len(requests))]
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """Count what is cut from the left."""
+        """Count what is cut from the left, and share the batches out, each as HFLM would make it.
+
+        A row of a batch answers all requests that differ in their last token alone. Rolling text comes in batches.
+        """
+        score = super()._loglikelihood_tokens
+        if kwargs.get("override_bs"):
+            return score(requests, *args, **kwargs)
         self.truncated += sum(len(context) + len(words) > self.max_length + 1 for _, context, words in requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, words) in enumerate(requests):
+            rows.setdefault(tuple(context + words[:-1]), []).append(i)
+        longest = {row: max(of, key=lambda i: len(requests[i][2])) for row, of in rows.items()}
+        tokens = {row: tuple(requests[i][1] + requests[i][2]) for row, i in longest.items()}
+        ordered = sorted(rows, key=lambda row: (-len(tokens[row]), tokens[row]))
+        batches = [[i for row in batch for i in rows[row]] for batch in _cut(ordered, self.batch_size)]
+        found = over_ranks(batches, lambda _, batch: score([requests[i] for i in batch], *args, **kwargs))
+        scores = dict(zip(chain(*batches), chain(*found), strict=True))
+        return [scores[i] for i in range(len(requests))]
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
@@ -141,6 +182,10 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             ids: torch.Tensor = super()._model_generate(context, *args, **asked)
         self._bar.advance(len(context))
         return ids
+
+
+def _cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def score_with_lm_eval(
