@@ -35,7 +35,7 @@ folder, received = Path(sys.argv[1]), []
 for which in (signal.SIGTERM, signal.SIGINT):
     signal.signal(which, lambda number, frame: received.append(number))
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "started.json").touch()
+(folder / "started.json").write_text(str(os.getpid()))
 if (folder.parent / f"{folder.name}-breaks").exists():
     sys.exit("error: the disk is full")
 while not (folder.parent / f"{folder.name}-ends").exists():
@@ -167,22 +167,14 @@ def test_a_killed_training_is_resumed_by_the_same_command(job: Callable[..., Job
     a, b = job("a", waits=True), job("b")
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(SideBySide(2).run, [a, b], console())
-        wait_for(a.folder.started.exists)
-        kill_what_trains(a)
+        wait_for(lambda: a.folder.started.exists() and a.folder.started.read_text())
+        os.kill(int(a.folder.started.read_text()), signal.SIGKILL)
         with pytest.raises(CheckError, match="training a ended with exit code -9"):
             done.result()
     assert b.folder.finished
     finish(tmp_path, "a")
     SideBySide(2).run([a], said := console())
     assert left(a)[0] and "a: resuming its unfinished run" in said.file.getvalue()  # type: ignore[attr-defined]
-
-
-def kill_what_trains(job: Job) -> None:
-    import psutil
-
-    for process in psutil.Process().children(recursive=True):
-        if str(job.folder.path) in process.cmdline():
-            process.kill()
 
 
 @pytest.mark.usefixtures("no_gpu")

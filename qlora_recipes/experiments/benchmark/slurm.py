@@ -76,9 +76,9 @@ class Slurm:
             from submitit.helpers import as_completed
         except ImportError as error:
             raise SetupError("--slurm needs submitit. Run: pip install 'qlora-recipes[cluster]'") from error
+        self._check_none_runs()
         try:
-            executor = self._executor()
-            submitted = executor.submit_array([_OnNode(job) for job in jobs])
+            submitted = self._executor().submit_array([_OnNode(job) for job in jobs])
         except (RuntimeError, FailedJobError, OSError) as error:
             raise SetupError(f"Slurm takes no jobs: {error}") from error
         console.print(f"{len(jobs)} jobs submitted: {', '.join(job.job_id for job in submitted)}", highlight=False)
@@ -105,21 +105,26 @@ class Slurm:
         if failed:
             raise failure_of(failed)
 
-    def _executor(self) -> SlurmExecutor:
+    def _check_none_runs(self) -> None:
+        """Refuse to start jobs beside those of an earlier call, which may be in the same run folders."""
         import submitit
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         known = [file.name.removesuffix("_submitted.pkl") for file in self.folder.rglob("*_submitted.pkl")]
         if running := [each for each in known if not submitit.SlurmJob(self.folder, each).done(force_check=True)]:
             raise RunFolderError(
                 f"jobs of an earlier call still run: {', '.join(running)}. Wait for them, or end them: scancel "
                 f"{' '.join(running)}. Where Slurm no longer knows them, remove {self.folder}"
             )
+
+    def _executor(self) -> SlurmExecutor:
+        import submitit
+
+        self.folder.mkdir(parents=True, exist_ok=True)
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=_REQUEUES)
-        given: dict[str, Any] = {"requeue": True, "job-name": "qlora-recipes"}
+        given: dict[str, Any] = {"requeue": True, "job_name": "qlora-recipes"}
         if not any(name.startswith(("gpus", "gres")) for name in self.options):
-            given["gpus-per-node"] = 1
-        given |= {name.replace("_", "-"): value for name, value in self.options.items() if name != "time"}
+            given["gpus_per_node"] = 1
+        given |= {name: value for name, value in self.options.items() if name != "time"}
         executor.update_parameters(
             time=int(self.options["time"]),
             array_parallelism=self.workers,

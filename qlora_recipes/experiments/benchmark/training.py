@@ -23,8 +23,10 @@ def train_missing(
     for arm in plan.arms:
         if arm.folder.finished:
             check_trained(arm)
-    missing = [_job(plan, arm, launch) for arm in plan.arms if not arm.folder.finished]
-    (engine or SideBySide()).run(missing, console)
+    engine = engine or SideBySide()
+    if launch is not None and engine.several and "--main_process_port" not in launch:
+        launch = ["--main_process_port", "0", *launch]  # a free one for each, in place of 29500 for all
+    engine.run([_job(plan, arm, launch) for arm in plan.arms if not arm.folder.finished], console)
 
 
 def _job(plan: Plan, arm: Arm, launch: Sequence[str] | None) -> Job:
