@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -101,29 +102,51 @@ def test_controls_are_scored(benchmark: tuple[Path, Report]) -> None:
 
 
 class ScoringHere:
-    """Side by side, but for the scoring, whose commands this process runs: a fresh one takes seconds to import."""
+    """Side by side, but for the scoring, whose commands this process runs, and only where `scored` has no result."""
 
     several = True
 
+    def __init__(self, scored: Path) -> None:
+        self.scored = scored
+
     def run(self, jobs: Sequence[Job], console: Console) -> None:
-        SideBySide(2).run([job for job in jobs if job.trains], console)
+        SideBySide(2).run(training := [job for job in jobs if job.trains], console)
+        for job in training:
+            shutil.copytree(self.scored / job.folder.path.name / "evaluation", job.folder.evaluation)
         for job in jobs:
             if not job.trains:
                 run_here(job)
 
 
 @pytest.fixture(scope="module")
-def beside(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same benchmark, its arms trained side by side."""
-    output = tmp_path_factory.mktemp("beside") / "b"
-    command.run(plan_in(output, tiny("llama2")), engine=ScoringHere())
-    return output
+def beside(
+    benchmark: tuple[Path, Report], tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of the same benchmark, its arms trained side by side, and one of them scored by a job."""
+    folder = tmp_path_factory.mktemp("beside")
+    scored = Path(shutil.copytree(benchmark[0], folder / "scored"))
+    for file in (scored / "nf4-seed0" / "evaluation").glob("*.*"):
+        file.unlink()
+    command.run(plan_in(folder / "b", tiny("llama2")), engine=ScoringHere(scored))
+    return folder / "b"
 
 
 def test_side_by_side_the_bytes_are_the_same(benchmark: tuple[Path, Report], beside: Path) -> None:
-    output, _ = benchmark
+    same(benchmark[0], beside)
+
+
+@pytest.mark.slow
+def test_with_every_scoring_in_a_process_too(
+    benchmark: tuple[Path, Report], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    command.run(plan_in(tmp_path / "b", tiny("llama2")), engine=SideBySide(2))
+    same(benchmark[0], tmp_path / "b")
+
+
+def same(output: Path, beside: Path) -> None:
+    """Compare two benchmarks: the bytes that they keep, their receipts, and the report but for times and memory."""
     files = [file for kind in KEPT for file in output.rglob(kind)]
-    assert len(files) == 24
+    assert len(files) == 23
     for file in files:
         assert (beside / file.relative_to(output)).read_bytes() == file.read_bytes(), file
     for name in ("bf16-seed0", "nf4-seed0"):
@@ -133,9 +156,5 @@ def test_side_by_side_the_bytes_are_the_same(benchmark: tuple[Path, Report], bes
             assert getattr(one, part) == getattr(other, part)
         assert (beside / "logs" / f"{name}.log").read_text().count("Everything is in") == 1
 
-
-def test_side_by_side_the_report_is_the_same(benchmark: tuple[Path, Report], beside: Path) -> None:
-    one, other = (
-        re.sub(MEASURED, "", (output / "report" / "report.json").read_text()) for output in (benchmark[0], beside)
-    )
-    assert one == other
+    reports = [(folder / "report" / "report.json").read_text() for folder in (output, beside)]
+    assert re.sub(MEASURED, "", reports[0]) == re.sub(MEASURED, "", reports[1])

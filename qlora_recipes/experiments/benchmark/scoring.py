@@ -97,12 +97,13 @@ def divergence_jobs(plan: Plan) -> list[Job]:
     reference, others = _measured(plan)
     if all(read_divergence(reference, other) for other in others):
         return []
-    runs = [str(arm.folder.path) for arm in plan.arms]
+    runs, logs = [str(arm.folder.path) for arm in plan.arms], plan.output / "logs"
+    flags = argv_of({"baseline": plan.baseline, "divergence": True, "output": str(logs / "divergence")})
     return [
         Job(
             "divergence",
-            ("-m", "qlora_recipes.cli", "compare", *runs, "--baseline", plan.baseline, "--divergence"),
-            log=plan.output / "logs" / "divergence.log",
+            ("-m", "qlora_recipes.cli", "compare", *runs, *flags),
+            log=logs / "divergence.log",
             folder=reference,
             trains=False,
         )
