@@ -32,9 +32,9 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     """The model and tokenizer of a run, as lm-eval asks them, with log-likelihoods in float32.
 
     Upstream: HFLM (lm-eval 0.4.13) has no callbacks, so three of its private methods are overridden:
-    `_loglikelihood_tokens` to count what is cut, which it only warns of, and to share batches out, where it would share
-    documents (see `ranks`); `_model_call` and `_model_generate` to advance the bar. The first can go when lm-eval reports
-    truncation with its results and shares batches, the others when it takes a progress bar.
+    `_loglikelihood_tokens` to count what is cut, which it only warns of, and to share out batches where it would share
+    documents (see `ranks`); `_model_call` and `_model_generate` to advance the bar. The first can go when lm-eval
+    reports truncation with its results and shares batches, the others when it takes a progress bar.
     """
 
     add_bos_token: bool | None  # HFLM's own, like the next
