@@ -25,6 +25,8 @@ from packaging.requirements import Requirement
 
 from qlora_recipes.errors import SetupError, UsageError
 
+BESIDE = "QLORA_RECIPES_JOBS"
+"""Variable with the number of runs that `benchmark --jobs` has side by side on this machine."""
 _DISTRIBUTION = "qlora-recipes"
 _CGROUP = "/sys/fs/cgroup"
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -142,12 +144,17 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """Return the number of processes on this machine that share it: of this run, and of those beside it."""
+    return local_processes() * int(os.environ.get(BESIDE, "1"))
+
+
 def share_threads() -> None:
     """Give this process its share of the processors, unless the user has set how many threads it takes."""
     import torch
 
     if not _user_set_threads():
-        torch.set_num_threads(max(1, processors() // local_processes()))
+        torch.set_num_threads(max(1, processors() // processes_here()))
 
 
 def _user_set_threads() -> bool:
@@ -195,6 +202,14 @@ def _control_groups() -> Iterator[Path]:
             yield from (root, *(folder for folder in (place, *place.parents) if root in folder.parents))
 
 
+def gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls each GPU of this machine that PyTorch can use."""
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]  # itself it would hold the memory
+    count = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [name.strip() for name in named][:count] if named != [""] else list(map(str, range(count)))
+
+
 def sharding_asked() -> str | None:
     """Return how the launcher was asked to divide the model among processes: FSDP, DEEPSPEED or None."""
     kinds = ("FSDP", "DEEPSPEED")
@@ -212,7 +227,8 @@ def usable_bytes(device_type: str, local_processes: int) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     limits = (Path(_CGROUP, name) for name in ("memory.max", "memory/memory.limit_in_bytes"))  # of a container
     allowed = [int(text) for file in limits if file.is_file() and (text := file.read_text().strip()).isdigit()]
-    return min(psutil.virtual_memory().total, *allowed, 2**63) // 2 // local_processes
+    beside = int(os.environ.get(BESIDE, "1"))
+    return min(psutil.virtual_memory().total, *allowed, 2**63) // 2 // local_processes // beside
 
 
 def resident_bytes(device_type: str) -> int:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from qlora_recipes.comparison.preregistration import departures
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
 from qlora_recipes.evaluation.records import Divergence, TaskResult, finished_tasks, read_divergence, write_divergence
 from qlora_recipes.experiments.benchmark import command, plan, scoring, training
+from qlora_recipes.experiments.benchmark.jobs import Job, SideBySide, stop
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
 from qlora_recipes.report.page import read_report
 from qlora_recipes.run.folder import RunFolder
@@ -111,7 +112,7 @@ def test_flags_of_the_command_are_kept_from_those_of_the_recipe(
     [(plan, options)] = called
     assert plan.flags == {"max_steps": 5, "run_name": "12:30", "r": 8, "demo": True}
     assert (plan.limit, plan.seeds, plan.precisions) == (30, [0, 1], ["bf16", "nf4"])
-    assert options == {"launch": launch, "controls": True}
+    assert options == {"launch": launch, "controls": True, "engine": SideBySide(1)}
 
 
 def test_no_secret_is_written_down_with_the_flags(tmp_path: Path, laboratory: Laboratory) -> None:
@@ -152,15 +153,20 @@ class Laboratory:
             raise KeyboardInterrupt
         self.done.append(what)
 
-    def train(self, plan: Plan, arm: Any, *_: Any) -> None:
-        shutil.rmtree(arm.folder.path, ignore_errors=True)
-        precision, seed = arm.precision, arm.settings.seed
-        arm.folder.path.mkdir(parents=True)
-        (arm.folder.path / "metrics.jsonl").write_text("")
+    def run(self, jobs: Sequence[Job], *_: Any) -> None:
+        for job in jobs:
+            self.train(job)
+
+    def train(self, job: Job) -> None:
+        shutil.rmtree(job.folder.path, ignore_errors=True)
+        job.folder.path.mkdir(parents=True)
+        (job.folder.path / "metrics.jsonl").write_text("")
+        asked = settings_from(load_recipe(RECIPE), parse(load_recipe(RECIPE), job.words[4:]))
+        precision, seed = asked.precision.name, asked.seed
         self.work(f"train {precision} {seed}")
-        shutil.rmtree(arm.folder.path)
-        settings = SettingsReceipt(dict(arm.settings.lora), dict(arm.settings.training), [])
-        make_run(plan.output, precision, seed, receipt={"settings": settings})
+        shutil.rmtree(job.folder.path)
+        settings = SettingsReceipt(dict(asked.lora), dict(asked.training), [])
+        make_run(job.folder.path.parent, precision, seed, receipt={"settings": settings})
 
     def evaluate(self, folders: list[RunFolder], tasks: Any, *, options: Any, overwrite: bool, **_: Any) -> Any:
         return [[self._evaluate_one(folder, options, overwrite)] for folder in folders]
@@ -190,7 +196,7 @@ class Laboratory:
 def laboratory(monkeypatch: pytest.MonkeyPatch) -> Laboratory:
     fake = Laboratory()
     monkeypatch.setattr(plan, "_now", lambda: f"2026-01-{len(fake.done) + 1:02}T10:00:00+00:00")
-    monkeypatch.setattr(training, "_train", fake.train)
+    monkeypatch.setattr(SideBySide, "run", lambda _, jobs, console: fake.run(jobs))
     monkeypatch.setattr(scoring, "evaluate_many", fake.evaluate)
     monkeypatch.setattr(scoring, "measure", fake.measure)
     return fake
@@ -531,7 +537,8 @@ def test_a_training_behind_a_launcher_is_waited_for(tmp_path: Path) -> None:
     ]  # as accelerate's for one process
     process = subprocess.Popen(launcher, start_new_session=True)
     wait_for(run / "started.json")
-    training._stop(process, launched=True)
+    stop({process: True})
+    process.wait()
     assert (run / "saved").exists()
 
 

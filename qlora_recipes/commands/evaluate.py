@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 _ABOUT = """Score trained runs with lm-eval and on their held-out rows. Every adapter is loaded from disk, unmerged, \
 on the base and in the precision that it was trained in, and proven to be the run's. Finished tasks are kept; an \
-interrupted evaluation resumes where it stopped."""
+interrupted evaluation resumes where it stopped. The processes of `accelerate launch -m qlora_recipes.cli evaluate` \
+share the work."""
 _TASKS = """standin_choice, standin_answer, standin_text, held_out, held_out_answers, openllm, any task or group of \
 lm-eval's, or a folder of YAML tasks (Python functions that they name are run). Default: the recipe's eval_tasks, else \
 what needs no network"""
@@ -55,8 +57,9 @@ def main(argv: Sequence[str]) -> None:
         same += [flag.name for flag in GENERATION]
         options = Options(adapter=not flags["no_adapter"], **{name: flags[name] for name in same})
         results = evaluate(*flags["run"], tasks=flags["tasks"], options=options, overwrite=flags["overwrite"])
-        for run, scored in zip(flags["run"], results, strict=True):
-            _print_results(run, scored)
+        if os.environ.get("RANK", "0") == "0":
+            for run, scored in zip(flags["run"], results, strict=True):
+                _print_results(run, scored)
 
 
 def _print_results(run: str, results: Sequence[TaskResult]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_recipes.evaluation.ranks import processes
 from qlora_recipes.run.display import progress_bar
 
 _DRAWING = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
@@ -33,7 +35,7 @@ class Bar:
     def start(self, total: int) -> None:
         """Set how many requests there are, once that is known."""
         self.started = time.monotonic()
-        self.progress.reset(self._row, total=total)
+        self.progress.reset(self._row, total=math.ceil(total / processes()))  # each has about its share
 
     def advance(self, requests: int) -> None:
         """Count so many more requests as done."""

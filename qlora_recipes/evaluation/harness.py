@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from qlora_recipes import environment
 from qlora_recipes.errors import DataError, RunFolderError, UsageError
 from qlora_recipes.evaluation.answers import write_before_and_after
 from qlora_recipes.evaluation.bar import Bar
@@ -30,6 +31,7 @@ from qlora_recipes.evaluation.loaded import (
     restore_base,
     restore_run,
 )
+from qlora_recipes.evaluation.ranks import from_first_rank, writes
 from qlora_recipes.evaluation.records import Scores, TaskResult, disk_faults, finished_tasks, write_task
 from qlora_recipes.evaluation.task_loading import PREFERENCES, EvalTask, load_tasks, usual_tasks
 from qlora_recipes.precision import precision_named
@@ -165,6 +167,7 @@ def evaluate_many(
 ) -> list[list[TaskResult]]:
     """Score runs, each base loaded once and one at a time, and write each task's result as it is finished.
 
+    The processes of a launcher share the batches out, and the first of them writes what one alone would have written.
     Without `tasks` each run gets its `default_tasks`. Everything that can be rejected is rejected before a model is
     loaded. A signal ends the evaluation between two writes and prints what is finished.
 
@@ -173,7 +176,10 @@ def evaluate_many(
             options that `overwrite` does not allow to replace.
         Stopped: on SIGTERM or SIGINT.
     """
-    options, console = options or Options(), console or Console(stderr=True)
+    if environment.processes_here() > 1:
+        environment.share_threads()
+    options = options or Options()
+    console = (console or Console(stderr=True)) if writes() else Console(quiet=True)
     receipts = [folder.receipt() for folder in folders]
     for receipt in receipts:
         check_remote_code(receipt, allowed=options.trust_remote_code)
@@ -188,6 +194,7 @@ def evaluate_many(
     for job in jobs:
         if not overwrite:
             _take_finished(job)
+        job.results.update(from_first_rank(job.results))
     try:
         with StopSignals("the results being written are complete") as signals:
             for key in dict.fromkeys(job.key for job in jobs if job.missing):
@@ -202,7 +209,7 @@ def evaluate_many(
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise
-    for job in (job for job in jobs if "held_out_answers" in job.results):
+    for job in (job for job in jobs if writes() and "held_out_answers" in job.results):
         with disk_faults(job.folder.evaluation, "The results are whole; only answers.md is missing"):
             write_before_and_after(job.folder.evaluation)
     return [[job.results[task.name] for task in job.tasks] for job in jobs]
@@ -294,6 +301,9 @@ def _score(job: _Job, base: RestoredBase, loading: float, signals: StopSignals, 
                 seconds=round(ended - started, 3),
                 seconds_by_part={name: round(seconds, 3) for name, seconds in parts.items()},
             )
+            if not writes():
+                job.results[task.name] = result
+                continue
             with signals.held(), disk_faults(job.output, "Free some space or make it writable, then resume"):
                 job.results[task.name] = write_task(job.output, result, scores.docs)
 

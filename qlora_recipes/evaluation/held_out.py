@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.batches import in_batches
+from qlora_recipes.evaluation.batches import shared_batches
 from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
@@ -83,16 +83,17 @@ def score_answers(
     if not fitting:
         raise DataError(f"no held-out question of {run.folder.path} fits into the model's context")
     bar.start(len(fitting))
-    answers: dict[int, list[int]] = {}
     end, pad = run.encoder.end_id, run.tokenizer.pad_token_id
     lengths = [(len(prompts[i]) + settings.max_new_tokens) * settings.num_beams for i in fitting]
-    for batch, found in in_batches(
-        lengths,
-        batch_size,
-        lambda batch: generate(run.model, [prompts[fitting[i]] for i in batch], end=end, pad=pad, settings=settings),
-    ):
-        answers |= zip((fitting[i] for i in batch), found, strict=True)
+
+    def answer(place: int, batch: list[int]) -> list[list[int]]:
+        torch.manual_seed(settings.seed + place)  # what is drawn does not depend on the batches before
+        asked = [prompts[fitting[i]] for i in batch]
+        found = generate(run.model, asked, end=end, pad=pad, settings=settings)
         bar.advance(len(batch))
+        return found
+
+    answers = dict(zip(fitting, shared_batches(lengths, batch_size, answer), strict=True))
     thought = reasoning_end(run.encoder)
     said = [without_reasoning(answers[i], thought) for i in fitting]
     texts = [str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
@@ -160,12 +161,13 @@ def row_losses(
     run: RestoredRun, rows: Sequence[Encoded], batch_size: int, *, advance: Callable[[int], None] = lambda _: None
 ) -> list[float]:
     """Return each row's negative log-likelihood in nats over its labels; `advance` hears of every batch."""
-    losses: dict[int, float] = {}
-    lengths = [len(row.input_ids) for row in rows]
-    for batch, found in in_batches(lengths, batch_size, lambda batch: _losses(run, [rows[i] for i in batch])):
-        losses |= zip(batch, found, strict=True)
+
+    def compute(_: int, batch: list[int]) -> list[float]:
+        losses = _losses(run, [rows[i] for i in batch])
         advance(len(batch))
-    return [losses[i] for i in range(len(rows))]
+        return losses
+
+    return shared_batches([len(row.input_ids) for row in rows], batch_size, compute)
 
 
 @torch.no_grad()

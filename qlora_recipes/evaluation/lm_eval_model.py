@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lm_eval.evaluator import evaluate
@@ -14,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
-from qlora_recipes.evaluation.batches import in_batches
+from qlora_recipes.evaluation.batches import in_batches, shared_batches
 from qlora_recipes.evaluation.generation import Generation, own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
+from qlora_recipes.evaluation.ranks import over_ranks
 from qlora_recipes.evaluation.reasoning import answer_start, reasoning_end
 from qlora_recipes.evaluation.records import SHOWN, DocRecord, Scores
 from qlora_recipes.evaluation.task_loading import EvalTask
@@ -25,13 +27,17 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
 
+Item = TypeVar("Item")
+
 
 class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     """The model and tokenizer of a run, as lm-eval asks them, with log-likelihoods in float32.
 
     Upstream: HFLM (lm-eval 0.4.13) has no callbacks, so three of its private methods are overridden:
-    `_loglikelihood_tokens` to count what is cut, which it only warns of, `_model_call` and `_model_generate` to advance
-    the bar. The first and the last also take no more rows at a time than fit: its own size is rows, however long.
+    `_loglikelihood_tokens` to count what is cut, which it only warns of, and to share out batches where it would share
+    documents (see `ranks`); `_model_call` and `_model_generate` to advance the bar. The first can go when lm-eval
+    reports truncation with its results and shares batches, the others when it takes a progress bar. The first and the
+    last also take no more rows at a time than fit: its own size is rows, however long.
     """
 
     add_bos_token: bool | None  # HFLM's own, like the next
@@ -96,36 +102,61 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         scored as if it were text. Can go when `test_lm_eval_still_scores_a_second_bos` fails.
         """
         self._bar.start(len(requests))
+        rolling = super().loglikelihood_rolling
         before, self.add_bos_token = self.add_bos_token, False
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            found = over_ranks(
+                _cut(requests, self.batch_size), lambda _, batch: rolling(batch, disable_tqdm=disable_tqdm)
+            )
+            return list(chain(*found))
         finally:
             self.add_bos_token = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        """Start the bar."""
+        """Start the bar, and share the batches out; each draws from its own seed."""
         self._bar.start(len(requests))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        generate, seed, truncated = super().generate_until, torch.initial_seed(), self.truncated
+
+        def alike(i: int) -> tuple[str, int, str]:
+            prompt, settings = requests[i].args
+            return repr(sorted(settings.items())), -len(self.tok_encode(prompt)), prompt
+
+        def answer(place: int, batch: Sequence[int]) -> tuple[list[str], int]:
+            torch.manual_seed(seed + place)
+            self.truncated = 0
+            return generate([requests[i] for i in batch], disable_tqdm=disable_tqdm), self.truncated
+
+        keys = {i: alike(i) for i in range(len(requests))}
+        batches = []
+        for _, group in groupby(sorted(keys, key=lambda i: keys[i]), key=lambda i: keys[i][0]):
+            batches += _cut(list(group), self.batch_size)
+        found = over_ranks(batches, answer)
+        self.truncated = truncated + sum(cut for _, cut in found)
+        answers = dict(zip(chain(*batches), chain(*(said for said, _ in found)), strict=True))
+        return [answers[i] for i in range(len(requests))]
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """Count what is cut from the left, and take as many rows at a time as there is room for.
+        """Count what is cut from the left, and share out batches of as many rows as there is room for.
 
-        HFLM makes one row of requests that differ in nothing but their last token, so these stay together.
+        HFLM makes one row of requests that differ in nothing but their last token, so these stay together. Rolling text
+        comes in batches already.
         """
+        score = super()._loglikelihood_tokens
+        if kwargs.get("override_bs"):
+            return score(requests, *args, **kwargs)
         self.truncated += sum(len(context) + len(words) > self.max_length + 1 for _, context, words in requests)
         tokens = [context + words for _, context, words in requests]
         rows: dict[tuple[int, ...], list[int]] = {}
         for i in sorted(range(len(requests)), key=tokens.__getitem__):  # as HFLM has those of one length
             rows.setdefault(tuple(tokens[i][:-1]), []).append(i)
-        lengths = [min(len(row), self.max_length) for row in rows]
-        same, score = list(rows.values()), super()._loglikelihood_tokens
-        answers: dict[int, Any] = {}
-        for batch, found in in_batches(
-            lengths,
-            self.batch_size,
-            lambda batch: score([requests[i] for row in batch for i in same[row]], *args, **kwargs),
-        ):
-            answers |= zip((i for row in batch for i in same[row]), found, strict=True)
+        same = list(rows.values())
+
+        def compute(_: int, batch: list[int]) -> list[list[Any]]:
+            scores = iter(score([requests[i] for row in batch for i in same[row]], *args, **kwargs))
+            return [[next(scores) for _ in same[row]] for row in batch]
+
+        found = shared_batches([min(len(row), self.max_length) for row in rows], self.batch_size, compute)
+        answers = dict(zip(chain(*same), chain(*found), strict=True))
         return [answers[i] for i in range(len(requests))]
 
     def tok_batch_encode(
@@ -167,6 +198,10 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 parts += ids  # all are as long, so they come in their order
                 self._bar.advance(len(rows))
         return pad_sequence(parts, batch_first=True, padding_value=int(self.tokenizer.pad_token_id))
+
+
+def _cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def score_with_lm_eval(

@@ -15,8 +15,10 @@ from qlora_recipes.commands.compare import MARGIN_FLAG, called, say, track
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.evaluation.task_loading import load_tasks
+from qlora_recipes.experiments.benchmark.jobs import Engine, SideBySide
 from qlora_recipes.experiments.benchmark.plan import Plan, describe, plan_benchmark, preregister
 from qlora_recipes.experiments.benchmark.power import power_of
+from qlora_recipes.experiments.benchmark.slurm import Slurm, read_options
 from qlora_recipes.experiments.benchmark.training import train_missing
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
@@ -35,6 +37,10 @@ _FLAGS = (
     Field("output", "str", "default: runs/<recipe>/benchmark", "FOLDER", None),
     count("limit", "only N documents of each task: a trial, which is no result", least=2),
     Field("launch", "bool | str", _LAUNCH, '"FLAGS"', None, expected="the launcher's flags in quotes"),
+    count("jobs", "so many trainings and scorings at a time: a GPU each, or a share of the processors", 1),
+    Field(
+        "slurm", "list[str]", "on a Slurm cluster, with these options of sbatch: partition=gpu time=240", "K=V", None
+    ),
     Field("no_controls", "bool", "leave out the bases before tuning and the exchanged adapters", default=False),
 )
 
@@ -55,9 +61,12 @@ def main(argv: Sequence[str]) -> None:
         output=Path(given["output"]) if given["output"] else None,
     )
     launch = [] if given["launch"] is True else given["launch"].split() if given["launch"] else None
+    engine: Engine = SideBySide(given["jobs"])
+    if given["slurm"]:
+        engine = Slurm(given["jobs"], read_options(given["slurm"]), plan.output / "logs" / "slurm")
     try:
         with StopSignals():
-            run(plan, launch=launch, controls=not given["no_controls"])
+            run(plan, launch=launch, controls=not given["no_controls"], engine=engine)
     except Stopped as stopped:
         trained = sum(arm.folder.finished for arm in plan.arms)
         print(
@@ -68,12 +77,14 @@ def main(argv: Sequence[str]) -> None:
         raise
 
 
-def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True) -> None:
+def run(
+    plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = True, engine: Engine | None = None
+) -> None:
     """Do what of a plan is not done yet, and write the report."""
     from qlora_recipes.comparison.folders import compare_folders  # scipy: not while flags are read
     from qlora_recipes.report.page import check_report_folder, write_report
 
-    console = Console(stderr=True)
+    console, engine = Console(stderr=True), engine or SideBySide()
     page_folder = plan.output / "report"
     check_report_folder(page_folder)
     # An unknown or broken task is refused before anything is trained.
@@ -82,9 +93,13 @@ def run(plan: Plan, *, launch: Sequence[str] | None = None, controls: bool = Tru
     fixed, said = preregister(plan, names)
     told = (describe(plan, names), power_of(asked, plan), said)
     console.print("\n".join(filter(None, told)), highlight=False, markup=False, soft_wrap=True)
-    train_missing(plan, console, launch=launch)
+    train_missing(plan, console, launch=launch, engine=engine)
     from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
 
+    if engine.several:
+        engine.run(scoring.scoring_jobs(plan, names, controls=controls), console)
+        engine.run(scoring.divergence_jobs(plan), console)
+        console = Console(quiet=True)  # what is left is to read what they wrote
     tasks = scoring.score_missing(plan, console, controls=controls)
     scoring.measure_divergence(plan, console)
     report = compare_folders(
