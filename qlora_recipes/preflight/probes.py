@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qlora_recipes.base.sharding import whole
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.kernels.dequantize import outlier_threshold
 from qlora_recipes.stages import Run
@@ -98,7 +99,7 @@ def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     run.model.train()
     run.model.zero_grad(set_to_none=True)
     forward(run, batch).loss.backward()
-    found = {name: weight.grad for name, weight in run.model.named_parameters() if weight.grad is not None}
+    found = {name: whole(weight.grad) for name, weight in run.model.named_parameters() if weight.grad is not None}
     run.model.zero_grad(set_to_none=True)
     return found
 
