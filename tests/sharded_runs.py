@@ -7,6 +7,7 @@ Accelerate trains DDP where FSDP is asked for on a CPU, and says nothing: here i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -64,11 +65,8 @@ def train_one(folder: Path, name: str) -> None:
     _label_as_on_gpus(choices.get("as_on_gpus", True))
     settings, console = settings_of(folder, name, **choices), Console(file=(folder / "log.txt").open("a"), width=200)
     if stop_at := choices.get("stop_at"):
-        with _stopped_in(stop_at):
-            try:
-                train(settings, console=console)
-            except Stopped:
-                pass
+        with _stopped_in(stop_at), contextlib.suppress(Stopped):
+            train(settings, console=console)
     train(settings, console=console, resume=bool(stop_at))
 
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from qlora_recipes.base.loading import base_name
+from qlora_recipes.base.sharding import whole
 from qlora_recipes.kernels.dequantize import dequantized
 from qlora_recipes.kernels.experts import stored_name
 from qlora_recipes.settings import model_location
