@@ -62,15 +62,15 @@ def load_base(
     _check_device(precision, dtype, device)
     config = from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made: list[str] = []
+    divided = sharding.divides(device)
     family = FAMILIES.get(config.model_type)
     if family and family.attention_repair:
         getattr(repairs, family.attention_repair)(attention.NAME)
     outline = _outline(config, trust_remote_code)  # here what quantization overlooks still counts as expected
     if outline is not None:
-        _check_experts(model, outline, precision)
+        _check_experts(model, outline, precision, divided)
         if repairs.separate_packed(outline):
             made.append("separate_packed")
-    divided = sharding.divides(device)
     with sharding.keeping_shards(device), repairs.quantize_experts(precision) as while_loading:
         base, loading = from_hub(
             AutoModelForCausalLM.from_pretrained,
@@ -102,13 +102,18 @@ def load_base(
     return base, receipt, made
 
 
-def _check_experts(model: str, outline: PreTrainedModel, precision: Precision) -> None:
-    """Refuse int8 for fused experts, which would stay in 16 bits."""
+def _check_experts(model: str, outline: PreTrainedModel, precision: Precision, divided: bool) -> None:
+    """Refuse int8 for fused experts, which would stay in 16 bits, and FSDP for those in 4."""
     names = [name for name, _, _ in stacks(outline)]
     if names and precision.name == "int8":
         raise QuantizationError(
             f"--precision int8: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), and bitsandbytes "
             "has int8 for linear layers alone: most of the model would stay in 16 bits. Use --precision nf4 or bf16"
+        )
+    if names and precision.quant_type and divided:
+        raise QuantizationError(
+            f"FSDP: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), which it cannot divide in 4 bits. "
+            "Use --precision bf16, or train without FSDP"
         )
 
 
