@@ -36,23 +36,23 @@ from qlora_recipes.training.trainer import RunTrainer
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": dict(precision="bf16"),
-    "fsdp": dict(precision="bf16", variables=FSDP),
-    "fsdp-stopped": dict(precision="bf16", variables=FSDP, stop_at=2),
+    "fsdp": dict(precision="bf16", variables=FSDP, accumulation=2),
+    "fsdp-stopped": dict(precision="bf16", variables=FSDP, accumulation=2, stop_at=2),
     "fsdp-nf4": dict(precision="nf4", variables=FSDP),
     "fsdp-nf4-stopped": dict(precision="nf4", variables=FSDP, stop_at=2),
     "relabeled": dict(precision="bf16", variables=FSDP, as_on_gpus=False),
 }
 
 
-def settings_of(folder: Path, name: str, precision: str, *, processes: int = 2) -> Settings:
-    """Return the settings of a run of four steps of eight rows, on the model and the rows in a folder."""
+def settings_of(folder: Path, name: str, precision: str, accumulation: int) -> Settings:
+    """Return the settings of a run of four steps, on the model and the rows in a folder."""
 
     class Sharded(Recipe):
         model = FAMILIES["llama2"]
         dataset = DatasetSpec(str(folder / "rows.jsonl"), held_out=0.1)
         lora = dict(r=4, lora_alpha=8, lora_dropout=0.0)
         training = dict(
-            max_steps=4, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes,
+            max_steps=4, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
             save_strategy="steps", save_steps=2, logging_steps=1, learning_rate=1e-3, gradient_checkpointing=True,
             eval_strategy="steps", eval_steps=2,
         )  # fmt: skip
@@ -65,7 +65,8 @@ def train_one(folder: Path, name: str) -> None:
     choices = RUNS[name]
     os.environ.update(choices.get("variables", {}))
     _label(choices.get("as_on_gpus", True))
-    settings, console = settings_of(folder, name, choices["precision"]), Console(quiet=True)
+    settings = settings_of(folder, name, choices["precision"], choices.get("accumulation", 1))
+    console = Console(quiet=True)
     try:
         if stop_at := choices.get("stop_at"):
             with _stopped_in(stop_at), contextlib.suppress(Stopped):
@@ -87,11 +88,13 @@ def load_one(folder: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     device = PartialState(cpu=True).device
-    base, receipt, _ = load_base(str(folder / "large"), None, precision_named("bf16"), "bfloat16", device=device)
-    divided = shard(attach(base, {"target_modules": ["q_proj"]}, seed=0))
+    base, receipt, _ = load_base(
+        str(folder / "large"), None, precision_named("bf16"), "bfloat16", device=device, divide=True
+    )
+    shard(attach(base, {"target_modules": ["q_proj"]}, seed=0))
     stop.set()
     watcher.join()
-    grown = dict(divided=divided, peak=max(sizes) - sizes[0], after=_own_memory() - sizes[0], base=receipt.bytes)
+    grown = dict(peak=max(sizes) - sizes[0], after=_own_memory() - sizes[0], base=receipt.bytes)
     (folder / f"memory-{os.environ['RANK']}.json").write_text(json.dumps(grown))
 
 

@@ -5,6 +5,7 @@ Knows nothing of rows or training.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections import Counter
@@ -50,9 +51,12 @@ def load_base(
     dtype: str,
     *,
     device: torch.device,
+    divide: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, BaseReceipt, list[str]]:
     """Return the frozen base, what was counted in it, and the names of the repairs that were made.
+
+    With `divide` this process keeps its shard of each weight, and `sharding.shard` has to follow.
 
     Raises:
         ModelError: when it cannot be loaded, or has weights that its configuration has no place for.
@@ -62,22 +66,22 @@ def load_base(
     _check_device(precision, dtype, device)
     config = from_hub(AutoConfig.from_pretrained, model, revision, trust_remote_code=trust_remote_code)
     made: list[str] = []
-    divided = sharding.divides(device)
     family = FAMILIES.get(config.model_type)
     if family and family.attention_repair:
         getattr(repairs, family.attention_repair)(attention.NAME)
     outline = _outline(config, trust_remote_code)  # here what quantization overlooks still counts as expected
     if outline is not None:
-        _check_experts(model, outline, precision, divided)
+        _check_experts(model, outline, precision, divide)
         if repairs.separate_packed(outline):
             made.append("separate_packed")
-    with sharding.keeping_shards(device), repairs.quantize_experts(precision) as while_loading:
+    keeping = sharding.keeping_shards(device) if divide else contextlib.nullcontext()
+    with keeping, repairs.quantize_experts(precision) as while_loading:
         base, loading = from_hub(
             AutoModelForCausalLM.from_pretrained,
             model,
             revision,
             dtype=getattr(torch, dtype),
-            quantization_config=quantization_config(precision, dtype, divided=divided),
+            quantization_config=quantization_config(precision, dtype, divided=divide),
             device_map={"": device},
             use_safetensors=True,  # a pickle can run code when it is opened
             attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
@@ -102,7 +106,7 @@ def load_base(
     return base, receipt, made
 
 
-def _check_experts(model: str, outline: PreTrainedModel, precision: Precision, divided: bool) -> None:
+def _check_experts(model: str, outline: PreTrainedModel, precision: Precision, divide: bool) -> None:
     """Refuse int8 for fused experts, which would stay in 16 bits, and FSDP for those in 4."""
     names = [name for name, _, _ in stacks(outline)]
     if names and precision.name == "int8":
@@ -110,9 +114,9 @@ def _check_experts(model: str, outline: PreTrainedModel, precision: Precision, d
             f"--precision int8: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), and bitsandbytes "
             "has int8 for linear layers alone: most of the model would stay in 16 bits. Use --precision nf4 or bf16"
         )
-    if names and precision.quant_type and divided:
+    if names and precision.quant_type and divide:
         raise QuantizationError(
-            f"FSDP: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), which it cannot divide in 4 bits. "
+            f"FSDP: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), not to be divided in 4 bits. "
             "Use --precision bf16, or train without FSDP"
         )
 

@@ -45,16 +45,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def divides(device: torch.device) -> bool:
-    """Whether this process is one of several that FSDP divides a base among."""
-    return _mesh(device) is not None
-
-
-def _mesh(device: torch.device) -> DeviceMesh | None:
-    """Return the processes that a base is divided among; None where it is not."""
-    if environment.sharding_asked() != "FSDP" or not distributed.is_initialized():
-        return None
-    return _all_processes(device.type)
+def divides() -> bool:
+    """Whether this process is one of several that FSDP was asked to divide a base among."""
+    return environment.sharding_asked() == "FSDP" and distributed.is_initialized()
 
 
 @functools.cache
@@ -70,36 +63,27 @@ def refuse_unsupported(settings: Settings) -> None:
     """
     if environment.sharding_asked() != "FSDP":
         return
-    lora, optimizer = settings.lora, str(settings.training.get("optim", ""))
-    start = lora.get("init_lora_weights", True)
-    whole_weights = "needs whole weights of the base, and each process has a part of them"
-    faults = {
-        f"--fsdp_version {_config('VERSION', '1')}: expected 2; FSDP1 flattens a layer's weights, 4-bit ones too": (
-            _config("VERSION", "1") != "2"
+    lora, precision, version = settings.lora, settings.precision, _config("VERSION", "1")
+    start, optimizer = lora.get("init_lora_weights", True), str(settings.training.get("optim", ""))
+    parts = "needs whole weights of the base, and each process has parts"
+    faults = [
+        (version != "2", f"--fsdp_version {version}: expected 2, since FSDP1 cannot divide frozen and trained weights"),
+        (_is_on("OFFLOAD_PARAMS"), "--fsdp_offload_params true: expected false, weights stay on the GPUs"),
+        (_is_on("ACTIVATION_CHECKPOINTING"), "--fsdp_activation_checkpointing: give --gradient_checkpointing true"),
+        (precision.name == "int8", "--precision int8: its weights cannot be divided; expected nf4 or bf16"),
+        (
+            settings.storage == "expanded",
+            "--storage expanded: whole weights are kept beside the parts; expected packed",
         ),
-        "--fsdp_offload_params true: expected false; a base that is offloaded is not supported": _is_on(
-            "OFFLOAD_PARAMS"
-        ),
-        "--fsdp_activation_checkpointing true: expected false; give --gradient_checkpointing true": (
-            _is_on("ACTIVATION_CHECKPOINTING")
-        ),
-        "--precision int8: FSDP cannot divide bitsandbytes' int8 weights; expected nf4 or bf16": (
-            settings.precision.quantized and settings.precision.quant_type is None
-        ),
-        "--storage expanded: keeps whole weights beside the parts; expected packed": settings.storage == "expanded",
-        f"--init_lora_weights {start} {whole_weights}; expected true": start not in _PLAIN_STARTS,
-        f"--use_dora {whole_weights}; leave it out": bool(lora.get("use_dora")),
-        f"lora: modules_to_save {whole_weights}; leave it out": bool(lora.get("modules_to_save")),
-        "lora: target_parameters: adapters of experts do not train under FSDP; leave it out": (
-            bool(lora.get("target_parameters"))
-        ),
-        "method dpo: its reference adapter cannot be copied under FSDP; train on several GPUs without FSDP": (
-            settings.of_preferences
-        ),
-        f"--optim {optimizer}: its 8-bit state cannot be divided; expected adamw_torch": "bit" in optimizer,
-    }
-    if found := [fault for fault, holds in faults.items() if holds]:
-        raise UsageError("FSDP: " + "; ".join(found))
+        (start not in _PLAIN_STARTS, f"--init_lora_weights {start}: {parts}; expected true"),
+        (lora.get("use_dora"), f"--use_dora: {parts}; leave it out"),
+        (lora.get("modules_to_save"), f"lora: modules_to_save: {parts}; leave it out"),
+        (lora.get("target_parameters"), "lora: target_parameters: adapters of experts are not divided; leave it out"),
+        (settings.of_preferences, "method dpo: the reference adapter is not divided; train without FSDP"),
+        ("bit" in optimizer, f"--optim {optimizer}: its state cannot be divided; expected adamw_torch"),
+    ]
+    if found := [fault for holds, fault in faults if holds]:
+        raise UsageError(f"FSDP: {'; '.join(found)}")
 
 
 def _config(name: str, default: str = "") -> str:
@@ -113,7 +97,7 @@ def _is_on(name: str) -> bool:
 
 @contextlib.contextmanager
 def keeping_shards(device: torch.device) -> Iterator[None]:
-    """Keep of every weight that Transformers loads only this process's shard; does nothing where none are divided.
+    """Keep of every weight that Transformers loads only this process's shard.
 
     A weight keeps its shape and class for what is built around it (an adapter, counts), but has no memory until `shard`
     puts its part in place. Every process reads and quantizes each weight, so that none waits for another.
@@ -122,10 +106,7 @@ def keeping_shards(device: torch.device) -> Iterator[None]:
     config says `fsdp_cpu_ram_efficient_loading`, and does so for 16-bit bases only; reads ahead in threads, which hold
     whole weights; and reserves the memory of a whole base on a GPU.
     """
-    mesh = _mesh(device)
-    if mesh is None:
-        yield
-        return
+    mesh = _all_processes(device.type)
     set_whole = core_model_loading.set_param_for_module
 
     def set_shard(model: Any, target_name: str, *arguments: Any, **others: Any) -> None:
@@ -172,8 +153,8 @@ def stored(weight: torch.Tensor, *, packed: bool) -> torch.Tensor:
     )
 
 
-def shard(model: PeftModel) -> bool:
-    """Hand base and adapter to FSDP, layer by layer, and the shards that were kept; return whether they are divided.
+def shard(model: PeftModel) -> None:
+    """Hand base and adapter to FSDP, layer by layer, and the shards that were kept of the base.
 
     FSDP casts nothing: it gathers each weight in its own dtype, and autocast computes as without it. Accelerate's
     policy rounds what the model returns to 16 bits, the loss as well, and one that reduces in another dtype than the
@@ -183,9 +164,7 @@ def shard(model: PeftModel) -> bool:
         ModelError: when the model has no layers that can be told apart.
     """
     base: Any = model.get_base_model()
-    mesh = _mesh(base.device)
-    if mesh is None:
-        return False
+    mesh = _all_processes(base.device.type)
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"FSDP: {type(base).__name__} has no layers of Transformers' kind to divide it by")
@@ -199,10 +178,11 @@ def shard(model: PeftModel) -> bool:
         if hasattr(weight, "shards")
     ]
     _replace(places, lambda weight: torch.empty_like(weight, device="meta"))  # FSDP takes no memory for these
+    policy: Any = {"mp_policy": MixedPrecisionPolicy(), "shard_placement_fn": _placement(mesh.size())}
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(), shard_placement_fn=_placement(mesh.size()))
+        # What is in no layer, too, is divided again after a pass, or it would stay whole where no backward pass follows.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, **policy)
     _replace(places, lambda weight: weight.shards)
-    return True
 
 
 def _placement(processes: int) -> Any:

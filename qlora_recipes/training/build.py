@@ -23,7 +23,7 @@ from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import WEIGHTS, attach, set_weights
 from qlora_recipes.base.loading import load_base
-from qlora_recipes.base.sharding import shard
+from qlora_recipes.base.sharding import divides, shard
 from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import ConversationEncoder
@@ -93,6 +93,7 @@ def load_model(run: Run) -> Run:
         settings.precision,
         settings.dtype,
         device=device,
+        divide=divides(),
         trust_remote_code=settings.trust_remote_code,
     )
     receipt.architecture = described(sizes_for(settings))
@@ -105,7 +106,8 @@ def load_model(run: Run) -> Run:
         set_weights(model, RunFolder(Path(settings.start.run)).adapter)
     if settings.lora.get("use_dora"):
         made.append("float32_dora_norm")
-    shard(model)
+    if divides():
+        shard(model)
     return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
 
 
