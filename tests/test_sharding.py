@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import sharding
 from qlora_recipes.base.adapters import WEIGHTS
-from qlora_recipes.errors import UsageError
+from qlora_recipes.base.loading import load_base
+from qlora_recipes.errors import QuantizationError, UsageError
 from qlora_recipes.precision import precision_named, quantization_config
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.run.receipt import Receipt
@@ -152,6 +154,12 @@ def test_ddp_does_not_look_for_unused_weights(tmp_path: Path) -> None:
 def _write_inputs(folder: Path) -> None:
     make_tiny("llama2", folder / "model")
     (folder / "rows.jsonl").write_text("")
+
+
+def test_experts_in_4_bits_are_refused(small: Callable[[str], Path]) -> None:
+    model, nf4 = str(small("mixtral")), precision_named("nf4")
+    with pytest.raises(QuantizationError, match=r"has 4 stacks of fused experts .* Use --precision bf16"):
+        load_base(model, None, nf4, "bfloat16", device=torch.device("cpu"), divide=True)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _keep_shard(weight: Any, mesh: DeviceMesh) -> None:
     """Take a weight's memory away, and keep this process's rows of it as `shards`."""
     rows: torch.Tensor = weight.data
     parts, rank = rows.chunk(mesh.size()), mesh.get_local_rank()
-    part = (parts[rank] if rank < len(parts) else rows[:0]).clone()
+    part = (parts[rank] if rank < len(parts) else rows[:0]).clone(memory_format=torch.contiguous_format)
     weight.shards = DTensor.from_local(
         part, mesh, [Shard(0)], run_check=False, shape=rows.shape, stride=rows.contiguous().stride()
     )
@@ -180,7 +180,7 @@ def shard(model: PeftModel) -> None:
     _replace(places, lambda weight: torch.empty_like(weight, device="meta"))  # FSDP takes no memory for these
     policy: Any = {"mp_policy": MixedPrecisionPolicy(), "shard_placement_fn": _placement(mesh.size())}
     for module in (*layers, model):
-        # What is in no layer, too, is divided again after a pass, or it would stay whole where no backward pass follows.
+        # Also what is in no layer, which would else stay whole after a pass that no backward pass follows.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, **policy)
     _replace(places, lambda weight: weight.shards)
 
