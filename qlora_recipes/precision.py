@@ -81,11 +81,12 @@ def resolve_dtype(precision: Precision, dtype: str | None) -> str:
     return precision.dtype or dtype or "bfloat16"
 
 
-def quantization_config(precision: Precision, dtype: str) -> BitsAndBytesConfig | None:
+def quantization_config(precision: Precision, dtype: str, *, divided: bool = False) -> BitsAndBytesConfig | None:
     """Return bitsandbytes' configuration for a precision, or None for a 16-bit base.
 
     The 4-bit layers dequantize to `dtype` and multiply in it: with the library's default they would compute in
-    float32, another arithmetic than the 16-bit baseline's.
+    float32, another arithmetic than the 16-bit baseline's. Where FSDP divides the base, their bytes are stored as that
+    dtype: it divides no weights of whole numbers.
     """
     if not precision.quantized:
         return None
@@ -99,4 +100,5 @@ def quantization_config(precision: Precision, dtype: str) -> BitsAndBytesConfig 
         bnb_4bit_quant_type=precision.quant_type,
         bnb_4bit_use_double_quant=precision.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
+        bnb_4bit_quant_storage=getattr(torch, dtype) if divided else torch.uint8,
     )

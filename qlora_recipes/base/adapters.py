@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from qlora_recipes.base import repairs
 from qlora_recipes.base.loading import raw_bytes
+from qlora_recipes.base.sharding import whole
 from qlora_recipes.base.starts import from_weights, peft_fields, start_from_weights
 from qlora_recipes.errors import ModelError, RecipeError, nearest
 from qlora_recipes.kernels.experts import full_names, stored_name
@@ -83,8 +84,8 @@ def _check_names(base: PreTrainedModel, lora: Mapping[str, Any]) -> None:
 
 
 def adapter_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the trainable weights in a fixed order, named as in the model."""
-    return ((name, weight.data) for name, weight in sorted(model.named_parameters()) if weight.requires_grad)
+    """Yield the trainable weights in a fixed order, named as in the model; each process has to take all of them."""
+    return ((name, whole(weight.data)) for name, weight in sorted(model.named_parameters()) if weight.requires_grad)
 
 
 def adapter_sha256(model: PeftModel, *, without: str | None = None) -> str:

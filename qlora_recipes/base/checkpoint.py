@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from qlora_recipes.base.loading import base_name
+from qlora_recipes.base.sharding import whole
 from qlora_recipes.kernels.dequantize import dequantized
 from qlora_recipes.kernels.experts import stored_name
 from qlora_recipes.settings import model_location
@@ -67,8 +68,8 @@ def layer_errors(
             continue
         rows = None if sample is None else max(1, sample // module.in_features)
         with safe_open(files[key], "pt") as checkpoint:
-            whole = checkpoint.get_slice(key)
+            saved = checkpoint.get_slice(key)
             turned = getattr(module, "source_cls", None) is Conv1D  # [inputs, outputs], as GPT-2 stores them
-            original = (whole[:, :rows].T if turned else whole[:rows]).to(dtype).float()
-        stored = dequantized(module)[:rows].float().cpu()
+            original = (saved[:, :rows].T if turned else saved[:rows]).to(dtype).float()
+        stored = dequantized(module, whole(module.weight.data))[:rows].float().cpu()
         yield base_name(name), float((stored - original).norm() / original.norm())

@@ -5,6 +5,7 @@ Knows nothing of rows or training.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections import Counter
@@ -19,16 +20,17 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes import environment
-from qlora_recipes.base import repairs
+from qlora_recipes.base import repairs, sharding
 from qlora_recipes.base.counting import count_matrices, count_quantized, parameters_by_storage, quantizable
 from qlora_recipes.base.device import release_memory
 from qlora_recipes.errors import ModelError, QuantizationError, SetupError
 from qlora_recipes.families import FAMILIES
 from qlora_recipes.kernels import attention
-from qlora_recipes.kernels.dequantize import row_scales
+from qlora_recipes.kernels.dequantize import quant_state, row_scales
 from qlora_recipes.kernels.experts import sort_parameters, stacks
 from qlora_recipes.precision import Precision, quantization_config
 from qlora_recipes.run.receipt import BaseReceipt
@@ -50,9 +52,12 @@ def load_base(
     dtype: str,
     *,
     device: torch.device,
+    divide: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, BaseReceipt, list[str]]:
     """Return the frozen base, what was counted in it, and the names of the repairs that were made.
+
+    With `divide` this process keeps its shard of each weight, and `sharding.shard` has to follow.
 
     Raises:
         ModelError: when it cannot be loaded, or has weights that its configuration has no place for.
@@ -68,16 +73,17 @@ def load_base(
         getattr(repairs, family.attention_repair)(attention.NAME)
     outline = _outline(config, trust_remote_code)  # here what quantization overlooks still counts as expected
     if outline is not None:
-        _check_experts(model, outline, precision)
+        _check_experts(model, outline, precision, divide)
         if repairs.separate_packed(outline):
             made.append("separate_packed")
-    with repairs.quantize_experts(precision) as while_loading:
+    keeping = sharding.keeping_shards(device) if divide else contextlib.nullcontext()
+    with keeping, repairs.quantize_experts(precision) as while_loading:
         base, loading = from_hub(
             AutoModelForCausalLM.from_pretrained,
             model,
             revision,
             dtype=getattr(torch, dtype),
-            quantization_config=quantization_config(precision, dtype),
+            quantization_config=quantization_config(precision, dtype, divided=divide),
             device_map={"": device},
             use_safetensors=True,  # a pickle can run code when it is opened
             attn_implementation="sdpa" if getattr(config, "alibi", False) else attention.NAME,
@@ -102,13 +108,18 @@ def load_base(
     return base, receipt, made
 
 
-def _check_experts(model: str, outline: PreTrainedModel, precision: Precision) -> None:
-    """Refuse int8 for fused experts, which would stay in 16 bits."""
+def _check_experts(model: str, outline: PreTrainedModel, precision: Precision, divide: bool) -> None:
+    """Refuse int8 for fused experts, which would stay in 16 bits, and FSDP for those in 4."""
     names = [name for name, _, _ in stacks(outline)]
     if names and precision.name == "int8":
         raise QuantizationError(
             f"--precision int8: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), and bitsandbytes "
             "has int8 for linear layers alone: most of the model would stay in 16 bits. Use --precision nf4 or bf16"
+        )
+    if names and precision.quant_type and divide:
+        raise QuantizationError(
+            f"FSDP: {model} has {len(names)} stacks of fused experts ({names[0]}, ...), not to be divided in 4 bits. "
+            "Use --precision bf16, or train without FSDP"
         )
 
 
@@ -223,23 +234,32 @@ def _describe_base(
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the model as stored, quantization constants included; adapters are left out."""
+    """Yield every tensor of the model as stored, quantization constants included; adapters are left out.
+
+    Of a base that is divided among processes each is a DTensor.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "lora_" in name:
             continue
-        yield name, tensor.data
-        state = getattr(tensor, "quant_state", None)
+        module = model.get_submodule(name.rpartition(".")[0])
+        state = quant_state(module) if name.endswith("weight") else getattr(tensor, "quant_state", None)
+        yield name, sharding.stored(tensor, packed=state is not None)
         if state is not None:
             keys = ("absmax", "code", *(("state2.absmax", "state2.code", "offset") if state.nested else ()))
             yield from ((f"{name}.{key}", attrgetter(key)(state)) for key in keys)
         elif tensor.dtype == torch.int8:
-            scales = row_scales(model.get_submodule(name.rpartition(".")[0]))
+            scales = row_scales(module)
             if scales is not None:
                 yield f"{name}.SCB", scales
 
 
 def base_sha256(model: nn.Module) -> str:
-    """Return the hash of the stored bytes of a base, the same with and without an adapter around it."""
+    """Return the hash of the stored bytes of a base, the same with and without an adapter around it.
+
+    A base that is divided among processes has the same hash: each weight is gathered for it, one after the other.
+    """
+    if any(isinstance(tensor, DTensor) for _, tensor in stored_tensors(model)):
+        return hashlib.sha256(b"".join(map(_tensor_sha256, stored_tensors(model)))).hexdigest()
     with ThreadPoolExecutor(max_workers=8) as threads:  # hashlib releases the interpreter: 3.6 GB at 2 GB/s each
         return hashlib.sha256(b"".join(threads.map(_tensor_sha256, stored_tensors(model)))).hexdigest()
 
@@ -256,5 +276,5 @@ def base_name(name: str) -> str:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor of any dtype, for hashing."""
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+    """Return the bytes of a tensor of any dtype, gathered if it is divided among processes, for hashing."""
+    return sharding.whole(tensor.detach()).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -31,17 +31,22 @@ def expand(model: nn.Module, dtype: torch.dtype) -> int:
 
 def is_4bit(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer's weight is stored in bitsandbytes' 4 bits."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    return quant_state(module) is not None
 
 
-def dequantized(module: nn.Linear) -> torch.Tensor:
-    """Return a linear layer's weight as it is multiplied, however it is stored."""
+def quant_state(module: nn.Module) -> Any:
+    """Return bitsandbytes' constants of a 4-bit layer, which a weight that FSDP has gathered is without; else None."""
+    found = getattr(getattr(module, "weight", None), "quant_state", None)
+    return found if found is not None else getattr(module, "quant_state", None)
+
+
+def dequantized(module: nn.Linear, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a linear layer's weight as it is multiplied, however it is stored; `weight` is it as stored, gathered."""
     from bitsandbytes import functional as stored
 
-    weight: Any = module.weight  # a parameter of bitsandbytes has attributes that no type knows
-    found: torch.Tensor = weight.data
+    found = module.weight.data if weight is None else weight
     if is_4bit(module):
-        found = stored.dequantize_4bit(found, weight.quant_state)
+        found = stored.dequantize_4bit(found, quant_state(module))
     elif found.dtype == torch.int8:
         found = stored.int8_vectorwise_dequant(found, row_scales(module))
     return found

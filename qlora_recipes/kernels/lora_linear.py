@@ -96,8 +96,8 @@ def fuse_lora_layers(model: nn.Module) -> int:
     An adapter of 4-bit experts gets its own way, without which it does not train (experts.py).
 
     PEFT keeps dropout, other variants, biases, and int8, whose product belongs to its library; and, at each
-    call, several adapters, none, merged ones, and computing in float32. Not for sharded weights: DeepSpeed's ZeRO-3
-    gathers a weight when the module that owns it is called, and here it is not called.
+    call, several adapters, none, merged ones, and computing in float32. FSDP2 gathers the weights of a block, which are
+    whole here; not for DeepSpeed's ZeRO-3, which gathers a weight when its own module is called, and here it is not.
     """
     for wrapper in model.modules():
         if isinstance(wrapper, ParamWrapper):

@@ -57,7 +57,8 @@ def warn_unless(holds: bool, figure: str, advice: str) -> Check:
 def run_checks(checks: Sequence[CheckFunction], run: Any, skip: Collection[str] = ()) -> list[Check]:
     """Return the verdict of every check, the worst of all processes; those in `skip` are recorded as off.
 
-    Every process makes every check and none of them communicates, so that no process waits for another inside one.
+    Every process makes every check, and none of them communicates, so that no process waits for another inside one. But
+    where FSDP divides the base all processes compute together: there a check makes the same passes in each.
     """
     made = [_run(check, run, skip) for check in checks]
     if PartialState().num_processes == 1:

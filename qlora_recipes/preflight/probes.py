@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qlora_recipes.base.sharding import whole
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.kernels.dequantize import outlier_threshold
 from qlora_recipes.stages import Run
@@ -105,7 +106,7 @@ def gradients(run: Run, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return name to gradient of every weight that has one after a pass in training mode."""
     run.model.zero_grad(set_to_none=True)
     trainer_loss(run, batch).backward()
-    found = {name: weight.grad for name, weight in run.model.named_parameters() if weight.grad is not None}
+    found = {name: whole(weight.grad) for name, weight in run.model.named_parameters() if weight.grad is not None}
     run.model.zero_grad(set_to_none=True)
     return found
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from qlora_recipes.base.adapters import adapter_tensors
 from qlora_recipes.base.checkpoint import layer_errors, weight_files
 from qlora_recipes.base.loading import stored_tensors
+from qlora_recipes.kernels.dequantize import quant_state
 from qlora_recipes.preflight.checks import fail_unless, untested, warn_unless
 from qlora_recipes.preflight.probes import logits, probe_batch
 from qlora_recipes.run.receipt import Check
@@ -88,7 +89,8 @@ def base_dtype(run: Run) -> Check:
     by_design = {name for name, weight in weights if weight.dtype == torch.float32 and any(k in name for k in kept)}
     found = {_name(weight.dtype) for name, weight in weights if name not in by_design}
     compute = {_name(module.compute_dtype) for module in run.model.modules() if getattr(module, "compute_dtype", None)}
-    states = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
+    owned = (getattr(weight, "quant_state", None) for weight in run.model.parameters())
+    states = [*owned, *map(quant_state, run.model.modules())]  # what FSDP has divided is with the module
     restored = {_name(state.dtype) for state in states if state is not None}
     others = (found | compute | restored) - _BELOW_16_BITS - {run.settings.dtype}
     stored = ", ".join(sorted({_name(tensor.dtype) for _, tensor in stored_tensors(run.model)}))

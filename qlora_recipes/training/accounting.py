@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qlora_recipes import environment
 from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors, tensor_hashes
 from qlora_recipes.base.loading import stored_tensors
+from qlora_recipes.base.sharding import local
 from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
@@ -83,7 +84,8 @@ def describe_training(trainer: ExactResume) -> TrainingReceipt:
 def optimizer_state(optimizer: Any) -> dict[str, int]:
     """Return dtype to bytes of an optimizer's tensors; those that the driver can move to the host are `paged`."""
     states = getattr(optimizer, "optimizer", optimizer).state.values()  # accelerate wraps it
-    parts = {part.data_ptr(): part for state in states for part in state.values() if torch.is_tensor(part)}
+    held = (local(part) for state in states for part in state.values() if torch.is_tensor(part))
+    parts = {part.data_ptr(): part for part in held}
     found: Counter[str] = Counter()
     for part in parts.values():  # bitsandbytes shares its tables
         paged = " paged" if getattr(part, "is_paged", False) else ""
@@ -109,7 +111,7 @@ def non_weight_bytes(model: torch.nn.Module) -> int:
     tensors = [tensor for _, tensor in stored_tensors(model)] + [tensor for tensor in kept if tensor is not None]
     tensors += [weight for weight in model.parameters() if weight.requires_grad]
     device = tensors[0].device.type
-    return environment.resident_bytes(device) - sum(int(tensor.nbytes) for tensor in tensors)
+    return environment.resident_bytes(device) - sum(int(local(tensor).nbytes) for tensor in tensors)
 
 
 def _planned(run: Run, device: str) -> int | None:

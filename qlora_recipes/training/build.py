@@ -23,6 +23,7 @@ from qlora_recipes import environment
 from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import WEIGHTS, attach, set_weights
 from qlora_recipes.base.loading import load_base
+from qlora_recipes.base.sharding import divides, shard
 from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import ConversationEncoder
@@ -93,6 +94,7 @@ def load_model(run: Run) -> Run:
         settings.precision,
         settings.dtype,
         device=device,
+        divide=divides(),
         trust_remote_code=settings.trust_remote_code,
     )
     receipt.architecture = described(sizes_for(settings))
@@ -105,6 +107,8 @@ def load_model(run: Run) -> Run:
         set_weights(model, RunFolder(Path(settings.start.run)).adapter)
     if settings.lora.get("use_dora"):
         made.append("float32_dora_norm")
+    if divides():
+        shard(model)
     return replace(run, loaded=Loaded(receipt, model, [*run.tokenizer.repairs, *made], base_bytes))
 
 
@@ -149,7 +153,11 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
             loraplus_lr_ratio=run.settings.training.get("loraplus_lr_ratio"),
         )
     trainer.args.output_dir = str(folder.checkpoints)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if trainer.is_fsdp_enabled:
+        # The autocast of every other run, which accelerate leaves to its own policy; adapters are saved whole.
+        trainer.accelerator.prepare_model(run.model, device_placement=False, evaluation_mode=True)
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if not trainer.is_deepspeed_enabled:
         fuse_lora_layers(run.model)
     if repaired:
         run.repairs.append("float32_adapter")

@@ -29,6 +29,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.loading import check_reachable, load_outline
+from qlora_recipes.base.sharding import refuse_unsupported
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.settings import Settings
 from qlora_recipes.training.faults import is_machine_fault
@@ -98,6 +99,8 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
             "the best checkpoint and early stopping are chosen by the held-out loss: give --eval_strategy steps "
             "--eval_steps N, and --save_strategy steps with a --save_steps that N divides"
         )
+    # Every weight has a gradient; for a model of PEFT's, upstream would look for those without at each step.
+    training.setdefault("ddp_find_unused_parameters", False)
     kind = DPOConfig if settings.of_preferences else SFTConfig
     return kind(
         **training,
@@ -181,6 +184,7 @@ def _refuse_what_fails_later(settings: Settings, args: SFTConfig | DPOConfig) ->
     args.get_process_log_level()  # type: ignore[no-untyped-call]  # not annotated
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         raise UsageError("--use_liger_kernel: liger-kernel is not installed; run: pip install liger-kernel")
+    refuse_unsupported(settings)
     start, precision = settings.lora.get("init_lora_weights"), settings.precision
     if start == "loftq" and not precision.quantized:
         raise UsageError("--init_lora_weights loftq starts from what quantizing took away; expected --precision nf4")

@@ -22,7 +22,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, set_seed
 from trl import DPOTrainer, SFTTrainer
 
-from qlora_recipes.base.adapters import ADAPTER, set_weights
+from qlora_recipes.base.adapters import ADAPTER, adapter_tensors, set_weights
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.kernels.attention import packed_batch
@@ -223,6 +223,13 @@ class ExactResume(Trainer):
         if self.args.should_save:
             checkpoints.rotate(folder, self.args.save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Gather the adapter alone where FSDP divides it; upstream would gather the base on one process, too."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=dict(adapter_tensors(cast(PeftModel, self.model))))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save adapter and tokenizer, but not upstream's training_args.bin: a pickle that can hold the hub token."""
