@@ -1,13 +1,13 @@
-"""Measure how fast rows are prepared, beside TRL and the tokenizer alone, and that memory does not grow with their number.
+"""Measure how fast rows are prepared, beside TRL and the tokenizer alone, and how much memory that takes.
 
 python eval/data_rate.py --rows guanaco_llama2.jsonl --tokenizer path/to/tokenizer --turns 3 --json rate.json
 
-Conversations are made by repeating the rows of a file, each copy with its own number in its first question. In turns, each
-in a process of its own:
+Conversations are made by repeating the rows of a file, each copy with its own number in its first question. In turns,
+each in a process of its own:
 
 - recipe: from the file to the split (`prepare`), then every check that a run makes on its rows before it loads a base;
-- trl, trl_2: `Dataset.map` with one process and with two, by what SFTTrainer calls for each row: apply_chat_template with
-  the same template and a mask of the answers. Reading the file and finding the messages are not in its time;
+- trl, trl_2: `Dataset.map` with one process and with two, by what SFTTrainer calls for each row: apply_chat_template
+  with the same template and a mask of the answers. Reading the file and finding the messages are not in its time;
 - tokenizer: encode_batch on the rendered text with offsets, on every core. Reading and rendering are not in its time.
 
 Everything temporary is removed at the end. Memory is the process's anonymous memory (RssAnon), without the pages of

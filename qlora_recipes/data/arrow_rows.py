@@ -46,6 +46,7 @@ _SCHEMA = pyarrow.schema(
         "passages": pyarrow.list_(pyarrow.int64()),  # see words.py
     }
 )
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 _ROW = [name for name in _SCHEMA.names if name != "passages"]
 
 
@@ -201,8 +202,8 @@ def _record(batch: Batch) -> pyarrow.RecordBatch:
     """Return a batch by the names of the schema: the other half of `_conversation`."""
     columns = {
         "place": [row.place for row in batch],
-        "messages": [json.dumps(row.messages, ensure_ascii=False) for row in batch],
-        "tools": [None if row.tools is None else json.dumps(row.tools, ensure_ascii=False) for row in batch],
+        "messages": [_as_json(row.messages) for row in batch],
+        "tools": [None if row.tools is None else _as_json(row.tools) for row in batch],
         "input_ids": batch.ids.to_arrow(),
         "labels": batch.labels.to_arrow(),
         "rejected": [row.rejected for row in batch],

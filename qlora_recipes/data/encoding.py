@@ -16,7 +16,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, groupby, islice
@@ -252,45 +252,10 @@ class ConversationEncoder:
         self, messages: Sequence[Message], tools: Tools | None = None, *, add_generation_prompt: bool = False
     ) -> Rendered:
         """Return the text of a conversation: the first half of `encode`, with the same errors."""
-        return self._render(messages, tools, add_generation_prompt, limits(_RENDER_SECONDS, _RENDER_BYTES))
-
-    def render_each(self, conversations: Sequence[tuple[Sequence[Message], Tools | None]]) -> list[Rendered | RowError]:
-        """Return each conversation rendered, or why it cannot be, with one limit for all of them.
-
-        A template that was chosen by the recipe or comes with this package has been tried when it was chosen, and has
-        no limit here.
-
-        Raises:
-            TemplateError: when the template cannot be rendered.
-        """
-        if self.is_trusted:
-            return [self._attempt(messages, tools, nullcontext()) for messages, tools in conversations]
-        try:
-            with limits(_RENDER_SECONDS, _RENDER_BYTES):
-                return [self._attempt(messages, tools, nullcontext()) for messages, tools in conversations]
-        except (TemplateError, TimeoutError, MemoryError):  # which of them it is, or only all of them together
-            each = (limits(_RENDER_SECONDS, _RENDER_BYTES) for _ in conversations)
-            return [self._attempt(*one, limit) for one, limit in zip(conversations, each, strict=True)]
-
-    def _attempt(
-        self, messages: Sequence[Message], tools: Tools | None, limit: AbstractContextManager[None]
-    ) -> Rendered | RowError:
-        try:
-            return self._render(messages, tools, False, limit)
-        except RowError as error:
-            return error
-
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None,
-        add_generation_prompt: bool,
-        limit: AbstractContextManager[None],
-    ) -> Rendered:
         if messages and messages[0]["role"] == TEXT:
             return self._render_text(messages[0]["content"])
         try:
-            with limit:  # the template and its role markers may be a stranger's
+            with self.limited():  # the template and its role markers may be a stranger's
                 self._refuse_forged(messages, tools)
                 rendered = render_jinja_template(  # in Jinja's sandbox
                     [self.for_template(messages)],
@@ -313,6 +278,30 @@ class ConversationEncoder:
             raise TemplateError(message) from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], _trained_spans(messages, spans[0] if spans else []))
+
+    def render_each(self, conversations: Sequence[tuple[Sequence[Message], Tools | None]]) -> list[Rendered | RowError]:
+        """Return each conversation rendered, or why it cannot be, under one limit of time for all of them together.
+
+        For a template that is not trusted there is one limit of memory, too.
+
+        Raises:
+            TemplateError: when the template cannot be rendered.
+        """
+        try:
+            with limits(_RENDER_SECONDS, None if self.is_trusted else _RENDER_BYTES):
+                return [self._attempt(*conversation) for conversation in conversations]
+        except (TemplateError, TimeoutError, MemoryError):  # by one of them, or by many slow ones
+            return [self._attempt(*conversation) for conversation in conversations]
+
+    def limited(self) -> AbstractContextManager[None]:
+        """Return one limit for several renderings, in place of one for each."""
+        return limits(_RENDER_SECONDS, _RENDER_BYTES)
+
+    def _attempt(self, messages: Sequence[Message], tools: Tools | None) -> Rendered | RowError:
+        try:
+            return self.render(messages, tools)
+        except RowError as error:
+            return error
 
     def _render_text(self, text: str) -> Rendered:
         """Return a plain text, between BOS where the tokenizer adds one and EOS.
@@ -398,7 +387,9 @@ def _first_from(tokens: Encoding, character: int) -> int:
     """Return the first of the tokens that begins at a character of their text or after it."""
     if character <= 0:
         return 0
-    return bisect_left(range(len(tokens)), character, key=lambda token: tokens.token_to_chars(token)[0])
+    return bisect_left(
+        range(len(tokens)), character, key=lambda token: cast("tuple[int, int]", tokens.token_to_chars(token))[0]
+    )
 
 
 def _inside_a_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -166,8 +165,8 @@ def _held_out(datasets: Sequence[DatasetSpec], every: numpy.ndarray) -> numpy.nd
     return held_out
 
 
-def _formatted(tally: _Tally, encoder: ConversationEncoder) -> Iterator[_Row | RowError]:
-    """Yield the rows of a dataset as conversations, or why one is none."""
+def _formatted(tally: _Tally, encoder: ConversationEncoder) -> Iterator[_Row | str]:
+    """Yield the rows of a dataset as conversations, or the reason why one is none."""
     spec = tally.spec
     rows = read_rows(spec.source, split=spec.split, revision=spec.revision)
     tally.revision = rows.revision
@@ -177,7 +176,7 @@ def _formatted(tally: _Tally, encoder: ConversationEncoder) -> Iterator[_Row | R
         try:
             yield _format_row(tally, WatchedRow(row) if isinstance(row, dict) else row, place, encoder)
         except RowError as error:
-            yield error
+            yield error.reason
 
 
 def _is_drawn(place: str, share: float) -> bool:
@@ -202,14 +201,14 @@ def _format_row(tally: _Tally, row: Any, place: str, encoder: ConversationEncode
 
 
 def _rendered(
-    batch: Sequence[_Row | RowError], encoder: ConversationEncoder
+    batch: Sequence[_Row | str], encoder: ConversationEncoder
 ) -> tuple[list[_Row], list[str], list[Rendered]]:
     """Return the rows that can be used, why each of the others cannot, and the conversations of the former rendered."""
     texts = iter(encoder.render_each([one for row in batch if isinstance(row, _Row) for one in row.conversations]))
     usable, dropped, rendered = [], [], []
     for row in batch:
-        if isinstance(row, RowError):
-            dropped.append(row.reason)
+        if isinstance(row, str):
+            dropped.append(row)
             continue
         own = [_whole(next(texts), *one, encoder) for one in row.conversations]
         error = next((text for text in own if isinstance(text, RowError)), None)
@@ -296,7 +295,7 @@ def _encoded(
 
 
 def _tokenized(
-    batches: Iterator[list[_Row | RowError]], tally: _Tally, encoder: ConversationEncoder
+    batches: Iterator[list[_Row | str]], tally: _Tally, encoder: ConversationEncoder
 ) -> Iterator[tuple[list[_Row], Iterator[Encoded]]]:
     """Yield the rows of each batch that can be used, with the tokens of all their conversations; count the others.
 
@@ -304,15 +303,20 @@ def _tokenized(
     memory limit is one of the whole process.
     """
     waiting: deque[tuple[list[_Row], list[str], Future[list[Encoded]]]] = deque()
+
+    def finished() -> tuple[list[_Row], Iterator[Encoded]]:
+        usable, dropped, tokens = waiting.popleft()
+        tally.dropped.update(dropped)
+        return usable, iter(tokens.result())
+
     with ThreadPoolExecutor(_AHEAD) as pool:
-        for batch in chain(batches, repeat([], _AHEAD)):
+        for batch in batches:
             usable, dropped, rendered = _rendered(batch, encoder)
             waiting.append((usable, dropped, pool.submit(encoder.tokenize, rendered)))
-            while len(waiting) > (_AHEAD if encoder.is_trusted else 0):
-                usable, dropped, tokens = waiting.popleft()
-                encoded = iter(tokens.result())
-                tally.dropped.update(dropped)
-                yield usable, encoded
+            if len(waiting) > _AHEAD or not encoder.is_trusted:
+                yield finished()
+        while waiting:
+            yield finished()
 
 
 def _prompt_of(row: Encoded) -> list[int]:
@@ -335,13 +339,13 @@ def _count_contents(contents: Counter[str], rows: Sequence[Conversation], encode
             contents["assistant outside the loss"] += sum(message.get("train") is False for message in messages)
 
 
-def _batches(rows: Iterator[_Row | RowError]) -> Iterator[list[_Row | RowError]]:
+def _batches(rows: Iterator[_Row | str]) -> Iterator[list[_Row | str]]:
     """Yield rows in batches that the tokenizer encodes at once."""
-    batch: list[_Row | RowError] = []
+    batch: list[_Row | str] = []
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += row.characters if isinstance(row, _Row) else 0
+        characters += row.characters if isinstance(row, _Row) else len(row)
         if characters >= _BATCH:
             yield batch
             batch, characters = [], 0

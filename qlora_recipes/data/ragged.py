@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 
 import numpy
 import pyarrow
@@ -18,10 +17,11 @@ class Ragged:
         self.lengths = lengths
 
     @classmethod
-    def of(cls, lists: Sequence[Sequence[int]], dtype: type = numpy.int32) -> Ragged:
-        """Return lists as arrays."""
-        lengths = numpy.fromiter(map(len, lists), numpy.int64, len(lists))
-        return cls(numpy.fromiter(chain.from_iterable(lists), dtype, int(lengths.sum())), lengths)
+    def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
+        """Return lists of 32-bit numbers as arrays."""
+        parts = [numpy.array(part, numpy.int32) for part in lists]  # three times as fast as fromiter
+        lengths = numpy.array([len(part) for part in parts], numpy.int64)
+        return cls(numpy.concatenate([*parts, numpy.empty(0, numpy.int32)]), lengths)
 
     @classmethod
     def from_arrow(cls, column: pyarrow.ChunkedArray) -> Ragged:
@@ -32,12 +32,13 @@ class Ragged:
     @cached_property
     def ends(self) -> numpy.ndarray:
         """Where each list ends in `values`."""
-        return self.lengths.cumsum()
+        return numpy.cumsum(self.lengths)
 
     @cached_property
     def starts(self) -> numpy.ndarray:
         """Where each list begins in `values`."""
-        return self.ends - self.lengths
+        starts: numpy.ndarray = self.ends - self.lengths
+        return starts
 
     def split(self) -> list[numpy.ndarray]:
         """Return the values of each list."""
@@ -47,11 +48,13 @@ class Ragged:
         """Return one sum for each list, of numbers or bools in the places of `values`; 0 for an empty one."""
         kind = numpy.uint64 if numbers.dtype == numpy.uint64 else numpy.int64
         before = numpy.concatenate([numpy.zeros(1, kind), numbers.cumsum(dtype=kind)])
-        return before[self.ends] - before[self.starts]
+        sums: numpy.ndarray = before[self.ends] - before[self.starts]
+        return sums
 
     def places(self) -> numpy.ndarray:
         """Return the place of each value in its list, from 0 up."""
-        return numpy.arange(len(self.values)) - numpy.repeat(self.starts, self.lengths)
+        places: numpy.ndarray = numpy.arange(len(self.values)) - numpy.repeat(self.starts, self.lengths)
+        return places
 
     def to_arrow(self) -> pyarrow.ListArray:
         """Return the lists as a column."""

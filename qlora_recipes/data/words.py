@@ -43,7 +43,7 @@ def hash_words(conversations: Sequence[Sequence[str]]) -> WordHashes:
     """Return the hashes of conversations, each of which is the texts of its messages."""
     said = [words(text) for texts in conversations for text in texts]
     lengths = numpy.fromiter(map(len, said), numpy.int64, len(said))
-    hashes = numpy.fromiter(map(hash, chain.from_iterable(said)), numpy.int64, int(lengths.sum()))
+    hashes = numpy.array(list(map(hash, chain.from_iterable(said))), numpy.int64)
     messages = Ragged(hashes.view(numpy.uint64), lengths)
     turns = numpy.fromiter(map(len, conversations), numpy.int64, len(conversations))
     whole = Ragged(_digest(messages), turns)
@@ -54,7 +54,8 @@ def _digest(lists: Ragged) -> numpy.ndarray:
     """Return one hash for each list of hashes, which depends on their order."""
     sums = lists.sums(lists.values * numpy.power(_BASE, lists.places().astype(numpy.uint64)))
     sums = (sums + lists.lengths.astype(numpy.uint64)) * _BASE
-    return sums ^ (sums >> numpy.uint64(32))  # without this, words of two messages could change places
+    mixed: numpy.ndarray = sums ^ (sums >> numpy.uint64(32))  # else words of two messages could change places
+    return mixed
 
 
 def _passages(messages: Ragged, conversations: Ragged) -> Ragged:
@@ -78,4 +79,5 @@ def _passages(messages: Ragged, conversations: Ragged) -> Ragged:
 def _taken(values: numpy.ndarray, starts: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
     """Return the values of several ranges, one range after another."""
     lists = Ragged(numpy.empty(int(lengths.sum())), lengths)
-    return values[lists.places() + numpy.repeat(starts, lengths)]
+    taken: numpy.ndarray = values[lists.places() + numpy.repeat(starts, lengths)]
+    return taken
