@@ -99,10 +99,16 @@ def test_ends_of_turns_are_those_of_each_row(rows: list[list[int]]) -> None:
     assert [part.tolist() for part in found.split()] == expected
 
 
-@pytest.mark.parametrize(("source", "part"), [(LOOP, "it ran for 0.2 seconds"), ("{{ 'x' * 10**10 }}", "MemoryError")])
-@pytest.mark.parametrize("origin", ["recipe", "marked"])
+@pytest.mark.parametrize(
+    ("origin", "source", "part"),
+    [
+        ("recipe", LOOP, "it ran for 0.2 seconds"),
+        ("marked", LOOP, "it ran for 0.2 seconds"),
+        ("marked", "{{ 'x' * 10**10 }}", "MemoryError"),  # of a recipe's, memory is limited only when it is chosen
+    ],
+)
 def test_a_template_that_turns_hostile_is_stopped(
-    monkeypatch: pytest.MonkeyPatch, source: str, part: str, origin: Any
+    monkeypatch: pytest.MonkeyPatch, origin: Any, source: str, part: str
 ) -> None:
     """After rows that it renders, so that it was believed."""
     monkeypatch.setattr(encoding, "_RENDER_SECONDS", 0.2)
