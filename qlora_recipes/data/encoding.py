@@ -11,9 +11,7 @@ Knows nothing of files or models.
 
 from __future__ import annotations
 
-import copy
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,12 +23,12 @@ from typing import Any, cast
 import jinja2
 import numpy
 from tokenizers import AddedToken, Encoding
-from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.outline import Fate, outline, shape_of
+from qlora_recipes.data.plain_text import encodings, first_from, inside_a_text
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.sandbox import limits
 from qlora_recipes.errors import TemplateError
@@ -128,7 +126,7 @@ class ConversationEncoder:
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self.control_ids = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         """The ids that only a template writes."""
-        self._inside = _inside_a_text(tokenizer)
+        self._inside = inside_a_text(tokenizer)
         flags = {token.content: token for token in added}
         cuts = [_with_swallowed(mark, flags.get(token)) for token, mark in marks.items()]
         self._cut = re.compile(f"({'|'.join(cuts)})")
@@ -341,8 +339,8 @@ class ConversationEncoder:
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        first = _encodings(self.tokenizer, [parts[0] for parts in pieces if parts[0]])
-        others = _encodings(self._inside, [piece for parts in pieces for piece in parts[2::2] if piece])
+        first = encodings(self.tokenizer, [parts[0] for parts in pieces if parts[0]])
+        others = encodings(self._inside, [piece for parts in pieces for piece in parts[2::2] if piece])
         return [
             self._join(parts, chain(islice(first, bool(parts[0])), others), rendered.spans)
             for parts, rendered in zip(pieces, conversations, strict=True)
@@ -366,40 +364,11 @@ class ConversationEncoder:
                 inside = [IGNORED] * len(own)
                 for begin, end in spans:
                     if begin < start + len(piece) and end > start:
-                        part = slice(_first_from(tokens, begin - start), _first_from(tokens, end - start))
+                        part = slice(first_from(tokens, begin - start), first_from(tokens, end - start))
                         inside[part] = own[part]
                 labels += inside
             start += len(piece)
         return Encoded(ids, labels)
-
-
-def _encodings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[Encoding]:
-    """Yield the tokens of plain texts, in which nothing is a special token."""
-    backend: Any = tokenizer.backend_tokenizer
-    if not backend.encode_special_tokens:
-        backend.encode_special_tokens = True
-    if backend.truncation or backend.padding:
-        backend.no_truncation(), backend.no_padding()
-    return iter(backend.encode_batch(texts, add_special_tokens=False) if texts else ())
-
-
-def _first_from(tokens: Encoding, character: int) -> int:
-    """Return the first of the tokens that begins at a character of their text or after it."""
-    if character <= 0:
-        return 0
-    return bisect_left(
-        range(len(tokens)), character, key=lambda token: cast("tuple[int, int]", tokens.token_to_chars(token))[0]
-    )
-
-
-def _inside_a_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer for text after a control token, before which some put no space as they do at the start."""
-    before: Any = tokenizer.backend_tokenizer.pre_tokenizer if tokenizer.is_fast else None
-    if getattr(before, "prepend_scheme", None) != "first":
-        return tokenizer
-    inside: Any = copy.deepcopy(tokenizer)
-    inside.backend_tokenizer.pre_tokenizer = Metaspace(before.replacement, prepend_scheme="never", split=before.split)
-    return cast("PreTrainedTokenizerBase", inside)
 
 
 def _with_swallowed(mark: str, token: AddedToken | None) -> str:

@@ -10,36 +10,27 @@ import json
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import numpy
 
 from qlora_recipes.data.arrow_rows import Batch, Conversation, answer_ids, answer_span, write_rows
-from qlora_recipes.data.columns import ColumnUse, WatchedRow
+from qlora_recipes.data.conversations import Row, Tally, format_row, formatted
 from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
 from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
 from qlora_recipes.formatters import (
-    TEXT,
-    Formatter,
     Message,
     Reason,
     RowError,
     Tools,
-    check_conversation,
-    detect,
     is_trained,
-    preferences,
-    split_reasoning,
-    strings,
-    words_of,
 )
-from qlora_recipes.formatters.preferences import pair
 from qlora_recipes.recipe import DatasetSpec
 from qlora_recipes.run.receipt import DataReceipt, DatasetReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
@@ -48,32 +39,6 @@ _BATCH = 2**18  # characters encoded at once; each of their tokens takes 200 byt
 _AHEAD = 2  # batches that are encoded while others are rendered and written
 TOO_LONG = "no answer within max_length"
 """Why a row is dropped when truncation leaves nothing in the loss."""
-
-
-class _Row(NamedTuple):
-    """A row on its way from the file to the encoder."""
-
-    place: str
-    messages: list[Message]
-    tools: Tools | None
-    rejected: str | None
-    """The other answer of a row of preferences."""
-    source: Any
-    """The row as it was read."""
-
-    @property
-    def characters(self) -> int:
-        """How many are encoded, without those of the template."""
-        texts = [text for messages, _ in self.conversations for message in messages for text in words_of(message)]
-        return sum(map(len, texts)) + sum(map(len, strings(self.tools)))
-
-    @property
-    def conversations(self) -> list[tuple[list[Message], Tools | None]]:
-        """What is rendered: the conversation, and of a row of preferences the one that ends with the other answer."""
-        whole = (self.messages, self.tools)
-        if self.rejected is None:
-            return [whole]
-        return [whole, ([*self.messages[:-1], {**self.messages[-1], "content": self.rejected}], self.tools)]
 
 
 @dataclass(frozen=True)
@@ -87,22 +52,6 @@ class PreparedData:
     held_out_figures: numpy.ndarray
     receipt: DataReceipt
     template: TemplateReceipt
-
-
-@dataclass
-class _Tally:
-    """What is counted while the rows of one dataset are read."""
-
-    spec: DatasetSpec
-    formatter: Formatter | None
-    name: str
-    """Stands before the places of its rows, where there are several datasets."""
-    of_preferences: bool
-    dropped: Counter[str] = field(default_factory=Counter)
-    contents: Counter[str] = field(default_factory=Counter)
-    figures: list[numpy.ndarray] = field(default_factory=list)
-    columns: ColumnUse = field(default_factory=ColumnUse)
-    revision: str | None = None
 
 
 def prepare(
@@ -120,7 +69,7 @@ def prepare(
     """
     several, of_preferences = len(settings.datasets) > 1, settings.of_preferences
     tallies = [
-        _Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "", of_preferences)
+        Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "", of_preferences)
         for spec in settings.datasets
     ]
     max_length = settings.training["max_length"]
@@ -165,46 +114,9 @@ def _held_out(datasets: Sequence[DatasetSpec], every: numpy.ndarray) -> numpy.nd
     return held_out
 
 
-def _formatted(tally: _Tally, encoder: ConversationEncoder) -> Iterator[_Row | str]:
-    """Yield the rows of a dataset as conversations, or the reason why one is none."""
-    spec = tally.spec
-    rows = read_rows(spec.source, split=spec.split, revision=spec.revision)
-    tally.revision = rows.revision
-    for place, row in rows:
-        if spec.share < 1 and not _is_drawn(place, spec.share):
-            continue
-        try:
-            yield _format_row(tally, WatchedRow(row) if isinstance(row, dict) else row, place, encoder)
-        except RowError as error:
-            yield error.reason
-
-
-def _is_drawn(place: str, share: float) -> bool:
-    """Whether a row belongs to a share of its dataset: by a hash of its place, so that every arm draws the same."""
-    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8]) < share * 2**64
-
-
-def _format_row(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -> _Row:
-    """Return one row as a conversation; the first valid row decides for its file which formatter fits.
-
-    Raises:
-        RowError: when the row cannot be used.
-    """
-    spec, where = tally.spec, f"{tally.spec.source}, {place}"
-    tally.formatter = tally.formatter or (preferences if tally.of_preferences else _detect(row, where))
-    messages, tools, rejected = _format(tally.formatter, row, where, pairs=tally.of_preferences)
-    if spec.system and messages[0]["role"] not in ("system", "developer", TEXT):
-        messages = [{"role": "system", "content": spec.system.strip()}, *messages]
-    if encoder.knows_reasoning:
-        messages = split_reasoning(messages)
-    return _Row(f"{tally.name}{place}", messages, tools, rejected, row)
-
-
-def _rendered(
-    batch: Sequence[_Row | str], encoder: ConversationEncoder
-) -> tuple[list[_Row], list[str], list[Rendered]]:
+def _rendered(batch: Sequence[Row | str], encoder: ConversationEncoder) -> tuple[list[Row], list[str], list[Rendered]]:
     """Return the rows that can be used, why each of the others cannot, and the conversations of the former rendered."""
-    texts = iter(encoder.render_each([one for row in batch if isinstance(row, _Row) for one in row.conversations]))
+    texts = iter(encoder.render_each([one for row in batch if isinstance(row, Row) for one in row.conversations]))
     usable, dropped, rendered = [], [], []
     for row in batch:
         if isinstance(row, str):
@@ -235,45 +147,12 @@ def _whole(
     return rendered
 
 
-def _detect(row: Any, where: str) -> Formatter:
-    if not isinstance(row, Mapping):
-        raise RowError(Reason.NOT_AN_OBJECT, f"{where} is {type(row).__name__}, expected names with values")
-    try:
-        return detect(row)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _format(
-    formatter: Formatter, row: Any, place: str, *, pairs: bool
-) -> tuple[list[Message], Tools | None, str | None]:
-    """Apply a formatter, and name the row in whatever error it raises."""
-    name = getattr(formatter, "__name__", "format_row")
-    try:
-        found: Any = formatter(row)
-        if not pairs:
-            return *check_conversation(found, source=name), None
-        if not isinstance(found, Mapping) or not {"messages", "rejected"} <= found.keys():
-            raise RowError(Reason.NOT_A_PAIR, f"{name} gave no messages and rejected, expected both")
-        answer = {"role": "assistant", "content": found["rejected"]}
-        found = pair(found, {**found, "messages": [*found["messages"][:-1], answer]})
-        return found["messages"], found.get("tools"), found["rejected"]
-    except RowError:
-        raise
-    except Exception as error:  # a user's formatter can raise anything
-        columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(
-            f"{place}: {name} failed with {type(error).__name__}: {error}. The row has {columns}. "
-            "Fix the formatter, or let it raise RowError(reason, detail) for rows that should be left out"
-        ) from error
-
-
 def _encoded(
-    tally: _Tally, number: int, encoder: ConversationEncoder, max_length: int, advance: Callable[[int], object]
+    tally: Tally, number: int, encoder: ConversationEncoder, max_length: int, advance: Callable[[int], object]
 ) -> Iterator[Batch]:
     """Yield usable rows in batches, and append the figures of each batch to the tally."""
     meter = RowMeter(encoder)
-    for batch, encoded in _tokenized(_batches(_formatted(tally, encoder)), tally, encoder):
+    for batch, encoded in _tokenized(_batches(formatted(tally, encoder.knows_reasoning)), tally, encoder):
         usable = Batch()
         for row in batch:
             whole, other = next(encoded), next(encoded) if row.rejected is not None else None
@@ -295,16 +174,16 @@ def _encoded(
 
 
 def _tokenized(
-    batches: Iterator[list[_Row | str]], tally: _Tally, encoder: ConversationEncoder
-) -> Iterator[tuple[list[_Row], Iterator[Encoded]]]:
+    batches: Iterator[list[Row | str]], tally: Tally, encoder: ConversationEncoder
+) -> Iterator[tuple[list[Row], Iterator[Encoded]]]:
     """Yield the rows of each batch that can be used, with the tokens of all their conversations; count the others.
 
     The tokenizer works in threads while the next rows are rendered; not so for a template that is not trusted, whose
     memory limit is one of the whole process.
     """
-    waiting: deque[tuple[list[_Row], list[str], Future[list[Encoded]]]] = deque()
+    waiting: deque[tuple[list[Row], list[str], Future[list[Encoded]]]] = deque()
 
-    def finished() -> tuple[list[_Row], Iterator[Encoded]]:
+    def finished() -> tuple[list[Row], Iterator[Encoded]]:
         usable, dropped, tokens = waiting.popleft()
         tally.dropped.update(dropped)
         return usable, iter(tokens.result())
@@ -339,13 +218,13 @@ def _count_contents(contents: Counter[str], rows: Sequence[Conversation], encode
             contents["assistant outside the loss"] += sum(message.get("train") is False for message in messages)
 
 
-def _batches(rows: Iterator[_Row | str]) -> Iterator[list[_Row | str]]:
+def _batches(rows: Iterator[Row | str]) -> Iterator[list[Row | str]]:
     """Yield rows in batches that the tokenizer encodes at once."""
-    batch: list[_Row | str] = []
+    batch: list[Row | str] = []
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += row.characters if isinstance(row, _Row) else len(row)
+        characters += row.characters if isinstance(row, Row) else len(row)
         if characters >= _BATCH:
             yield batch
             batch, characters = [], 0
@@ -353,7 +232,7 @@ def _batches(rows: Iterator[_Row | str]) -> Iterator[list[_Row | str]]:
         yield batch
 
 
-def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
+def _nothing_usable(tally: Tally, encoder: ConversationEncoder) -> str:
     """Say what was expected, and show the first row."""
     spec = tally.spec
     place, row = next(read_rows(spec.source, split=spec.split, revision=spec.revision))
@@ -361,7 +240,7 @@ def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
         return f"a share of {spec.share:g} draws no row of {spec.source}; raise it, or leave the dataset out"
     shown = json.dumps(row, ensure_ascii=False, default=str)
     try:
-        for one in _format_row(tally, row, place, encoder).conversations:
+        for one in format_row(tally, row, place, encoder.knows_reasoning).conversations:
             if isinstance(text := _whole(encoder.render(*one), *one, encoder), RowError):
                 raise text
         why = "nothing by itself; it is longer than max_length"
@@ -378,7 +257,7 @@ def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
 
 
 def _data_receipt(
-    settings: Settings, fingerprint: str, figures: numpy.ndarray, held_out: numpy.ndarray, tallies: Sequence[_Tally]
+    settings: Settings, fingerprint: str, figures: numpy.ndarray, held_out: numpy.ndarray, tallies: Sequence[Tally]
 ) -> DataReceipt:
     dropped, contents, unread = (Counter[str]() for _ in range(3))
     datasets = []
