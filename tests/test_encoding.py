@@ -13,6 +13,7 @@ from qlora_recipes import ChatTemplate
 from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Reason, RowError
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
@@ -222,7 +223,7 @@ def test_white_space_that_a_control_token_swallows(answer: str) -> None:
     said = [*ask("  Who?\n", answer), *ask("Who?", "Ada.")]
     encoded = encoder.encode(said)
     assert encoded.input_ids == whole_text_ids(tokenizer, said)
-    assert encoder.closes(encoded.labels) == [True, True]
+    assert encoder.closes(Ragged.of([encoded.labels])).values.tolist() == [True, True]
     trained = tokenizer.decode([label for label in encoded.labels if label != IGNORED])
     assert trained.count("<|end|>") == 2 and not trained.endswith("\n")
     assert encoder.encode(ask(" " * 10**6, "Yes."))

@@ -21,6 +21,7 @@ from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.base.tokenizer import load_tokenizer
 from qlora_recipes.chat_templates import LLAMA_2_CHAT, ChatTemplate
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.templates import choose_template, dated, fault_of, mark
 from qlora_recipes.errors import DataError, ModelError, RecipesError, TemplateError
 from qlora_recipes.evaluation.generation import ended, generate
@@ -174,9 +175,9 @@ def test_a_template_that_nobody_knows_is_marked() -> None:
     encoder = encoder_of(CHATML)
     assert in_loss(encoder, SEVERAL) == "In Örebro.<|im_end|>\nWith her.\n\nYes.<|im_end|>\n"
     assert (encoder.end_token, encoder.template.role_markers) == ("<|im_end|>", None)
-    assert encoder.closes(encoder.encode(SEVERAL).labels) == [True, True]
+    assert encoder.closes(Ragged.of([encoder.encode(SEVERAL).labels])).values.tolist() == [True, True]
     cut = encoder.encode(SEVERAL).labels[:-2]  # without <|im_end|> and the newline
-    assert encoder.closes(cut) == [True, False]
+    assert encoder.closes(Ragged.of([cut])).values.tolist() == [True, False]
 
 
 def test_words_after_an_answer_are_not_left_in_the_loss() -> None:
@@ -361,7 +362,7 @@ def test_the_end_of_a_turn_is_the_templates(name: str, end: str) -> None:
             labels = encoder.encode(messages).labels
         except RowError:
             continue
-        assert all(encoder.closes(labels))
+        assert all(encoder.closes(Ragged.of([labels])).values.tolist())
 
 
 # ---- Rows of a run, and generation ----

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,8 +24,10 @@ import pyarrow
 from datasets import Dataset
 
 from qlora_recipes.data.encoding import IGNORED, Encoded
+from qlora_recipes.data.ragged import Ragged
+from qlora_recipes.data.words import WordHashes, hash_words
 from qlora_recipes.errors import RecipesError, SetupError
-from qlora_recipes.formatters import Message, Tools
+from qlora_recipes.formatters import Message, Tools, words_of
 
 _PREFIX = "qlora-recipes-rows-"
 _READ = 500  # rows decoded at once
@@ -40,8 +43,11 @@ _SCHEMA = pyarrow.schema(
         "rejected_ids": pyarrow.list_(pyarrow.int32()),
         "supervised_lost": pyarrow.int32(),
         "truncated": pyarrow.bool_(),
+        "passages": pyarrow.list_(pyarrow.int64()),  # see words.py
     }
 )
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+_ROW = [name for name in _SCHEMA.names if name != "passages"]
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,32 @@ def _pair(row: Mapping[str, Any]) -> dict[str, list[int]]:
     return {"prompt_ids": ids[:start], "chosen_ids": ids[start:end], "rejected_ids": row["rejected_ids"]}
 
 
+class Batch(list[Conversation]):
+    """Conversations that are measured and written together, in arrays."""
+
+    @cached_property
+    def ids(self) -> Ragged:
+        """Their tokens."""
+        return Ragged.of([row.encoded.input_ids for row in self])
+
+    @cached_property
+    def labels(self) -> Ragged:
+        """Their labels."""
+        return Ragged.of([row.encoded.labels for row in self])
+
+    @cached_property
+    def hashes(self) -> WordHashes:
+        """What their words are."""
+        return hash_words([[" ".join(words_of(message)) for message in row.messages] for row in self])
+
+
 class Rows(Sequence[Conversation]):
     """Conversations on disk; each is read again whenever it is asked for."""
 
     def __init__(self, file: _RowFile | None, table: Dataset) -> None:
         self._file = file  # held, since it removes the file when it goes
         self._table = table
+        self._conversations = table.select_columns(_ROW)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_file": None, "_table": self._table}  # another process reads the file and does not remove it
@@ -105,17 +131,22 @@ class Rows(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> Conversation | Rows:
         if isinstance(index, slice):
             return Rows(self._file, self._table.select(range(len(self))[index]))
-        return _conversation(**self._table[index])
+        return _conversation(**self._conversations[index])
 
     def __iter__(self) -> Iterator[Conversation]:
-        for batch in self._table.iter(_READ):
+        for batch in self._conversations.iter(_READ):
             yield from map(_conversation, *batch.values())
+
+    def passages(self) -> Iterator[Ragged]:
+        """Yield the hashes of the passages of a few rows at a time."""
+        for batch in self._table.select_columns(["passages"]).with_format("arrow").iter(_READ):
+            yield Ragged.from_arrow(batch["passages"])
 
     def words_as_json(self) -> Iterator[str]:
         """Yield the messages of each row, and its tools and its other answer where it has any, as they are stored."""
-        columns = ["messages", "tools", "rejected"]
-        for batch in self._table.select_columns(columns).iter(_READ):
-            for parts in zip(*(batch[name] for name in columns), strict=True):
+        columns = self._table.select_columns(["messages", "tools", "rejected"]).with_format("arrow")
+        for batch in columns.iter(_READ):
+            for parts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield "".join(part for part in parts if part is not None)
 
     def where(self, chosen: numpy.ndarray) -> Rows:
@@ -128,7 +159,15 @@ class Rows(Sequence[Conversation]):
 
     def pairs(self) -> Dataset:
         """Return the rows of preferences as DPOTrainer's collator takes them."""
-        return self._table.map(_pair, remove_columns=self._table.column_names)
+        return self._conversations.map(_pair, remove_columns=_ROW)
+
+
+def passages(rows: Sequence[Conversation]) -> Iterator[Ragged]:
+    """Yield the hashes of the passages of rows (see words.py), a few rows at a time."""
+    if isinstance(rows, Rows):
+        yield from rows.passages()
+    else:
+        yield Batch(rows).hashes.passages
 
 
 class _RowFile:
@@ -162,11 +201,22 @@ def _conversation(
     return Conversation(place, said, encoded, supervised_lost, truncated, read, rejected, rejected_ids)
 
 
-def _columns(row: Conversation) -> dict[str, object]:
-    """Return a row by the names of the schema: the other half of `_conversation`."""
-    tools = None if row.tools is None else json.dumps(row.tools, ensure_ascii=False)
-    messages = json.dumps(row.messages, ensure_ascii=False)
-    return {**vars(row), **vars(row.encoded), "messages": messages, "tools": tools}
+def _record(batch: Batch) -> pyarrow.RecordBatch:
+    """Return a batch by the names of the schema: the other half of `_conversation`."""
+    columns = {
+        "place": [row.place for row in batch],
+        "messages": [_as_json(row.messages) for row in batch],
+        "tools": [None if row.tools is None else _as_json(row.tools) for row in batch],
+        "input_ids": batch.ids.to_arrow(),
+        "labels": batch.labels.to_arrow(),
+        "rejected": [row.rejected for row in batch],
+        "rejected_ids": [row.rejected_ids for row in batch],
+        "supervised_lost": [row.supervised_lost for row in batch],
+        "truncated": [row.truncated for row in batch],
+        "passages": batch.hashes.passages.to_arrow(),
+    }
+    arrays = [pyarrow.array(columns[field.name], field.type) for field in _SCHEMA]
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
 
 
 def _remove(folder: str, lock: int, owner: int) -> None:
@@ -201,7 +251,7 @@ def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
         try:
             with pyarrow.OSFile(file.path, "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as stream:
                 for batch in batches:
-                    stream.write_batch(pyarrow.RecordBatch.from_pylist(list(map(_columns, batch)), _SCHEMA))
+                    stream.write_batch(_record(batch if isinstance(batch, Batch) else Batch(batch)))
             return Rows(file, Dataset.from_file(file.path))
         except BaseException:
             file.remove()

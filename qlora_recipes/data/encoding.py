@@ -11,10 +11,10 @@ Knows nothing of files or models.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, groupby, islice
@@ -22,13 +22,14 @@ from typing import Any, cast
 
 import jinja2
 import numpy
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers import AddedToken, Encoding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.outline import Fate, outline, shape_of
+from qlora_recipes.data.plain_text import encodings, first_from, inside_a_text
+from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.sandbox import limits
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import (
@@ -43,10 +44,10 @@ from qlora_recipes.formatters import (
     words_of,
 )
 
-_Tokens = tuple[list[int], list[tuple[int, int]]]
 _RENDER_BYTES = 2**29
 _RENDER_SECONDS = 10.0  # for one conversation, which normally takes less than a millisecond
 IGNORED = -100  # the label that PyTorch's cross-entropy ignores
+_TRUSTED = ("recipe", "package", "plain", "trl")
 _SHAPES = 4096  # of conversations, for each of which the template is tried once
 _CALL = {"type": "function", "function": {"name": "words", "arguments": {"words": "words"}}}
 _PROBES: tuple[Sequence[Any], ...] = (
@@ -76,6 +77,8 @@ class Encoded:
 
     def cut(self, max_length: int) -> Encoded:
         """Return the first `max_length` tokens."""
+        if len(self.input_ids) <= max_length:
+            return self
         return Encoded(self.input_ids[:max_length], self.labels[:max_length])
 
 
@@ -121,8 +124,9 @@ class ConversationEncoder:
         self._variables: dict[str, Any] = {name: marks[token] for name, token in named.items()}
         self._ids = {mark: cast(int, tokenizer.convert_tokens_to_ids(token)) for token, mark in marks.items()}
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
-        self._controls = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
-        self._inside = _inside_a_text(tokenizer)
+        self.control_ids = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
+        """The ids that only a template writes."""
+        self._inside = inside_a_text(tokenizer)
         flags = {token.content: token for token in added}
         cuts = [_with_swallowed(mark, flags.get(token)) for token, mark in marks.items()]
         self._cut = re.compile(f"({'|'.join(cuts)})")
@@ -130,6 +134,8 @@ class ConversationEncoder:
         """Whether the tokenizer itself puts BOS before a text."""
         self.knows_developer = re.search("['\"]developer['\"]", source) is not None
         """Whether the template has a developer; where it has none, that is the system."""
+        self.is_trusted = template.origin in _TRUSTED
+        """Whether the template is the recipe's, this package's or TRL's: each was tried when it was chosen."""
         self._tried = lru_cache(maxsize=_SHAPES)(self._try_shape)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
@@ -170,10 +176,18 @@ class ConversationEncoder:
         """The text of `end_id`."""
         return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
 
-    def closes(self, labels: Sequence[int]) -> list[bool]:
-        """Return, for each stretch of labels in the loss, whether it ends as the template ends a turn."""
-        closings = self._closings or [(self.end_id,)]
-        return [any(stretch[-len(one) :] == one for one in closings) for stretch in _stretches(labels)]
+    def closes(self, labels: Ragged) -> Ragged:
+        """Return, for each stretch in the loss of each list of labels, whether it ends as the template ends a turn."""
+        before, after = numpy.roll(labels.values, 1), numpy.roll(labels.values, -1)
+        before[labels.starts] = after[labels.ends - 1] = IGNORED  # one list ends no stretch of another
+        inside, last = labels.values != IGNORED, (labels.values != IGNORED) & (after == IGNORED)
+        ends = numpy.flatnonzero(last)
+        sizes = ends - numpy.flatnonzero(inside & (before == IGNORED)) + 1
+        closed = numpy.zeros(len(ends), dtype=bool)
+        for one in self._closings or [(self.end_id,)]:
+            same = [labels.values[ends - i] == token for i, token in enumerate(reversed(one))]
+            closed |= numpy.logical_and.reduce([sizes >= len(one), *same])
+        return Ragged(closed, labels.sums(last))
 
     @cached_property
     def _closings(self) -> list[tuple[int, ...]]:
@@ -194,7 +208,7 @@ class ConversationEncoder:
             return []
 
     def _closing(self, stretch: tuple[int, ...], *, prefer: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
-        controls = [i for i, token in enumerate(stretch) if token in self._controls]
+        controls = [i for i, token in enumerate(stretch) if token in self.control_ids]
         at = next((i for i in reversed(controls) if prefer and stretch[i] == prefer[0]), max(controls, default=None))
         if at is None or str(self.tokenizer.decode(list(stretch[at:]), skip_special_tokens=True)).strip():
             return None
@@ -206,7 +220,7 @@ class ConversationEncoder:
 
     def control_tokens(self, ids: Iterable[int]) -> Counter[int]:
         """Return how often each control token occurs among the ids."""
-        return Counter(token for token in ids if token in self._controls)
+        return Counter(token for token in ids if token in self.control_ids)
 
     def structure(self, messages: Sequence[Message], tools: Tools | None = None) -> Counter[int]:
         """Return the control tokens of a conversation of this shape, which do not depend on its text."""
@@ -239,7 +253,7 @@ class ConversationEncoder:
         if messages and messages[0]["role"] == TEXT:
             return self._render_text(messages[0]["content"])
         try:
-            with limits(_RENDER_SECONDS, _RENDER_BYTES):  # the template and its role markers may be a stranger's
+            with self.limited():  # the template and its role markers may be a stranger's
                 self._refuse_forged(messages, tools)
                 rendered = render_jinja_template(  # in Jinja's sandbox
                     [self.for_template(messages)],
@@ -262,6 +276,30 @@ class ConversationEncoder:
             raise TemplateError(message) from error
         texts, spans = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)  # annotated as str upstream
         return Rendered(texts[0], _trained_spans(messages, spans[0] if spans else []))
+
+    def render_each(self, conversations: Sequence[tuple[Sequence[Message], Tools | None]]) -> list[Rendered | RowError]:
+        """Return each conversation rendered, or why it cannot be, under one limit of time for all of them together.
+
+        For a template that is not trusted there is one limit of memory, too.
+
+        Raises:
+            TemplateError: when the template cannot be rendered.
+        """
+        try:
+            with limits(_RENDER_SECONDS, None if self.is_trusted else _RENDER_BYTES):
+                return [self._attempt(*conversation) for conversation in conversations]
+        except (TemplateError, TimeoutError, MemoryError):  # by one of them, or by many slow ones
+            return [self._attempt(*conversation) for conversation in conversations]
+
+    def limited(self) -> AbstractContextManager[None]:
+        """Return one limit for several renderings, in place of one for each."""
+        return limits(_RENDER_SECONDS, _RENDER_BYTES)
+
+    def _attempt(self, messages: Sequence[Message], tools: Tools | None) -> Rendered | RowError:
+        try:
+            return self.render(messages, tools)
+        except RowError as error:
+            return error
 
     def _render_text(self, text: str) -> Rendered:
         """Return a plain text, between BOS where the tokenizer adds one and EOS.
@@ -286,7 +324,7 @@ class ConversationEncoder:
         marker = self._forged_word(text) if role == TEXT else self._forged_marker(text)
         if marker:
             raise RowError(Reason.CONTROL_STRING, f"the {role}'s text contains {marker!r}")
-        if found := re.search("[\ufdd0-\ufdef]", text):
+        if not text.isascii() and (found := re.search("[\ufdd0-\ufdef]", text)):
             character = f"the noncharacter {found.group()!a}"
             raise RowError(Reason.UNENCODABLE, f"the {role}'s text contains {character}")
 
@@ -301,49 +339,36 @@ class ConversationEncoder:
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        first = _encoded(self.tokenizer, [parts[0] for parts in pieces if parts[0]])
-        others = _encoded(self._inside, [piece for parts in pieces for piece in parts[2::2] if piece])
+        first = encodings(self.tokenizer, [parts[0] for parts in pieces if parts[0]])
+        others = encodings(self._inside, [piece for parts in pieces for piece in parts[2::2] if piece])
         return [
             self._join(parts, chain(islice(first, bool(parts[0])), others), rendered.spans)
             for parts, rendered in zip(pieces, conversations, strict=True)
         ]
 
-    def _join(self, pieces: Sequence[str], tokens: Iterator[_Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
+    def _join(self, pieces: Sequence[str], found: Iterator[Encoding], spans: Sequence[tuple[int, int]]) -> Encoded:
         """Return one conversation: the next tokens for each piece of text, and an id for each stand-in between them."""
         ids: list[int] = []
-        positions: list[int] = []  # of each token's first character in the rendered text
+        labels: list[int] = []
         start = 0
         for i, piece in enumerate(pieces):
             if i % 2:
                 mark = piece.strip()
-                ids.append(self._ids[mark])
-                positions.append(start + piece.index(mark))
+                place, token = start + piece.index(mark), self._ids[mark]
+                ids.append(token)
+                labels.append(token if any(begin <= place < end for begin, end in spans) else IGNORED)
             elif piece:
-                found, offsets = next(tokens)
-                ids += found
-                positions += [start + begin for begin, _ in offsets]
+                tokens = next(found)
+                own = tokens.ids
+                ids += own
+                inside = [IGNORED] * len(own)
+                for begin, end in spans:
+                    if begin < start + len(piece) and end > start:
+                        part = slice(first_from(tokens, begin - start), first_from(tokens, end - start))
+                        inside[part] = own[part]
+                labels += inside
             start += len(piece)
-        places = numpy.array(positions, dtype=numpy.int64)
-        supervised = numpy.zeros(len(ids), dtype=bool)
-        for begin, end in spans:
-            supervised |= (begin <= places) & (places < end)
-        return Encoded(ids, numpy.where(supervised, ids, IGNORED).tolist())
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[_Tokens]:
-    options = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    batch = tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
-    return zip(batch["input_ids"], batch["offset_mapping"], strict=True)
-
-
-def _inside_a_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer for text after a control token, before which some put no space as they do at the start."""
-    before: Any = tokenizer.backend_tokenizer.pre_tokenizer if tokenizer.is_fast else None
-    if getattr(before, "prepend_scheme", None) != "first":
-        return tokenizer
-    inside: Any = copy.deepcopy(tokenizer)
-    inside.backend_tokenizer.pre_tokenizer = Metaspace(before.replacement, prepend_scheme="never", split=before.split)
-    return cast("PreTrainedTokenizerBase", inside)
+        return Encoded(ids, labels)
 
 
 def _with_swallowed(mark: str, token: AddedToken | None) -> str:

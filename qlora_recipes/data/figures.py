@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy
 
-from qlora_recipes.data.arrow_rows import Conversation
-from qlora_recipes.data.encoding import ConversationEncoder
+from qlora_recipes.data.arrow_rows import Batch, Conversation
+from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.formatters import TEXT, answer_of, is_trained, words_of
 
 FIGURES = numpy.dtype(
@@ -51,48 +52,63 @@ class RowMeter:
         ids = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         self._bos, self._pad, self._unknown = (_NO_TOKEN if token is None else token for token in ids)
         self._bos = _NO_TOKEN if self._bos in (encoder.end_id, tokenizer.eos_token_id) else self._bos
-        self._eos, self._adds_bos, self._closes = tokenizer.eos_token_id, encoder.adds_bos, encoder.closes
-        self._special_tokens = encoder.special_tokens
-        self._controls = encoder.control_tokens
-        self._structure = encoder.structure
+        self._eos, self._encoder = tokenizer.eos_token_id, encoder
+        special = [re.escape(token) for token in encoder.special_tokens]
+        self._special = re.compile("|".join(special) or "(?!)")
 
     def measure(self, rows: Sequence[Conversation], dataset: int = 0) -> numpy.ndarray:
         """Return the FIGURES of rows of one dataset, one record for each."""
-        return numpy.array([self._figures(row, dataset) for row in rows], FIGURES)
+        batch = rows if isinstance(rows, Batch) else Batch(rows)
+        found = numpy.zeros(len(batch), FIGURES)
+        if not batch:
+            return found
+        found["dataset"] = dataset
+        found["words"] = batch.hashes.whole
+        found["supervised_lost"] = [row.supervised_lost for row in batch]
+        found["truncated"] = [row.truncated for row in batch]
+        self._measure_texts(batch, found)
+        self._measure_ids(batch, found)
+        self._measure_labels(batch, found)
+        return found
 
-    def _figures(self, row: Conversation, dataset: int) -> tuple[int, ...]:
-        texts = [text for message in row.messages for text in words_of(message)]
-        question = next((message["content"] for message in row.messages if message["role"] == "user"), texts[0])
-        answers = [answer_of(message) for message in row.messages if is_trained(message)]
-        ids, labels = row.encoded.input_ids, row.encoded.labels
-        needed, controls = self._structure(row.messages, row.tools), self._controls(ids)
-        bos, is_text = ids.count(self._bos), row.messages[0]["role"] == TEXT
-        closed = [labels[-1] == self._eos] if is_text else self._closes(labels)
-        found = {
-            "dataset": dataset,
-            "question": int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]),
-            "words": hash(tuple(map(words, texts))),
-            "control_text": any(token in text for text in texts for token in self._special_tokens),
-            "answers": len(answers),
-            "wordless_answers": sum(not re.search(r"\w", answer) for answer in answers),
-            "one_word_answers": sum(len(answer.split(maxsplit=1)) == 1 for answer in answers),
-            "length": len(ids),
-            "supervised": row.encoded.supervised,
-            "supervised_lost": row.supervised_lost,
-            "truncated": row.truncated,
-            "largest_id": max(ids),
-            "unknown": ids.count(self._unknown),
-            "padding": self._pad in ids,
-            "bos": bos,
-            "starts_with_bos": ids[0] == self._bos or (is_text and not self._adds_bos),
-            "doubled_bos": bos > 1 and (self._bos, self._bos) in pairwise(ids),
-            "ends": sum(closed),
-            "last_is_end": closed[-1:] == [True],
-            "controls_fit": controls <= needed if row.truncated else controls == needed,
-        }
-        return tuple(found[name] for name in FIGURES.names or ())
+    def _measure_texts(self, batch: Batch, found: numpy.ndarray) -> None:
+        for row, record in zip(batch, found, strict=True):
+            texts = [text for message in row.messages for text in words_of(message)]
+            question = next((message["content"] for message in row.messages if message["role"] == "user"), texts[0])
+            answers = [answer_of(message) for message in row.messages if is_trained(message)]
+            record["question"] = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8])
+            record["control_text"] = any(self._special.search(text) for text in texts)
+            record["answers"] = len(answers)
+            record["wordless_answers"] = sum(not re.search(r"\w", answer) for answer in answers)
+            record["one_word_answers"] = sum(len(answer.split(maxsplit=1)) == 1 for answer in answers)
+
+    def _measure_ids(self, batch: Batch, found: numpy.ndarray) -> None:
+        ids = batch.ids
+        is_bos = ids.values == self._bos
+        found["length"] = ids.lengths
+        found["largest_id"] = numpy.maximum.reduceat(ids.values, ids.starts)
+        found["unknown"] = ids.sums(ids.values == self._unknown)
+        found["padding"] = ids.sums(ids.values == self._pad) > 0
+        found["bos"] = ids.sums(is_bos)
+        found["starts_with_bos"] = is_bos[ids.starts] | (_are_texts(batch) & (not self._encoder.adds_bos))
+        follows = is_bos & numpy.roll(is_bos, 1)
+        follows[ids.starts] = False
+        found["doubled_bos"] = ids.sums(follows) > 0
+        is_control = numpy.isin(ids.values, list(self._encoder.control_ids))
+        controls = Ragged(ids.values[is_control], ids.sums(is_control))
+        for i, (row, start, end) in enumerate(zip(batch, controls.starts, controls.ends, strict=True)):
+            own, needed = Counter(controls.values[start:end].tolist()), self._encoder.structure(row.messages, row.tools)
+            found["controls_fit"][i] = own <= needed if row.truncated else own == needed
+
+    def _measure_labels(self, batch: Batch, found: numpy.ndarray) -> None:
+        labels, is_text = batch.labels, _are_texts(batch)
+        closed, last = self._encoder.closes(labels), labels.values[labels.ends - 1] == self._eos
+        found["supervised"] = labels.sums(labels.values != IGNORED)
+        ends, at_the_end = closed.sums(closed.values), numpy.zeros(len(batch), dtype=bool)
+        at_the_end[closed.lengths > 0] = closed.values[closed.ends[closed.lengths > 0] - 1]
+        found["ends"] = numpy.where(is_text, last, ends)
+        found["last_is_end"] = numpy.where(is_text, last, at_the_end)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Return the words of a text in lower case, without punctuation."""
-    return tuple(re.findall(r"\w+", text.lower()))
+def _are_texts(batch: Batch) -> numpy.ndarray:
+    return numpy.array([row.messages[0]["role"] == TEXT for row in batch])

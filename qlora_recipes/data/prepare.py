@@ -9,52 +9,36 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import cast
 
 import numpy
 
-from qlora_recipes.data.arrow_rows import Conversation, answer_ids, answer_span, write_rows
-from qlora_recipes.data.columns import ColumnUse, WatchedRow
+from qlora_recipes.data.arrow_rows import Batch, Conversation, answer_ids, answer_span, write_rows
+from qlora_recipes.data.conversations import Row, Tally, format_row, formatted
 from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
 from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
 from qlora_recipes.formatters import (
-    TEXT,
-    Formatter,
     Message,
     Reason,
     RowError,
     Tools,
-    check_conversation,
-    detect,
     is_trained,
-    preferences,
-    split_reasoning,
 )
-from qlora_recipes.formatters.preferences import pair
 from qlora_recipes.recipe import DatasetSpec
 from qlora_recipes.run.receipt import DataReceipt, DatasetReceipt, TemplateReceipt
 from qlora_recipes.settings import Settings
 
 _BATCH = 2**18  # characters encoded at once; each of their tokens takes 200 bytes meanwhile
+_AHEAD = 2  # batches that are encoded while others are rendered and written
 TOO_LONG = "no answer within max_length"
 """Why a row is dropped when truncation leaves nothing in the loss."""
-
-
-class _Row(NamedTuple):
-    """A row on its way from the file to the encoder."""
-
-    place: str
-    messages: list[Message]
-    tools: Tools | None
-    rendered: Rendered
-    rejected: tuple[str, Rendered] | None
-    """The other answer of a row of preferences, and the conversation that ends with it."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +52,6 @@ class PreparedData:
     held_out_figures: numpy.ndarray
     receipt: DataReceipt
     template: TemplateReceipt
-
-
-@dataclass
-class _Tally:
-    """What is counted while the rows of one dataset are read."""
-
-    spec: DatasetSpec
-    formatter: Formatter | None
-    name: str
-    """Stands before the places of its rows, where there are several datasets."""
-    of_preferences: bool
-    dropped: Counter[str] = field(default_factory=Counter)
-    contents: Counter[str] = field(default_factory=Counter)
-    figures: list[numpy.ndarray] = field(default_factory=list)
-    columns: ColumnUse = field(default_factory=ColumnUse)
-    revision: str | None = None
 
 
 def prepare(
@@ -101,7 +69,7 @@ def prepare(
     """
     several, of_preferences = len(settings.datasets) > 1, settings.of_preferences
     tallies = [
-        _Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "", of_preferences)
+        Tally(spec, settings.recipe.formatter(spec), f"{Path(spec.source).name}, " if several else "", of_preferences)
         for spec in settings.datasets
     ]
     max_length = settings.training["max_length"]
@@ -146,147 +114,117 @@ def _held_out(datasets: Sequence[DatasetSpec], every: numpy.ndarray) -> numpy.nd
     return held_out
 
 
-def _rendered(tally: _Tally, encoder: ConversationEncoder) -> Iterator[_Row]:
-    """Yield the rows of a dataset that can be used, and count the others."""
-    spec = tally.spec
-    rows = read_rows(spec.source, split=spec.split, revision=spec.revision)
-    tally.revision = rows.revision
-    for place, row in rows:
-        if spec.share < 1 and not _is_drawn(place, spec.share):
+def _rendered(batch: Sequence[Row | str], encoder: ConversationEncoder) -> tuple[list[Row], list[str], list[Rendered]]:
+    """Return the rows that can be used, why each of the others cannot, and the conversations of the former rendered."""
+    texts = iter(encoder.render_each([one for row in batch if isinstance(row, Row) for one in row.conversations]))
+    usable, dropped, rendered = [], [], []
+    for row in batch:
+        if isinstance(row, str):
+            dropped.append(row)
             continue
-        try:
-            watched = WatchedRow(row) if isinstance(row, dict) else row
-            rendered = _render(tally, watched, place, encoder)
-            tally.columns.add(watched)
-            yield rendered
-        except RowError as error:
-            tally.dropped[error.reason] += 1
+        own = [_whole(next(texts), *one, encoder) for one in row.conversations]
+        error = next((text for text in own if isinstance(text, RowError)), None)
+        if error:
+            dropped.append(error.reason)
+        else:
+            usable.append(row)
+            rendered += cast("list[Rendered]", own)
+    return usable, dropped, rendered
 
 
-def _is_drawn(place: str, share: float) -> bool:
-    """Whether a row belongs to a share of its dataset: by a hash of its place, so that every arm draws the same."""
-    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8]) < share * 2**64
-
-
-def _render(tally: _Tally, row: Any, place: str, encoder: ConversationEncoder) -> _Row:
-    """Return one row as the template renders it; the first valid row decides for its file which formatter fits.
-
-    Raises:
-        RowError: when the row cannot be used, or the template does not render all of it.
-    """
-    spec, where = tally.spec, f"{tally.spec.source}, {place}"
-    tally.formatter = tally.formatter or (preferences if tally.of_preferences else _detect(row, where))
-    messages, tools, rejected = _format(tally.formatter, row, where, pairs=tally.of_preferences)
-    if spec.system and messages[0]["role"] not in ("system", "developer", TEXT):
-        messages = [{"role": "system", "content": spec.system.strip()}, *messages]
-    if encoder.knows_reasoning:
-        messages = split_reasoning(messages)
-    rendered = _rendered_whole(messages, tools, encoder)
-    if rejected is None:
-        return _Row(f"{tally.name}{place}", messages, tools, rendered, None)
-    other = [*messages[:-1], {**messages[-1], "content": rejected}]
-    return _Row(f"{tally.name}{place}", messages, tools, rendered, (rejected, _rendered_whole(other, tools, encoder)))
-
-
-def _rendered_whole(messages: list[Message], tools: Tools | None, encoder: ConversationEncoder) -> Rendered:
-    """Return the text of a conversation, or raise RowError where the template does not render all of it."""
-    rendered = encoder.render(messages, tools)
+def _whole(
+    rendered: Rendered | RowError, messages: list[Message], tools: Tools | None, encoder: ConversationEncoder
+) -> Rendered | RowError:
+    """Return the text of a conversation, or the error where the template does not render all of it."""
+    if isinstance(rendered, RowError):
+        return rendered
     left_out = list(encoder.fate(messages, tools).left_out)
     if any(message["content"] not in rendered.text for message in messages if is_trained(message)):
         left_out.append("words of the answer")  # such as what follows </think> in an answer that quotes it
     if left_out:
         what = f"{', '.join(left_out[:4])}{' and more' if len(left_out) > 4 else ''}"
-        raise RowError(Reason.LEFT_OUT, f"{encoder.template.name} does not render {what}")
+        return RowError(Reason.LEFT_OUT, f"{encoder.template.name} does not render {what}")
     return rendered
 
 
-def _detect(row: Any, where: str) -> Formatter:
-    if not isinstance(row, Mapping):
-        raise RowError(Reason.NOT_AN_OBJECT, f"{where} is {type(row).__name__}, expected names with values")
-    try:
-        return detect(row)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _format(
-    formatter: Formatter, row: Any, place: str, *, pairs: bool
-) -> tuple[list[Message], Tools | None, str | None]:
-    """Apply a formatter, and name the row in whatever error it raises."""
-    name = getattr(formatter, "__name__", "format_row")
-    try:
-        found: Any = formatter(row)
-        if not pairs:
-            return *check_conversation(found, source=name), None
-        if not isinstance(found, Mapping) or not {"messages", "rejected"} <= found.keys():
-            raise RowError(Reason.NOT_A_PAIR, f"{name} gave no messages and rejected, expected both")
-        answer = {"role": "assistant", "content": found["rejected"]}
-        found = pair(found, {**found, "messages": [*found["messages"][:-1], answer]})
-        return found["messages"], found.get("tools"), found["rejected"]
-    except RowError:
-        raise
-    except Exception as error:  # a user's formatter can raise anything
-        columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(
-            f"{place}: {name} failed with {type(error).__name__}: {error}. The row has {columns}. "
-            "Fix the formatter, or let it raise RowError(reason, detail) for rows that should be left out"
-        ) from error
-
-
 def _encoded(
-    tally: _Tally, number: int, encoder: ConversationEncoder, max_length: int, advance: Callable[[int], object]
-) -> Iterator[list[Conversation]]:
+    tally: Tally, number: int, encoder: ConversationEncoder, max_length: int, advance: Callable[[int], object]
+) -> Iterator[Batch]:
     """Yield usable rows in batches, and append the figures of each batch to the tally."""
     meter = RowMeter(encoder)
-    for batch in _batches(_rendered(tally, encoder)):
-        usable = []
-        encoded = encoder.tokenize([row.rendered for row in batch])
-        others = iter(encoder.tokenize([row.rejected[1] for row in batch if row.rejected]))
-        for (place, messages, tools, _, rejected), whole in zip(batch, encoded, strict=True):
-            other = next(others) if rejected else None
+    for batch, encoded in _tokenized(_batches(formatted(tally, encoder.knows_reasoning)), tally, encoder):
+        usable = Batch()
+        for row in batch:
+            whole, other = next(encoded), next(encoded) if row.rejected is not None else None
+            tally.columns.add(row.source)
             if other and _prompt_of(whole) != _prompt_of(other):
                 tally.dropped[Reason.NOT_A_PAIR] += 1
                 continue
             cut, other = whole.cut(max_length), other.cut(max_length) if other else None
-            lost = whole.supervised - cut.supervised
-            truncated = len(whole.input_ids) > max_length
             if cut.supervised and (other is None or other.supervised):
-                answers = (rejected[0], answer_ids(other)) if rejected and other else ()
-                usable.append(Conversation(place, messages, cut, lost, truncated, tools, *answers))
-                _count_contents(tally.contents, usable[-1], encoder)
+                answers = (row.rejected, answer_ids(other)) if other else ()
+                lost = 0 if cut is whole else whole.supervised - cut.supervised
+                usable.append(Conversation(row.place, row.messages, cut, lost, cut is not whole, row.tools, *answers))
             else:
                 tally.dropped[TOO_LONG] += 1
+        _count_contents(tally.contents, usable, encoder)
         tally.figures.append(meter.measure(usable, number))
         advance(len(batch))
         yield usable
+
+
+def _tokenized(
+    batches: Iterator[list[Row | str]], tally: Tally, encoder: ConversationEncoder
+) -> Iterator[tuple[list[Row], Iterator[Encoded]]]:
+    """Yield the rows of each batch that can be used, with the tokens of all their conversations; count the others.
+
+    The tokenizer works in threads while the next rows are rendered; not so for a template that is not trusted, whose
+    memory limit is one of the whole process.
+    """
+    waiting: deque[tuple[list[Row], list[str], Future[list[Encoded]]]] = deque()
+
+    def finished() -> tuple[list[Row], Iterator[Encoded]]:
+        usable, dropped, tokens = waiting.popleft()
+        tally.dropped.update(dropped)
+        return usable, iter(tokens.result())
+
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        for batch in batches:
+            usable, dropped, rendered = _rendered(batch, encoder)
+            waiting.append((usable, dropped, pool.submit(encoder.tokenize, rendered)))
+            if len(waiting) > _AHEAD or not encoder.is_trusted:
+                yield finished()
+        while waiting:
+            yield finished()
 
 
 def _prompt_of(row: Encoded) -> list[int]:
     return row.input_ids[: answer_span(row.labels)[0]]
 
 
-def _count_contents(contents: Counter[str], row: Conversation, encoder: ConversationEncoder) -> None:
-    """Count what a row holds: its messages by role, and what few rows have."""
-    messages = row.messages
-    contents.update(message["role"] for message in messages)
-    if row.tools is not None:
-        contents["rows with tools"] += 1
-    if row.rejected is not None:
-        contents["preferences"] += 1
-    if any(len(message) > 2 for message in messages):
-        contents["calls"] += sum(len(message.get("tool_calls", ())) for message in messages)
-        contents["reasoning"] += sum("reasoning_content" in message for message in messages)
-        contents["reasoning left out by the template"] += encoder.fate(messages, row.tools).forgotten
-        contents["assistant outside the loss"] += sum(message.get("train") is False for message in messages)
+def _count_contents(contents: Counter[str], rows: Sequence[Conversation], encoder: ConversationEncoder) -> None:
+    """Count what rows hold: their messages by role, and what few rows have."""
+    contents.update([message["role"] for row in rows for message in row.messages])
+    for row in rows:
+        messages = row.messages
+        if row.tools is not None:
+            contents["rows with tools"] += 1
+        if row.rejected is not None:
+            contents["preferences"] += 1
+        if any(len(message) > 2 for message in messages):
+            contents["calls"] += sum(len(message.get("tool_calls", ())) for message in messages)
+            contents["reasoning"] += sum("reasoning_content" in message for message in messages)
+            contents["reasoning left out by the template"] += encoder.fate(messages, row.tools).forgotten
+            contents["assistant outside the loss"] += sum(message.get("train") is False for message in messages)
 
 
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+def _batches(rows: Iterator[Row | str]) -> Iterator[list[Row | str]]:
     """Yield rows in batches that the tokenizer encodes at once."""
-    batch: list[_Row] = []
+    batch: list[Row | str] = []
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += len(row.rendered.text)
+        characters += row.characters if isinstance(row, Row) else len(row)
         if characters >= _BATCH:
             yield batch
             batch, characters = [], 0
@@ -294,7 +232,7 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
+def _nothing_usable(tally: Tally, encoder: ConversationEncoder) -> str:
     """Say what was expected, and show the first row."""
     spec = tally.spec
     place, row = next(read_rows(spec.source, split=spec.split, revision=spec.revision))
@@ -302,7 +240,9 @@ def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
         return f"a share of {spec.share:g} draws no row of {spec.source}; raise it, or leave the dataset out"
     shown = json.dumps(row, ensure_ascii=False, default=str)
     try:
-        _render(tally, row, place, encoder)
+        for one in format_row(tally, row, place, encoder.knows_reasoning).conversations:
+            if isinstance(text := _whole(encoder.render(*one), *one, encoder), RowError):
+                raise text
         why = "nothing by itself; it is longer than max_length"
     except RowError as error:
         why = str(error)
@@ -317,7 +257,7 @@ def _nothing_usable(tally: _Tally, encoder: ConversationEncoder) -> str:
 
 
 def _data_receipt(
-    settings: Settings, fingerprint: str, figures: numpy.ndarray, held_out: numpy.ndarray, tallies: Sequence[_Tally]
+    settings: Settings, fingerprint: str, figures: numpy.ndarray, held_out: numpy.ndarray, tallies: Sequence[Tally]
 ) -> DataReceipt:
     dropped, contents, unread = (Counter[str]() for _ in range(3))
     datasets = []

@@ -27,8 +27,11 @@ _CUT_SHARE = 0.01  # of the supervised tokens; one or two long rows in a thousan
 
 def loss_is_the_answers(run: Run) -> Check:
     """The tokens in the loss are the assistant's messages, no question and no role name; shown by changing messages."""
-    rows = spread(run.data.train, _DECODED_ROWS)
-    faults = [(row.place, fault) for row in rows if (fault := _fault(run, row))]
+    rows, faults = spread(run.data.train, _DECODED_ROWS), []
+    for row in rows:
+        with run.encoder.limited():  # it is rendered eight times
+            if fault := _fault(run, row):
+                faults.append((row.place, fault))
     receipt = run.data.receipt
     share = receipt.supervised_tokens / receipt.tokens
     figure = f"{receipt.supervised_tokens:,} of {receipt.tokens:,} tokens ({share:.0%}); {len(rows)} rows read back"

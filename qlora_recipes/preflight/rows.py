@@ -6,21 +6,20 @@ Needs no model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy
 
-from qlora_recipes.data.arrow_rows import Conversation
-from qlora_recipes.data.figures import words
+from qlora_recipes.data.arrow_rows import Conversation, passages
 from qlora_recipes.data.prepare import TOO_LONG
-from qlora_recipes.formatters import Reason, words_of
+from qlora_recipes.formatters import Reason
 from qlora_recipes.preflight.checks import fail_unless, passed, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.stages import Run
 
-_SHARED_WORDS = 8  # consecutive words that two texts almost never share by chance
 _HELD_OUT = 2_000  # held-out conversations to look for, since hashes of all their words are in memory
+_LAST_BITS = 2**24 - 1
 _FEW_HELD_OUT = 20  # below, a comparison says nothing of their answers
 _COLUMNS = 12  # named; all of them are in the receipt
 _BARS = "▁▂▃▄▅▆▇█"
@@ -117,24 +116,20 @@ def held_out_rows(run: Run) -> Check:
 
 def contamination(run: Run) -> Check:
     """Count held-out conversations that training contains, by eight consecutive words or by whole short messages."""
-    held_out = [set(_shingles(row)) for row in spread(run.data.held_out, _HELD_OUT)]
-    expected: set[int] = set().union(*held_out)
-    seen: set[int] = set()
-    for row in run.data.train:
-        seen |= expected.intersection(_shingles(row))
-    known = sum(bool(parts) and len(parts & seen) > len(parts) / 2 for parts in held_out)
+    chosen = set(spread(range(len(run.data.held_out)), _HELD_OUT))
+    every = (part for batch in passages(run.data.held_out) for part in batch.split())
+    held_out = [numpy.unique(part) for i, part in enumerate(every) if i in chosen]
+    expected = numpy.unique(numpy.concatenate([*held_out, numpy.empty(0, numpy.int64)]))
+    seen, likely = numpy.zeros(len(expected), dtype=bool), numpy.zeros(_LAST_BITS + 1, dtype=bool)
+    likely[expected & _LAST_BITS] = True  # rules out most passages at once
+    for batch in passages(run.data.train):
+        found = batch.values[likely[batch.values & _LAST_BITS]]
+        places = numpy.searchsorted(expected, found)
+        places[places == len(expected)] = 0
+        seen[places[expected[places] == found]] = True
+    known = sum(seen[numpy.searchsorted(expected, part)].mean() > 0.5 for part in held_out)
     return warn_unless(
         known <= 0.05 * len(held_out),
         f"{known:,} of {len(held_out):,} held-out conversations are known from training",
         "Scores on them measure memory. Remove near-copies from the data.",
     )
-
-
-def _shingles(row: Conversation) -> Iterator[int]:
-    """Yield a hash of every eight consecutive words of each message, or of a shorter message as a whole."""
-    said = [words(" ".join(words_of(message))) for message in row.messages]
-    for before, current in zip([(), *said], said, strict=False):
-        # a short answer is recognized only together with its question
-        text = before + current if len(current) < _SHARED_WORDS else current
-        for start in range(max(1, len(text) - _SHARED_WORDS + 1)):
-            yield hash(text[start : start + _SHARED_WORDS])
