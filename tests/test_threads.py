@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,3 +144,25 @@ def test_what_a_launcher_set_is_not_the_users(variables: dict[str, str], flags: 
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(launch, env=inherited | variables | paths, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
+
+
+FREED = """
+import ctypes, psutil
+from qlora_recipes import environment
+for keep in (lambda: None, environment.keep_freed_memory):
+    keep()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    block = ctypes.c_void_p(libc.malloc(2**26))
+    ctypes.memset(block, 1, 2**26)
+    held = psutil.Process().memory_info().rss
+    libc.free(block)
+    print(held - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+def test_memory_that_a_step_frees_is_kept_for_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 2**25 > after
