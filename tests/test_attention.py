@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -131,10 +132,10 @@ def test_probabilities_of_short_conversations_are_kept_and_are_those_computed_ag
     for longest, kept in ((0, 0), (BLOCK + 9, 2 + 1), (attention.KEPT, 2 + 1 + 3)):
         monkeypatch.setattr(attention, "KEPT", longest)
         leaves = [part.clone().requires_grad_() for part in parts[:3]]
-        saved: Tensors = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+        saved = Mock(side_effect=lambda one: one)
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda one: one):
             by_conversation(*leaves, bounds)
-        assert len(saved) == 3 + kept
+        assert saved.call_count == 3 + kept
         found.append(with_gradients(by_conversation, parts, bounds))
     for one, *others in zip(*found, strict=True):
         assert all(torch.equal(one, other) for other in others)
