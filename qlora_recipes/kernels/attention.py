@@ -166,8 +166,8 @@ def _on_gpu(
 class _CausalOnCPU(torch.autograd.Function):
     """Causal attention in blocks of queries, whose probabilities are kept or computed again for the backward pass.
 
-    PyTorch's own for CPUs takes up to twice as long (docs/performance.md). As
-    there, scores and softmax are in float32, and probabilities are rounded to the dtype of the values.
+    PyTorch's own for CPUs takes up to twice as long (docs/performance.md). As there, scores and softmax are in float32,
+    and probabilities are rounded to the dtype of the values.
     """
 
     @staticmethod
@@ -184,7 +184,7 @@ class _CausalOnCPU(torch.autograd.Function):
             for start, stop, _, weights in _weights(query, key, begin, end, scaling):
                 weighed = torch.bmm(weights, values[:, : stop - begin])
                 by_group[start:stop] = weighed.view(len(key), -1, stop - start, size).permute(2, 0, 1, 3)
-                if end - begin <= KEPT:
+                if end - begin <= KEPT and any(ctx.needs_input_grad):
                     kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.bounds, ctx.scaling = bounds, scaling
