@@ -1,4 +1,4 @@
-"""Tokens/s, peak memory and loss of a recipe beside the plain TRL script, in turns on one machine.
+"""Tokens/s, peak memory and loss of a recipe beside scripts that use TRL alone, in turns on one machine.
 
 python eval/throughput.py --hidden_size 1024 --num_hidden_layers 8 --precision nf4 --json throughput.json
 """

@@ -29,7 +29,7 @@ VERBS = {
     "ask": "answers of the base and of trained runs side by side",
     "merge": "write the adapter into 16-bit weights",
     "push": "publish a proven run on the hub, in one commit",
-    "throughput": "speed and memory beside the plain TRL script",
+    "throughput": "speed and memory beside scripts that use TRL alone",
 }
 _EXPERIMENTS = {"demo": "demo", "benchmark": "benchmark.command", "throughput": "throughput.command"}
 

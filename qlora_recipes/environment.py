@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import importlib.metadata
@@ -155,6 +156,17 @@ def share_threads() -> None:
 
     if not _user_set_threads():
         torch.set_num_threads(max(1, processors() // processes_here()))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one; a page given back must be mapped and cleared again.
+
+    Does nothing where it is not glibc.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for trim_or_mmap_threshold in (-1, -3):
+            mallopt(trim_or_mmap_threshold, 2**31 - 1)
 
 
 def _user_set_threads() -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -121,6 +122,23 @@ def test_16_bits_are_as_near_as_pytorch_is(lengths: list[int], heads: tuple[int,
     ours = errors(with_gradients(by_conversation, parts, bounds), expected)
     theirs = errors(with_gradients(fused, parts, mask), expected)
     assert all(one < 1.5 * other for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_probabilities_of_short_conversations_are_kept_and_are_those_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths, found = [BLOCK + 9, 40, 2 * BLOCK + 1], []
+    parts, bounds = inputs(lengths, (4, 2), torch.bfloat16), bounds_of(lengths)
+    for longest, kept in ((0, 0), (BLOCK + 9, 2 + 1), (attention.KEPT, 2 + 1 + 3)):
+        monkeypatch.setattr(attention, "KEPT", longest)
+        leaves = [part.clone().requires_grad_() for part in parts[:3]]
+        saved = Mock(side_effect=lambda one: one)
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda one: one):
+            by_conversation(*leaves, bounds)
+        assert saved.call_count == 3 + kept
+        found.append(with_gradients(by_conversation, parts, bounds))
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -124,7 +124,7 @@ def peak_of_a_step(
     model = attach(base, lora, 0)
     tokenizer = AutoTokenizer.from_pretrained(STANDINS["llama2"].folder)
     tokenizer.pad_token = "<unk>"
-    rows = torch.randint(3, 1500, (16, training["max_length"] // 2)).tolist()  # two conversations to a row
+    rows = torch.randint(3, 1500, (16, training["max_length"])).tolist()  # as long as the plan takes them to be
     arguments = SFTConfig(
         output_dir=str(tmp_path),
         max_steps=2,

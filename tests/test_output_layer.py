@@ -287,4 +287,4 @@ def test_upstream_scores_every_position_on_a_cpu() -> None:
 
 def test_the_memory_plan_knows_the_same_tiles() -> None:
     assert (step.TILE_TOKENS, step.TILE_CACHED) == (TOKENS, CACHED)
-    assert step.SHORT == attention.SHORT
+    assert (step.SHORT, step.KEPT, step.BLOCK) == (attention.SHORT, attention.KEPT, attention.BLOCK)

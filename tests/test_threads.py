@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,3 +163,25 @@ def test_bitsandbytes_still_has_the_compiler_loaded_when_it_is_imported() -> Non
     from bitsandbytes.backends.default import ops
 
     assert "torch.compile(fn" in inspect.getsource(ops._try_torch_compile)
+
+
+FREED = """
+import ctypes, psutil
+from qlora_recipes import environment
+for keep in (lambda: None, environment.keep_freed_memory):
+    keep()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    block = ctypes.c_void_p(libc.malloc(2**26))
+    ctypes.memset(block, 1, 2**26)
+    held = psutil.Process().memory_info().rss
+    libc.free(block)
+    print(held - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+def test_memory_that_a_step_frees_is_kept_for_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 2**25 > after

@@ -204,7 +204,7 @@ def comparison(few_rows: Mapping[str, Path], tmp_path_factory: pytest.TempPathFa
 
 def test_a_comparison_holds_every_arm(comparison: tuple[dict[str, Any], str]) -> None:
     found, printed = comparison
-    assert tuple(found["arms"]) == arms.ARMS == ("plain", "plain_bf16", "recipe")
+    assert tuple(found["arms"]) == arms.ARMS == ("trl_defaults", "trl_notebook", "trl_by_hand", "recipe")
     for arm, of_arm in found["arms"].items():
         assert of_arm["tokens_per_second"] > of_arm["supervised_tokens_per_second"] > 0
         assert of_arm["tokens_per_second_range"] == [of_arm["tokens_per_second"]] * 2
@@ -221,17 +221,17 @@ def test_a_comparison_holds_every_arm(comparison: tuple[dict[str, Any], str]) ->
 
 def test_falcon_is_quantized_by_the_recipe_alone(comparison: tuple[dict[str, Any], str]) -> None:
     found = comparison[0]["arms"]
-    assert [found[arm]["quantized_linears"] for arm in arms.ARMS] == [0, 0, linears_of("falcon")]
-    plain, sixteen, recipe = (found[arm]["losses"][0] for arm in arms.ARMS)
-    assert plain == pytest.approx(sixteen, rel=0.005)
-    assert recipe == pytest.approx(plain, rel=0.1)  # of a base in 4 bits, beside one in 16
+    assert [found[arm]["quantized_linears"] for arm in arms.ARMS] == [0, 0, 0, linears_of("falcon")]
+    defaults, *sixteen, recipe = (found[arm]["losses"][0] for arm in arms.ARMS)
+    assert sixteen == pytest.approx([defaults] * 2, rel=0.005)
+    assert recipe == pytest.approx(defaults, rel=0.1)  # of a base in 4 bits, beside one in 16
 
 
 def test_a_comparison_is_printed_and_drawn(comparison: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     screen = io.StringIO()
     results.print_table(comparison[0], Console(file=screen, width=command._WIDTH))
     assert screen.getvalue() == comparison[1]
-    assert "1.00" in screen.getvalue()  # the plain script beside itself
+    assert "x 1.00" in screen.getvalue()  # the recipe beside itself
     results.plot([comparison[0]] * 2, tmp_path / "figures.png")
     assert (tmp_path / "figures.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -239,19 +239,22 @@ def test_a_comparison_is_printed_and_drawn(comparison: tuple[dict[str, Any], str
 def test_the_arms_train_on_the_same_and_learn_the_same(
     few_rows: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the plain script quantizes too: in one process, with what this package replaces put back before each."""
+    """Where TRL's scripts quantize too: in one process, with what this package replaces put back before each."""
     found = {}
     for arm in arms.ARMS:
         monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
         monkeypatch.setattr(utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
         found[arm] = arms.run(arm, specification("llama2", rows=str(few_rows["llama2"])))
-    plain, sixteen, recipe = found.values()
-    for each in (sixteen, recipe):
-        assert each["losses"] == pytest.approx(plain["losses"], rel=0.005)
-        assert each["tokens"] == plain["tokens"]
-        assert each["supervised_tokens"] == plain["supervised_tokens"]
-    assert plain["padding_share"] > 0 == recipe["padding_share"]
+    defaults, notebook, by_hand, recipe = found.values()
+    for each in (notebook, by_hand, recipe):
+        assert each["losses"] == pytest.approx(defaults["losses"], rel=0.005)
+        assert each["tokens"] == defaults["tokens"]
+        assert each["supervised_tokens"] == defaults["supervised_tokens"]
+        assert each["padding_share"] == 0 < defaults["padding_share"]
+    assert [each["micro_batch"] for each in found.values()][:3] == [8, 1, 1]
+    assert [each["checkpointing"] for each in found.values()][:3] == [True, True, False]
     assert recipe["training_bytes"] >= 0
     assert recipe["planned_bytes"] > 0
-    assert [each["quantized_linears"] for each in found.values()] == [linears_of("llama2")] * 3
+    quantized = [linears_of("llama2")] * 2
+    assert [each["quantized_linears"] for each in found.values()] == [*quantized, 0, quantized[0]]  # 0: dequantized
     assert recipe["storage"] == "expanded"

@@ -29,6 +29,9 @@ SHORT = 512
 """Rows of up to this many tokens keep the mask: its scores cost less than the iterations of a loop."""
 BLOCK = 128
 """Queries per product on a CPU: more would compute more scores of later tokens in vain, fewer leave cores idle."""
+KEPT = 1024
+"""Longest conversation whose probabilities are kept on a CPU for the backward pass: for longer ones they are computed
+again, since their memory grows with the square."""
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in PyTorch 2.11
 _batch: ContextVar[Mapping[str, Any]] = ContextVar("batch")
 _splits: dict[Hashable, bool] = {}
@@ -242,10 +245,10 @@ def _on_gpu(
 
 
 class _CausalOnCPU(torch.autograd.Function):
-    """Causal attention in blocks of queries, computed again for the backward pass.
+    """Causal attention in blocks of queries, whose probabilities are kept or computed again for the backward pass.
 
-    PyTorch's own for CPUs takes 1.3 to 2 times as long at 512 tokens and as long at 2,048 (docs/performance.md). As
-    there, scores and softmax are in float32, and probabilities are rounded to the dtype of the values.
+    PyTorch's own for CPUs takes up to twice as long (docs/performance.md). As there, scores and softmax are in float32,
+    and probabilities are rounded to the dtype of the values.
     """
 
     @staticmethod
@@ -253,8 +256,7 @@ class _CausalOnCPU(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scaling: float
     ) -> torch.Tensor:
         """query [heads, tokens, size], key and value [key/value heads, tokens, size] -> [tokens, heads, size]."""
-        ctx.save_for_backward(query, key, value)
-        ctx.bounds, ctx.scaling = bounds, scaling
+        kept = []
         heads, tokens, size = query.shape
         output = query.new_empty(tokens, heads, size)
         by_group = output.view(tokens, len(key), -1, size)
@@ -263,19 +265,25 @@ class _CausalOnCPU(torch.autograd.Function):
             for start, stop, _, weights in _weights(query, key, begin, end, scaling):
                 weighed = torch.bmm(weights, values[:, : stop - begin])
                 by_group[start:stop] = weighed.view(len(key), -1, stop - start, size).permute(2, 0, 1, 3)
+                if end - begin <= KEPT and any(ctx.needs_input_grad):
+                    kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.bounds, ctx.scaling = bounds, scaling
         return output
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # torch does not annotate its __call__
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
+        weights_kept = iter(kept)
         shared, tokens, size = key.shape
         d_query, d_key, d_value = (torch.empty(part.shape, dtype=part.dtype) for part in (query, key, value))
         d_grouped, by_group = d_query.unflatten(0, (shared, -1)), gradient.view(tokens, shared, -1, size)
         for begin, end in pairwise(ctx.bounds):
             keys, values = key[:, begin:end].contiguous(), value[:, begin:end].contiguous().transpose(1, 2)
             sum_key, sum_value = torch.zeros(2, shared, end - begin, size)  # float32: many blocks add to them
-            for start, stop, rows, weights in _weights(query, key, begin, end, ctx.scaling):
+            known = weights_kept if end - begin <= KEPT else None
+            for start, stop, rows, weights in _weights(query, key, begin, end, ctx.scaling, known):
                 seen = stop - begin
                 d_rows = by_group[start:stop].permute(1, 2, 0, 3).flatten(1, 2)
                 sum_value[:, :seen] += torch.bmm(weights.transpose(1, 2), d_rows)
@@ -290,17 +298,26 @@ class _CausalOnCPU(torch.autograd.Function):
 
 
 def _weights(
-    query: torch.Tensor, key: torch.Tensor, begin: int, end: int, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    begin: int,
+    end: int,
+    scaling: float,
+    known: Iterator[torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     """Yield each block of a conversation: bounds, and [key heads, group x block, ...] of queries and probabilities."""
     shared = len(key)
     grouped = query.unflatten(0, (shared, -1))
-    keys = key[:, begin:end].float().transpose(1, 2)
-    later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
+    if known is None:
+        keys = key[:, begin:end].float().transpose(1, 2)
+        later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
     for start in range(begin, end, BLOCK):
         stop = min(start + BLOCK, end)
         count, seen = stop - start, stop - begin
         rows = grouped[:, :, start:stop].flatten(1, 2)  # those of one key head, which need not be repeated
+        if known is not None:
+            yield start, stop, rows, next(known)
+            continue
         scores = torch.bmm(rows.float(), keys[..., :seen]).mul_(scaling)
         scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
         yield start, stop, rows, torch.softmax(scores, dim=-1).to(query.dtype)

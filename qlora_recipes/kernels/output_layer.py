@@ -30,8 +30,8 @@ class LogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         """hidden [tokens, size], weight [vocabulary, size], labels [tokens] -> log_probs, entropy, is_top1 [tokens].
 
-        The gradient of a log-probability is (one-hot - probabilities) x weight; it is kept in 16 bits, and scaled
-        in the backward pass.
+        The gradient of a log-probability is (one-hot - probabilities) x weight; its negative is kept in 16 bits, and
+        scaled in the backward pass.
         """
         count, vocab_size = len(hidden), len(weight)
         log_probs, entropy = torch.empty(2, count)
@@ -58,11 +58,11 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_log_probs: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.mul_(d_log_probs[:, None]).to(ctx.dtype), *[None] * 8)
+        return (gradient.mul_(-d_log_probs[:, None]).to(ctx.dtype), *[None] * 8)
 
 
 def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probability, entropy and whether the label is the likeliest; logits become one-hot - probabilities."""
+    """Return log-probability, entropy and whether the label is the likeliest; logits become probabilities - one-hot."""
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     probs = log_probs.exp()
     of_labels = log_probs.gather(1, labels[:, None])
@@ -70,8 +70,7 @@ def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
     # Among equals the first counts.
     likeliest[likeliest.clone()] = log_probs[likeliest].argmax(dim=-1) == labels[likeliest]
     entropy = -log_probs.mul_(probs).sum(dim=-1)
-    torch.neg(probs, out=probs)
-    logits.copy_(probs.scatter_add_(1, labels[:, None], torch.ones_like(of_labels)))
+    logits.copy_(probs.scatter_add_(1, labels[:, None], -torch.ones_like(of_labels)))
     return of_labels.squeeze(1), entropy, likeliest
 
 

@@ -17,9 +17,9 @@ from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import Settings
 
-ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a micro-batch beyond which a token takes no less time. Rows that are not packed count as a quarter of the
-longest, as conversations do."""
+ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Tokens of a micro-batch beyond which a token takes no less time, or on a CPU hardly less for much more memory. Rows
+that are not packed count as a quarter of the longest, as conversations do."""
 FIXED_TOKENS = 200
 """Tokens that take as long as dequantizing the base forward and backward, which every micro-batch does: 0.41 ns a
 weight against 845 GFLOP/s on a CPU with 16-bit products, 0.52 ps against 790 TFLOP/s on an H200."""

@@ -22,8 +22,9 @@ HEAD_TOKENS, HEAD_VOCAB = 4096, 32768
 TILE_TOKENS, TILE_CACHED = 512, 32
 """`TOKENS` and `CACHED` in `output_layer.py`, the tiles of the output layer on a CPU. A test keeps them equal."""
 
-SHORT = 512
-"""As in `attention.py`: packed rows of more tokens have no mask. A test keeps the two equal."""
+SHORT, KEPT, BLOCK = 512, 1024, 128
+"""As in `attention.py`: packed rows of more tokens have no mask, longer conversations keep no probabilities, queries of
+a product. A test keeps them equal."""
 
 
 def base_bytes(sizes: Sizes, precision: Precision) -> int:
@@ -145,7 +146,7 @@ class Step:
 
     @property
     def _attention_kept(self) -> int:
-        """Kept by attention in 16 bits (`attention.py`): query, key and value; on a GPU its output as well.
+        """Kept by attention in 16 bits (`attention.py`): query, key and value, and the output or probabilities.
 
         A value that is a part of a fused product keeps all of the product in memory on a CPU. Where a mask tells rows
         apart, PyTorch's own attention keeps it as a 16-bit bias.
@@ -160,8 +161,10 @@ class Step:
                 key_value, output = query, output + 2 * query
             return work.tokens * (2 * query + 2 * 2 * key_value + output + 4 * heads) + mask
         own = 2 * (query + 2 * key_value) + (2 * (query + key_value) if sizes.family.fused_qkv else 0)
-        masked = 0 if work.packing and work.tokens > SHORT else work.tokens * 4 * heads + 2 * work.attention_pairs
-        return work.tokens * own + masked
+        if work.packing and work.tokens > SHORT:
+            longest = min(work.length, KEPT)  # whose queries see half of it and of a block, on the average
+            return work.tokens * (own + heads * (longest + min(longest, BLOCK)))
+        return work.tokens * (own + 4 * heads) + 2 * work.attention_pairs
 
     @property
     def layer_workspace(self) -> int:

@@ -123,6 +123,8 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
     if evaluates and not run.data.held_out:
         raise UsageError("--eval_strategy needs held-out rows, and none were kept; set DatasetSpec.held_out above 0")
     score_supervised_tokens()
+    if run.model.device.type == "cpu":
+        environment.keep_freed_memory()
     settings, padding_free = run.settings, has_own_attention(run)
     given = settings.training
     asked = settings.packing_asked and (given.get("packing") or given.get("padding_free"))

@@ -266,5 +266,5 @@ def _speed(name: str, model: Path, rows: Path, steps: int, scratch: Path) -> flo
         r=8,
         storage="auto",
     )
-    plain, recipe = (in_a_process(arm, spec, scratch)["tokens_per_second"] for arm in ("plain", "recipe"))
-    return float(recipe / plain)
+    script, recipe = (in_a_process(arm, spec, scratch)["tokens_per_second"] for arm in ("trl_defaults", "recipe"))
+    return float(recipe / script)

@@ -3,8 +3,7 @@
 python -m qlora_recipes.experiments.throughput.arms ARM SPECIFICATION.json RESULT.json
 
 The arms see the same rows, token for token and label for label, in the same batches, with an adapter of the same shape,
-the same schedule and seed. `plain` is what TRL's documentation shows, with its defaults; `plain_bf16` sets bfloat16
-where an experienced user would; `recipe` is this package.
+the same schedule and seed. The arms of TRL are `SCRIPTS`; `recipe` is this package.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora_recipes import DatasetSpec, Recipe, environment
 from qlora_recipes.commands.entry import run_command
-from qlora_recipes.errors import UsageError
+from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.kernels import attention
-from qlora_recipes.kernels.dequantize import EXPANDED
+from qlora_recipes.kernels.dequantize import EXPANDED, is_4bit
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
 from qlora_recipes.models import MODELS, ModelSpec
@@ -50,12 +49,34 @@ from qlora_recipes.training.token_count import TokenCount
 from qlora_recipes.training.train import machine
 
 SPECS = {spec.family: spec for spec in MODELS.values()}
-ARMS = ("plain", "plain_bf16", "recipe")
+
+
+@dataclass(frozen=True)
+class Script:
+    """How a script that uses TRL without this package sets what decides its speed."""
+
+    sixteen_bits: bool
+    """Whether it loads and computes in 16 bits; BitsAndBytesConfig and SFTTrainer otherwise do both in float32."""
+    rows_at_a_time: int
+    """A step has `BATCH`; several at a time are padded to the longest."""
+    dequantized_once: bool
+    """Whether it makes 4-bit weights 16-bit ones before the first step, and casts the adapter as TRL does on 4 bits."""
+    checkpointing: bool
+
+
+BATCH = 8
+"""Rows of a step: TRL's default."""
+SCRIPTS = {
+    "trl_defaults": Script(False, BATCH, False, True),
+    "trl_notebook": Script(True, 1, False, True),
+    "trl_by_hand": Script(True, 1, True, False),
+}
+"""TRL's defaults, as its documentation's first example has them; what its notebook for QLoRA sets
+(`sft_trl_lora_qlora.ipynb`); and the fastest on a CPU that its options allow."""
+ARMS = (*SCRIPTS, "recipe")
 _PIECES = "attention output_layer lora_linear storage packing fitting threads".split()
 WITHOUT = tuple(f"without_{piece}" for piece in _PIECES)
 """The recipe's arm with one piece left out, which shows what the piece contributes."""
-BATCH = 8
-"""Rows of a step: TRL's default."""
 
 
 @dataclass(frozen=True)
@@ -165,34 +186,45 @@ def _shared(spec: Specification) -> dict[str, Any]:
         seed=0,
         logging_steps=1,
         report_to="none",
+        train_sampling_strategy="sequential",
     )
 
 
-def trainer_of(arm: str, spec: Specification, folder: str) -> Trainer:
-    """Return the trainer of an arm."""
-    read = prepare_rows(settings_of(spec))
-    if arm == "recipe" or arm in WITHOUT:
-        return build_trainer(load_model(leave_out(arm, read)), RunFolder(Path(folder)))
+def trainer_of(arm: str, spec: Specification, read: Run, folder: str) -> Trainer:
+    """Return the trainer of an arm, for rows that were read with its settings."""
+    if arm in SCRIPTS:
+        return script_trainer(SCRIPTS[arm], spec, read, folder)
+    return build_trainer(load_model(leave_out(arm, read)), RunFolder(Path(folder)))
+
+
+def script_trainer(script: Script, spec: Specification, read: Run, folder: str) -> Trainer:
+    """Return the trainer of a script that uses TRL alone."""
     rows = [row.encoded for row in read.data.train]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
-    stored, sixteen = precision_named(spec.precision), arm == "plain_bf16"
-    quantization = None
+    stored, given = precision_named(spec.precision), dict[str, Any]()
     if stored.quant_type:
-        quantization = BitsAndBytesConfig(
+        given["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=stored.quant_type,
             bnb_4bit_use_double_quant=stored.double_quant,
-            **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if sixteen else {}),
+            **({"bnb_4bit_compute_dtype": getattr(torch, spec.dtype)} if script.sixteen_bits else {}),
         )
-    layers = list(read.settings.lora["target_modules"])
+    model: Any = spec.model
     others: dict[str, Any] = {"fp16": True, "bf16": False} if spec.dtype == "float16" else {}
-    if sixteen:
+    if script.dequantized_once and given:
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=spec.dtype, device_map="auto", **given)
+        if any(is_4bit(module) for module in model.modules()):
+            model = model.dequantize(dtype=getattr(torch, spec.dtype))
+        given = {}
+    elif script.sixteen_bits:
         others["model_init_kwargs"] = {"dtype": spec.dtype}
     trainer = SFTTrainer(
-        spec.model,
+        model,
         args=SFTConfig(
             output_dir=folder,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=script.rows_at_a_time,
+            gradient_accumulation_steps=BATCH // script.rows_at_a_time,
+            gradient_checkpointing=script.checkpointing,
             max_length=spec.max_length,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
@@ -202,13 +234,20 @@ def trainer_of(arm: str, spec: Specification, folder: str) -> Trainer:
         ),
         train_dataset=dataset,
         processing_class=read.tokenizer,
-        quantization_config=quantization,
-        peft_config=LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=layers, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=spec.r,
+            lora_alpha=spec.r,
+            target_modules=list(read.settings.lora["target_modules"]),
+            task_type="CAUSAL_LM",
+        ),
+        **given,
     )
-    if spec.dtype == "float16":  # TRL has cast the adapter to bfloat16, which a gradient scaler cannot handle
+    # TRL casts the adapter of a 4-bit base to bfloat16, which a gradient scaler cannot handle.
+    cast_to = torch.float32 if spec.dtype == "float16" else torch.bfloat16 if script.dequantized_once else None
+    if cast_to:
         for weight in cast(torch.nn.Module, trainer.model).parameters():
             if weight.requires_grad:
-                weight.data = weight.data.float()
+                weight.data = weight.data.to(cast_to)
     return trainer
 
 
@@ -242,11 +281,17 @@ class _Clock(TrainerCallback):
 def run(arm: str, spec: Specification) -> dict[str, Any]:
     """Train an arm and return what it did; the first step, which warms up, is not in the speed."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(arm, spec, folder)
+        read = prepare_rows(settings_of(spec))
+        trainer = trainer_of(arm, spec, read, folder)
         model, device = cast(torch.nn.Module, trainer.model), trainer.args.device.type
         clock, beside = _Clock(trainer), non_weight_bytes(model)
         environment.reset_peak(device)
         trainer.train()
+    rows = [len(row.encoded.input_ids) for row in read.data.train]  # too few are read again
+    for number, step in enumerate(clock.steps):
+        expected = sum(rows[place % len(rows)] for place in range(number * BATCH, (number + 1) * BATCH))
+        if step["real"] != expected:
+            raise RecipesError(f"{arm}: got {step['real']:,} tokens in step {number + 1}, expected {expected:,}")
     counted = clock.steps[1:]
     total = {name: sum(step[name] for step in counted) for name in counted[0]}
     memory = {}

@@ -48,7 +48,7 @@ _FLAGS = (
     count("max_length", "longest row, in tokens (2048)", 2048, least=8),
     Field("lengths", "list[int]", "rows of exactly N tokens each instead", "N", None),
     Field("pieces", "bool", "also the recipe with each piece of its speed left out", default=False),
-    count("steps", "steps of 8 rows; the first is not timed (3)", 3, least=2),
+    count("steps", "steps of 8 rows, each other ones; the first is not timed (4)", 4, least=2),
     count("repeats", "turns of every arm (3)", 3),
     count("r", "rank of the adapter on every linear layer (16)", 16),
     file_to_write("json", "write the figures here", ".json"),
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         RecipesError: for what a user can fix.
     """
-    about = "Tokens/s, memory and loss of a recipe beside the plain TRL script, in turns on this machine."
+    about = "Tokens/s, memory and loss of a recipe beside scripts that use TRL alone, in turns on this machine."
     asked = SimpleNamespace(**Parser("qlora-recipes throughput", about, {"flags": _FLAGS}).parse(argv))
     check_storage(asked.storage, precision_named(asked.precision))
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
