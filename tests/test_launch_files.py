@@ -118,14 +118,14 @@ class Job:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, output: Path) -> subprocess.Popen[str]:
-        script, log = LAUNCH / "slurm.sh", (self.folder / "log.txt").open("a")
-        words = [str(script), str(self.recipe), *self.words, "--output_dir", str(output)]
-        self.started.append(
-            subprocess.Popen(
-                words, cwd=self.folder, env={**os.environ, **self.variables}, start_new_session=True, text=True,
-                stdout=log, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
+        words = [str(LAUNCH / "slurm.sh"), str(self.recipe), *self.words, "--output_dir", str(output)]
+        with (self.folder / "log.txt").open("a") as log:
+            self.started.append(
+                subprocess.Popen(
+                    words, cwd=self.folder, env={**os.environ, **self.variables}, start_new_session=True, text=True,
+                    stdout=log, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
         return self.started[-1]
 
     def log(self) -> str:
