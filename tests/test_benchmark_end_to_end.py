@@ -25,7 +25,7 @@ from qlora_recipes.training.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama2_guanaco.py"
 KEPT = ("*.docs.jsonl", "adapter_model.safetensors", "divergence/*", "answers.*", "*-seed0/held_out.json", "*.jinja")
-MEASURED = r'"(peak_bytes|tokens_per_second|seconds)": [\d.]+|\d{4}-\d\d-\d\dT[\d:+]+'
+MEASURED = r'"(peak_bytes|tokens_per_second|seconds)": [\d.]+|\d{4}-\d\d-\d\d[T ][\d:+]+'
 SLOW = ["answers_end", "gradient_after_evaluation", "packing_leak", "starting_loss", "tokenizer_reloads"]
 
 
