@@ -156,9 +156,12 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
         )
     trainer.args.output_dir = str(folder.checkpoints)
     if trainer.is_fsdp_enabled:
-        # The autocast of every other run, which accelerate leaves to its own policy; adapters are saved whole.
+        # The autocast of every other run, in whose place accelerate has a policy of its own.
         trainer.accelerator.prepare_model(run.model, device_placement=False, evaluation_mode=True)
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        # Checkpoints hold an adapter whole. Accelerate keeps the options of the type that was set before.
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None
+        plugin.set_state_dict_type("FULL_STATE_DICT")
     if not trainer.is_deepspeed_enabled:
         fuse_lora_layers(run.model)
     if repaired:
