@@ -183,8 +183,9 @@ def test_a_gradient_in_any_layout_is_taken() -> None:
 @pytest.fixture(scope="module")
 def models(tiny: Tiny) -> Callable[..., PreTrainedModel]:
     """Return a tiny model by family and attention; the repaired Falcon, as every run loads it."""
+    config = AutoConfig.from_pretrained(tiny("falcon"))
     with torch.device("meta"):
-        repairs.separate_packed(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny("falcon"))))
+        repairs.separate_packed(AutoModelForCausalLM.from_config(config))
     repairs.route_falcon_attention(NAME)
     made: dict[Any, PreTrainedModel] = {}
 
