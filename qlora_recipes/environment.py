@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import importlib.metadata
 import logging
 import os
@@ -314,13 +313,11 @@ def hub_answers() -> bool:
 
 
 def quick_libraries() -> None:
-    """Import the libraries in two thirds of the time, with the same result.
+    """Import the slow libraries in less time, with the same result.
 
-    Their modules make two million objects that stay, not worth being looked through for garbage hundreds of times;
-    three of them ask for the list of all installed packages; and bitsandbytes has `torch.compile` load the compiler
-    for a few functions that are rarely called (bitsandbytes 0.50, `backends/default/ops.py`): it is loaded when one is.
+    Two of them ask for the list of all installed packages, and bitsandbytes has `torch.compile` load the compiler for a
+    few functions that are rarely called (bitsandbytes 0.50, `backends/default/ops.py`): it is loaded when one is.
     """
-    gc.set_threshold(100_000, 20, 20)
     vars(importlib.metadata)["packages_distributions"] = functools.cache(importlib.metadata.packages_distributions)
     import torch
 

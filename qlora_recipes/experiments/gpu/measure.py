@@ -27,6 +27,7 @@ from qlora_recipes.experiments.throughput import arms, bound
 from qlora_recipes.experiments.throughput.arms import SPECS, Specification, base_config, make_base
 from qlora_recipes.kernels import attention as by_conversation
 from qlora_recipes.memory.sizes import sizes_of
+from qlora_recipes.training.build import prepare_rows
 
 _CONVERSATIONS = (900, 500, 300, 200, 100, 48)
 """Tokens of the conversations that share a row: 2,048, as a packed row of Guanaco has them."""
@@ -137,7 +138,8 @@ def profiled(spec: Specification) -> dict[str, Any]:
     """Profile a step of the recipe: what takes longest, and how often the processor waits for the GPU."""
     on_gpu, clock = torch.cuda.is_available(), _ThirdStep()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = arms.trainer_of("recipe", replace(spec, steps=3), folder)
+        spec = replace(spec, steps=3)
+        trainer = arms.trainer_of("recipe", spec, prepare_rows(arms.settings_of(spec)), folder)
         trainer.add_callback(clock)
         trainer.train()
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
