@@ -104,7 +104,7 @@ def test_controls_are_scored(benchmark: tuple[Path, Report]) -> None:
 class ScoringHere:
     """Side by side, but for the scoring, whose commands this process runs, and only where `scored` has no result."""
 
-    several = True
+    several = scores = True
 
     def __init__(self, scored: Path) -> None:
         self.scored = scored
@@ -137,8 +137,9 @@ def test_side_by_side_the_bytes_are_the_same(benchmark: tuple[Path, Report], bes
 
 @pytest.mark.slow
 def test_with_every_scoring_in_a_process_too(
-    benchmark: tuple[Path, Report], tiny: Callable[[str], Path], tmp_path: Path
+    benchmark: tuple[Path, Report], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(SideBySide, "scores", True)
     command.run(plan_in(tmp_path / "b", tiny("llama2")), engine=SideBySide(2))
     same(benchmark[0], tmp_path / "b")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, starmap
 from typing import TypeVar
 
 from qlora_recipes.base.device import first_line, is_out_of_memory, release_memory
@@ -23,10 +23,10 @@ class Room:
     positions: int = EVALUATED_POSITIONS
 
 
-def shared_batches(
-    lengths: Sequence[int], most: int, compute: Callable[[int, list[int]], Sequence[_Found]]
+def in_order(
+    lengths: Sequence[int], most: int, compute: Callable[[int, list[int]], Sequence[_Found]], *, shared: bool = True
 ) -> list[_Found]:
-    """Return the result of every row; each batch is computed by one of the processes, given its place.
+    """Return the result of every row; each batch is computed by one of the processes (or here), given its place.
 
     The batches follow from the lengths alone, and so are those of every arm and of any number of processes.
     """
@@ -39,7 +39,9 @@ def shared_batches(
             found |= zip(rows, results, strict=True)
         return [found[i] for i in range(len(batch))]
 
-    results = dict(zip(chain(*batches), chain(*over_ranks(batches, in_one_process)), strict=True))
+    here = starmap(in_one_process, enumerate(batches))
+    found = over_ranks(batches, in_one_process) if shared else list(here)
+    results = dict(zip(chain(*batches), chain(*found), strict=True))
     return [results[i] for i in range(len(lengths))]
 
 

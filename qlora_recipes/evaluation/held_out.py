@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qlora_recipes.data.encoding import IGNORED, Encoded
 from qlora_recipes.errors import DataError
 from qlora_recipes.evaluation.bar import Bar
-from qlora_recipes.evaluation.batches import shared_batches
+from qlora_recipes.evaluation.batches import in_order
 from qlora_recipes.evaluation.generation import Generation, context_length, ended, generate
 from qlora_recipes.evaluation.loaded import HeldOutRow, RestoredRun
 from qlora_recipes.evaluation.reasoning import reasoning_end, without_reasoning
@@ -93,7 +93,7 @@ def score_answers(
         bar.advance(len(batch))
         return found
 
-    answers = dict(zip(fitting, shared_batches(lengths, batch_size, answer), strict=True))
+    answers = dict(zip(fitting, in_order(lengths, batch_size, answer), strict=True))
     thought = reasoning_end(run.encoder)
     said = [without_reasoning(answers[i], thought) for i in fitting]
     texts = [str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
@@ -167,7 +167,7 @@ def row_losses(
         advance(len(batch))
         return losses
 
-    return shared_batches([len(row.input_ids) for row in rows], batch_size, compute)
+    return in_order([len(row.input_ids) for row in rows], batch_size, compute)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qlora_recipes.errors import DataError, RecipesError
 from qlora_recipes.evaluation.bar import Bar, silence_lm_eval
-from qlora_recipes.evaluation.batches import in_batches, shared_batches
+from qlora_recipes.evaluation.batches import in_batches, in_order
 from qlora_recipes.evaluation.generation import Generation, own_settings_off, stopping_ids
 from qlora_recipes.evaluation.loaded import RestoredRun
 from qlora_recipes.evaluation.ranks import over_ranks
@@ -139,11 +139,9 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         """Count what is cut from the left, and share out batches of as many rows as there is room for.
 
         HFLM makes one row of requests that differ in nothing but their last token, so these stay together. Rolling text
-        comes in batches already.
+        comes here in batches, which are shared out already.
         """
         score = super()._loglikelihood_tokens
-        if kwargs.get("override_bs"):
-            return score(requests, *args, **kwargs)
         self.truncated += sum(len(context) + len(words) > self.max_length + 1 for _, context, words in requests)
         tokens = [context + words for _, context, words in requests]
         rows: dict[tuple[int, ...], list[int]] = {}
@@ -155,7 +153,8 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             scores = iter(score([requests[i] for row in batch for i in same[row]], *args, **kwargs))
             return [[next(scores) for _ in same[row]] for row in batch]
 
-        found = shared_batches([min(len(row), self.max_length) for row in rows], self.batch_size, compute)
+        shared = not kwargs.get("override_bs")
+        found = in_order([min(len(row), self.max_length) for row in rows], self.batch_size, compute, shared=shared)
         answers = dict(zip(chain(*same), chain(*found), strict=True))
         return [answers[i] for i in range(len(requests))]
 

@@ -8,10 +8,7 @@ Knows nothing of tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch.distributed
-from accelerate import PartialState
+from typing import Any, TypeVar
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -22,8 +19,10 @@ def over_ranks(batches: Sequence[Batch], compute: Callable[[int, Batch], Result]
 
     All processes must call this with the same batches; results are pickled.
     """
-    own = {i: compute(i, batches[i]) for i in range(PartialState().process_index, len(batches), processes())}
+    own = {i: compute(i, batches[i]) for i in range(_state().process_index, len(batches), processes())}
     if processes() > 1:
+        import torch.distributed
+
         parts: list[dict[int, Result]] = [{}] * processes()
         torch.distributed.all_gather_object(parts, own)
         own = {i: result for part in parts for i, result in part.items()}
@@ -34,15 +33,23 @@ def from_first_rank(value: Result) -> Result:
     """Return the first process's value in all of them."""
     values = [value]
     if processes() > 1:
+        import torch.distributed
+
         torch.distributed.broadcast_object_list(values)
     return values[0]
 
 
 def writes() -> bool:
     """Return whether this process is the one that writes and speaks."""
-    return bool(PartialState().is_main_process)
+    return bool(_state().is_main_process)
 
 
 def processes() -> int:
     """Return how many processes score together."""
-    return int(PartialState().num_processes)
+    return int(_state().num_processes)
+
+
+def _state() -> Any:
+    from accelerate import PartialState  # torch, which whoever only prints can do without
+
+    return PartialState()

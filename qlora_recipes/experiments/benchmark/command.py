@@ -96,7 +96,7 @@ def run(
     train_missing(plan, console, launch=launch, engine=engine)
     from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
 
-    if engine.several:
+    if engine.scores:
         engine.run(scoring.scoring_jobs(plan, names, controls=controls), console)
         engine.run(scoring.divergence_jobs(plan), console)
         console = Console(quiet=True)  # what is left is to read what they wrote

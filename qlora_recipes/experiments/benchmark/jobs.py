@@ -88,7 +88,11 @@ class Engine(Protocol):
 
     @property
     def several(self) -> bool:
-        """Whether jobs run side by side, scorings too."""
+        """Whether jobs run side by side."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether scorings are jobs too."""
 
     def run(self, jobs: Sequence[Job], console: Console) -> None:
         """Run jobs, each to its end, and raise one error for all that failed."""
@@ -106,6 +110,11 @@ class SideBySide:
     @property
     def several(self) -> bool:
         return self.workers > 1
+
+    @property
+    def scores(self) -> bool:
+        """Without GPUs one process scores all: for each to load its base again takes longer than scoring on a core."""
+        return self.several and bool(environment.gpus())
 
     def run(self, jobs: Sequence[Job], console: Console) -> None:
         """Run jobs, as many at a time as there are workers; after a failure those that run are let finish.
