@@ -296,9 +296,7 @@ def test_layers_are_counted_and_others_passed_over() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_nothing_is_joined_where_weights_are_sharded(
-    name: str,
+def test_nothing_is_joined_where_deepspeed_shards_weights(
     tiny: Callable[[str], Path],
     recipe_for: Callable[..., type[Recipe]],
     tmp_path: Path,
@@ -313,7 +311,7 @@ def test_nothing_is_joined_where_weights_are_sharded(
     class Sharded(RunTrainer):
         def __init__(self, *arguments: Any, **others: Any) -> None:
             super().__init__(*arguments, **others)
-            setattr(self, f"is_{name.lower()}_enabled", True)
+            self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(build, "RunTrainer", Sharded)
     build_trainer(load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path)), RunFolder(tmp_path))
