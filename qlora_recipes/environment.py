@@ -215,8 +215,6 @@ def _control_groups() -> Iterator[Path]:
 
 def gpus() -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls each GPU of this machine that PyTorch can use."""
-    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
-        return []
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]  # itself it would hold the memory
     count = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -112,7 +112,10 @@ class ScoringHere:
     def run(self, jobs: Sequence[Job], console: Console) -> None:
         SideBySide(2).run(training := [job for job in jobs if job.trains], console)
         for job in training:
-            shutil.copytree(self.scored / job.folder.path.name / "evaluation", job.folder.evaluation)
+            scored = self.scored / job.folder.path.name
+            shutil.copytree(scored / "evaluation", job.folder.evaluation)
+            for answers in scored.glob("answers.json"):
+                shutil.copy(answers, job.folder.path)
         for job in jobs:
             if not job.trains:
                 run_here(job)
