@@ -80,11 +80,11 @@ $(BIN)/python:
 
 # Both arms, their evaluation and the report; run again, it does what is missing.
 demo: $(STAMP)
-	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0 --jobs 2
+	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0
 
 # The same for every precision that is stored another way; the first is the baseline.
 ladder: $(STAMP)
-	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions bf16 int8 nf4 nf4-single fp4 --seeds 0 --jobs 2 \
+	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions bf16 int8 nf4 nf4-single fp4 --seeds 0 \
 	  --output runs/$(basename $(notdir $(RECIPE)))-demo/ladder
 
 # Goes on after a failure; without a GPU it takes small models through the same programs.

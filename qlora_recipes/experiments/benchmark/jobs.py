@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
@@ -114,7 +115,12 @@ class SideBySide:
     @property
     def scores(self) -> bool:
         """Without GPUs one process scores all: for each to load its base again takes longer than scoring on a core."""
-        return self.several and bool(environment.gpus())
+        return self.several and bool(self.gpus)
+
+    @cached_property
+    def gpus(self) -> list[str]:
+        """What CUDA_VISIBLE_DEVICES calls each GPU; asking takes seconds."""
+        return environment.gpus()
 
     def run(self, jobs: Sequence[Job], console: Console) -> None:
         """Run jobs, as many at a time as there are workers; after a failure those that run are let finish.
@@ -147,7 +153,7 @@ class SideBySide:
         if self.workers == 1 or not jobs:
             return [{}]
         shared = {environment.BESIDE: str(self.workers)}
-        gpus = environment.gpus()
+        gpus = self.gpus
         if 0 < len(gpus) < self.workers:
             raise UsageError(f"--jobs: got {self.workers}, expected up to {len(gpus)}: one for each GPU")
         each = len(gpus) // self.workers if all(job.launched for job in jobs) else 1
