@@ -11,6 +11,9 @@ RECIPE  ?= recipes/llama2_guanaco.py
 # Processes that the tests are spread over; each needs about 1.5 GB.
 WORKERS ?= 2
 
+# Small models train faster on a core each than on two in turn; a GPU takes one at a time.
+BESIDE  := $(if $(shell command -v nvidia-smi),,--jobs 2)
+
 BIN     := .venv/bin
 STAMP   := .venv/installed
 OLDEST  := .venv-oldest
@@ -80,11 +83,11 @@ $(BIN)/python:
 
 # Both arms, their evaluation and the report; run again, it does what is missing.
 demo: $(STAMP)
-	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0
+	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions nf4 bf16 --seeds 0 $(BESIDE)
 
 # The same for every precision that is stored another way; the first is the baseline.
 ladder: $(STAMP)
-	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions bf16 int8 nf4 nf4-single fp4 --seeds 0 \
+	$(BIN)/python eval/benchmark.py $(RECIPE) --demo --precisions bf16 int8 nf4 nf4-single fp4 --seeds 0 $(BESIDE) \
 	  --output runs/$(basename $(notdir $(RECIPE)))-demo/ladder
 
 # Goes on after a failure; without a GPU it takes small models through the same programs.

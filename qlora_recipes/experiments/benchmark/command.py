@@ -5,14 +5,12 @@ Holds no model.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from qlora_recipes import environment
 from qlora_recipes.commands.compare import MARGIN_FLAG, called, say, track
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
@@ -39,11 +37,7 @@ _FLAGS = (
     Field("output", "str", "default: runs/<recipe>/benchmark", "FOLDER", None),
     count("limit", "only N documents of each task: a trial, which is no result", least=2),
     Field("launch", "bool | str", _LAUNCH, '"FLAGS"', None, expected="the launcher's flags in quotes"),
-    count(
-        "jobs",
-        "trainings at a time, a share of the processors each; with GPUs one each, and scorings too (1; in a demo 2)",
-        None,
-    ),
+    count("jobs", "trainings at a time, a share of the processors each; with GPUs one each, and scorings too (1)", 1),
     Field(
         "slurm", "list[str]", "on a Slurm cluster, with these options of sbatch: partition=gpu time=240", "K=V", None
     ),
@@ -67,12 +61,9 @@ def main(argv: Sequence[str]) -> None:
         output=Path(given["output"]) if given["output"] else None,
     )
     launch = [] if given["launch"] is True else given["launch"].split() if given["launch"] else None
-    # Small models train faster on a core each than on two in turn.
-    on_cores = given["demo"] and launch is None and shutil.which("nvidia-smi") is None and environment.processors() > 1
-    jobs = given["jobs"] or (2 if on_cores else 1)
-    engine: Engine = SideBySide(jobs)
+    engine: Engine = SideBySide(given["jobs"])
     if given["slurm"]:
-        engine = Slurm(jobs, read_options(given["slurm"]), plan.output / "logs" / "slurm")
+        engine = Slurm(given["jobs"], read_options(given["slurm"]), plan.output / "logs" / "slurm")
     try:
         with StopSignals():
             run(plan, launch=launch, controls=not given["no_controls"], engine=engine)
