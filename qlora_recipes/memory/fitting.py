@@ -40,7 +40,7 @@ class Machine:
     processes: int = 1
     """Of the whole run."""
     sharded: bool = False
-    """Whether FSDP or DeepSpeed divides the model among them, which the plan does not cover."""
+    """Whether FSDP divides the model among them, which this plan does not cover (`ranks.py` does)."""
 
 
 def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
