@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
@@ -23,6 +24,7 @@ from qlora_recipes.standins import ROWS, STANDINS
 
 FAMILIES = {"llama2": LLAMA_2_7B_CHAT, "falcon": FALCON_7B}
 torch.set_num_threads(1)  # two test processes share two cores
+gc.set_threshold(100_000, 20, 20)  # as every command does (commands/entry.py)
 environment.share_threads = lambda: None  # which would take them all
 
 

@@ -222,7 +222,7 @@ def test_a_job_goes_on_after_its_time_and_after_a_preemption(
         finish(tmp_path, "plain", "late", "preempted")
         done.result(timeout=60)
     assert [left(each)[0] for each in jobs] == [False, True, True]
-    assert {known["state"] for known in fake_slurm.jobs().values()} == {"COMPLETED"}
+    wait_for(lambda: {known["state"] for known in fake_slurm.jobs().values()} == {"COMPLETED"})
     assert sorted(known["requeues"] for known in fake_slurm.jobs().values()) == [0, 1, 1]
     script = next((tmp_path / "logs" / "slurm").rglob("*_submission.sh")).read_text()
     for line in (

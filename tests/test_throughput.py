@@ -202,6 +202,7 @@ def comparison(few_rows: Mapping[str, Path], tmp_path_factory: pytest.TempPathFa
     return json.loads((folder / "figures.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_comparison_holds_every_arm(comparison: tuple[dict[str, Any], str]) -> None:
     found, printed = comparison
     assert tuple(found["arms"]) == arms.ARMS == ("trl_defaults", "trl_notebook", "trl_by_hand", "recipe")
@@ -219,6 +220,7 @@ def test_a_comparison_holds_every_arm(comparison: tuple[dict[str, Any], str]) ->
     assert f"bound {found['bound']['tokens_per_second']:,.0f} tokens/s" in printed
 
 
+@pytest.mark.slow
 def test_falcon_is_quantized_by_the_recipe_alone(comparison: tuple[dict[str, Any], str]) -> None:
     found = comparison[0]["arms"]
     assert [found[arm]["quantized_linears"] for arm in arms.ARMS] == [0, 0, 0, linears_of("falcon")]
@@ -227,6 +229,7 @@ def test_falcon_is_quantized_by_the_recipe_alone(comparison: tuple[dict[str, Any
     assert recipe == pytest.approx(defaults, rel=0.1)  # of a base in 4 bits, beside one in 16
 
 
+@pytest.mark.slow
 def test_a_comparison_is_printed_and_drawn(comparison: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     screen = io.StringIO()
     results.print_table(comparison[0], Console(file=screen, width=command._WIDTH))

@@ -118,8 +118,8 @@ class Rows(Sequence[Conversation]):
         self._table = table
         self._conversations = table.select_columns(_ROW)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_file": None, "_table": self._table}  # another process reads the file and does not remove it
+    def __reduce__(self) -> tuple[type[Rows], tuple[None, Dataset]]:
+        return Rows, (None, self._table)  # another process reads the file and does not remove it
 
     def __len__(self) -> int:
         return len(self._table)
