@@ -105,6 +105,8 @@ def _cost(checkpoint_every: int, tokens: int) -> float:
 
 def describe(settings: Settings, machine: Machine) -> str:
     """Return in one line what a fitted run computes at a time and its planned memory; empty if there is no plan."""
+    if machine.sharded:
+        return ""
     try:
         work = workload_of(settings, machine.device, machine.processes)
         memory = training_memory(sizes_for(settings), settings.precision, work)
