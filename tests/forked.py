@@ -45,6 +45,7 @@ def _fork(rank: int, number: int, port: int, act: Callable[[int], object], log: 
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
         os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate warns that it sets it
         _forget_accelerate()
         act(rank)
         code = 0

@@ -72,6 +72,7 @@ def launch_variables(rank: int, count: int, store: TCPStore, on_a_node: int) -> 
     given = {
         **{"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % on_a_node, "LOCAL_WORLD_SIZE": on_a_node},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True},
+        "OMP_NUM_THREADS": 1,
     }
     return {name: str(value) for name, value in given.items()}
 

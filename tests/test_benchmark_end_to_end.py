@@ -150,7 +150,7 @@ def test_with_every_scoring_in_a_process_too(
 def same(output: Path, beside: Path) -> None:
     """Compare two benchmarks: the bytes that they keep, their receipts, and the report but for times and memory."""
     files = [file for kind in KEPT for file in output.rglob(kind)]
-    assert len(files) == 23
+    assert len(files) == 21
     for file in files:
         assert (beside / file.relative_to(output)).read_bytes() == file.read_bytes(), file
     for name in ("bf16-seed0", "nf4-seed0"):

@@ -64,7 +64,21 @@ INSTEAD = {
     "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0": (
         "qlora-recipes evaluate runs/tickets-demo/nf4-seed0 runs/tickets-demo/bf16-seed0 --limit 2"
     ),
-    "qlora-recipes throughput --rows guanaco_llama2.jsonl --tokenizer LLAMA2_FOLDER --steps 2 --repeats 3 --pieces": (
+    # test_launch_files.py starts these.
+    "accelerate launch --config_file recipes/launch/ddp.yaml --num_processes 8 recipes/llama2_guanaco.py": "",
+    "accelerate launch --config_file recipes/launch/fsdp_qlora.yaml --num_processes 8 recipes/llama2_guanaco.py": "",
+    "sbatch --nodes 2 --gpus-per-node 8 recipes/launch/slurm.sh recipes/llama2_guanaco.py": "",
+    "qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 1 2 --jobs 4": (
+        "qlora-recipes benchmark --help"
+    ),
+    (
+        "qlora-recipes benchmark llama2_guanaco --precisions nf4 bf16 --seeds 0 1 2 --jobs 16 "
+        "--slurm partition=gpu time=240"
+    ): "qlora-recipes benchmark --help",
+    "accelerate launch --num_processes 4 -m qlora_recipes.cli evaluate runs/llama2_guanaco/nf4-seed0": (
+        "qlora-recipes evaluate --help"
+    ),
+    "qlora-recipes throughput --rows guanaco_llama2.jsonl --tokenizer LLAMA2_FOLDER --max_length 1024": (
         "qlora-recipes throughput --help"
     ),
 }
