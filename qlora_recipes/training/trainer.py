@@ -218,6 +218,7 @@ class ExactResume(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish(folder / checkpoints.WRITING / name, folder)
+        self.accelerator.wait_for_everyone()  # or the others would not see yet that the best is this one
         scored_best = folder / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = best = str(scored_best) if scored_best.is_dir() else best
         if self.args.should_save:
