@@ -153,10 +153,10 @@ def _child(folder: Path, variant: str, output: Path, mouth: int | None, resume: 
     code = 1
     try:
         if sharded:
-            from sharded_runs import FSDP, _label_as_on_gpus
+            from sharded_runs import FSDP, label
 
             os.environ.update(FSDP)
-            _label_as_on_gpus(True)
+            label(as_on_gpus=True)
         log = (folder / "log.txt").open("a")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
