@@ -114,6 +114,16 @@ def test_a_gpu_runs_kernels_of_its_generation_and_what_it_compiles(
     assert torch_device().type == "cuda"
 
 
+def test_each_process_of_a_launcher_evaluates_on_its_own_gpu(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(usable=True)
+    assert torch_device() == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert torch_device() == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize("asked", [{"ACCELERATE_USE_CPU": "true"}, {"CUDA_VISIBLE_DEVICES": ""}])
 def test_a_cpu_that_is_asked_for_is_taken(
     asked: dict[str, str], machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch

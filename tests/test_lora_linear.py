@@ -22,7 +22,6 @@ from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.training import build
 from qlora_recipes.training.build import build_trainer, load_model
-from qlora_recipes.training.trainer import RunTrainer
 
 KINDS = ["bf16", "nf4", "expanded"]
 INPUTS, OUTPUTS = 64, 96
@@ -296,7 +295,7 @@ def test_layers_are_counted_and_others_passed_over() -> None:
     ]
 
 
-def test_nothing_is_joined_where_deepspeed_shards_weights(
+def test_the_layers_of_a_run_are_joined(
     tiny: Callable[[str], Path],
     recipe_for: Callable[..., type[Recipe]],
     tmp_path: Path,
@@ -306,15 +305,6 @@ def test_nothing_is_joined_where_deepspeed_shards_weights(
     monkeypatch.setattr(build, "fuse_lora_layers", joined.append)
     run = load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path))
     build_trainer(run, RunFolder(tmp_path))
-    assert joined == [run.model]
-
-    class Sharded(RunTrainer):
-        def __init__(self, *arguments: Any, **others: Any) -> None:
-            super().__init__(*arguments, **others)
-            self.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(build, "RunTrainer", Sharded)
-    build_trainer(load_model(read(recipe_for(), tiny("llama2"), output_dir=tmp_path)), RunFolder(tmp_path))
     assert joined == [run.model]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_recipes import environment
 from qlora_recipes.experiments.gpu import measure, page
-from qlora_recipes.experiments.gpu.command import Outcome, main, run_part
+from qlora_recipes.experiments.gpu.command import Outcome, main, run_part, write_rows
 from qlora_recipes.experiments.gpu.parts import SMALL, Part, parts
 
 
@@ -53,17 +53,24 @@ def test_every_measurement_has_its_base(tmp_path: Path) -> None:
     assert all(part.needs in names[: names.index(part.name)] for part in found if part.needs)
 
 
-def test_attention_is_measured_and_written(tmp_path: Path) -> None:
-    spec = next(part.specification for part in parts(SMALL, tmp_path, tmp_path) if part.specification)
+def test_what_is_measured_is_written(tmp_path: Path) -> None:
+    rows = write_rows(SMALL.max_length, tmp_path)
+    spec = next(part.specification for part in parts(SMALL, tmp_path, rows) if part.specification)
     made = measure.base(spec)
-    figures = measure.attention(spec)
+    figures, scored = measure.attention(spec), measure.evaluation(spec)
     assert made["bytes"] > 0 and figures["heads"] == [2, 2] and figures["largest_difference"] < 0.05
-    found = [Outcome("attention llama2", "attention", "done", 1.0, "", figures), Outcome("tests", "tests", "failed")]
+    assert scored["rows"] == 64 and scored["tokens_per_second"] > 0 and 0 < scored["planned_bytes"] < 2**30
+    found = [
+        Outcome("attention llama2", "attention", "done", 1.0, "", figures),
+        Outcome("evaluation llama2", "evaluation", "done", 1.0, "", scored),
+        Outcome("tests", "tests", "failed", said="no kernel image\nended with 1"),
+    ]
     scale, machine = asdict(SMALL), {"device": "cpu", "name": "2 processors, no GPU"}
     text = page.write(
         dict(machine=machine, versions=environment.versions(), scale=scale, outcomes=list(map(asdict, found)))
     )
-    assert page.NO_GPU in text and "2 heads, 2 of keys" in text and "| tests | failed |" in text
+    assert page.NO_GPU in text and "2 heads, 2 of keys" in text and "64 rows, 4,096 positions at a time" in text
+    assert "| tests | failed | 0 | no kernel image; ended with 1 |" in text
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from preflight_runs import changed, read, verdict_of, with_data, with_rows
 from tokenizers import AddedToken
 
@@ -17,6 +18,7 @@ from qlora_recipes import Recipe
 from qlora_recipes.data import arrow_rows
 from qlora_recipes.data.arrow_rows import Conversation, Rows
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Encoded
+from qlora_recipes.memory import ranks
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
 from qlora_recipes.preflight import (
     BEFORE_LOADING,
@@ -300,6 +302,17 @@ def test_too_little_memory_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch)
     check = verdict_of(machine.memory_free, run)
     assert check.verdict == "fail"
     assert "planned" in check.figure and "--max_length" in check.advice
+
+
+def test_a_base_that_fsdp_divides_needs_no_room_for_all_of_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Free:
+        available = ranks.planned(run.settings, "cpu", 8, divided=False).base - 1
+
+    monkeypatch.setitem(PartialState()._shared_state, "num_processes", 8)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: Free)
+    assert verdict_of(machine.memory_free, run).verdict == "fail"
+    monkeypatch.setattr(machine, "divides", lambda: True)
+    assert verdict_of(machine.memory_free, run).verdict == "warn"
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,17 @@ import torch
 from accelerate import PartialState
 from forked import in_processes
 from kill_and_resume import outcome
+from transformers import TrainerState
+from trl import SFTTrainer
 
 from qlora_recipes import DatasetSpec, Recipe, preflight
 from qlora_recipes.errors import RunFolderError, UsageError
 from qlora_recipes.report.card import model_card
+from qlora_recipes.run.checkpoints import WRITING
 from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import Settings, resolve
 from qlora_recipes.training.journal import Journal, find_checkpoint, restore_batch, settings_identity
+from qlora_recipes.training.token_count import TokenCount
 from qlora_recipes.training.train import train
 from qlora_recipes.training.trainer import RunTrainer
 
@@ -156,7 +160,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(
-    runs: Runs, processes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    runs: Runs, processes: Callable[[int], None]
 ) -> None:
     folder, settings = RunFolder(runs.folder / "one"), runs.settings("one")
     processes(3)
@@ -168,10 +172,6 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(
     by_one = restore_batch(runs.settings("one", per_device_train_batch_size=1), folder)
     assert by_one.training["gradient_accumulation_steps"] == 1
     Journal(folder).refuse_another(settings_identity(by_one))
-    processes(2)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UsageError, match="DeepSpeed's optimizer"):
-        restore_batch(settings, folder)
 
 
 def test_another_global_batch_is_another_run(runs: Runs, processes: Callable[[int], None]) -> None:
@@ -190,3 +190,20 @@ def test_an_edited_number_of_processes_is_named(runs: Runs, processes: Callable[
     folder.started.write_text(json.dumps({**content, "run": {**content["run"], "processes": "two"}}))
     with pytest.raises(RunFolderError, match=r"started\.json, key run\.processes: got 'two'"):
         restore_batch(runs.settings("edited"), folder)
+
+
+def test_every_rank_waits_for_a_checkpoint_before_it_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1, which would else not load at the end what rank 0 loads, and leave it waiting."""
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(RunTrainer, "_progress", lambda self: TokenCount())
+    best = tmp_path / "checkpoint-2"
+    (tmp_path / WRITING / best.name).mkdir(parents=True)
+    waits = [lambda: None, lambda: None, best.mkdir, lambda: None]  # the third ends when rank 0 has put it in place
+    trainer: Any = object.__new__(RunTrainer)
+    trainer.args = SimpleNamespace(output_dir=tmp_path, should_save=False, process_index=1)
+    trainer.state = TrainerState(global_step=2, best_global_step=2)
+    trainer.accelerator = SimpleNamespace(wait_for_everyone=lambda: waits.pop(0)())
+    trainer._save_checkpoint(None, None)
+    assert trainer.state.best_model_checkpoint == str(best)

@@ -16,6 +16,7 @@ from qlora_recipes.commands.recipe_cli import main
 from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import fields_of
 from qlora_recipes.recipe import DERIVED
+from qlora_recipes.settings import resolve
 from qlora_recipes.training import train as train_module
 from qlora_recipes.training.configuration import refusals
 
@@ -264,6 +265,14 @@ def test_half_a_launch_is_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert part in refused()
+
+
+def test_a_script_that_trains_is_refused_as_a_command_is(
+    recipe_for: Callable[..., type[Recipe]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match="DeepSpeed: its checkpoints are pickles"):
+        train_module.train(resolve(recipe_for(), demo=True))
 
 
 @pytest.mark.parametrize(

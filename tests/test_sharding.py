@@ -170,7 +170,6 @@ def test_experts_in_4_bits_are_refused(small: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("variables", "changes", "said"),
     [
-        ({"FSDP_VERSION": "1"}, {}, "--fsdp_version 1: expected 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "--fsdp_offload_params true"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "--gradient_checkpointing true"),
         ({}, {"precision": precision_named("int8")}, "--precision int8"),

@@ -683,6 +683,16 @@ def test_when_asked_for_the_batch_is_halved_and_the_run_goes_on(runs: Runs, monk
     assert receipt.training.final_loss == pytest.approx(plain.training.final_loss, rel=1e-2)
 
 
+def test_one_of_several_processes_does_not_begin_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = runs.settings("several", auto_find_batch_size=True)
+    assert faults.halve_batch(settings)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert faults.halve_batch(settings) is None
+    halve = pytest.raises(MemoryExhaustedError, match="halve --per_device_train_batch_size")
+    with halve, faults.machine_faults(settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 # ---- The best, the last, and stopping early ----
 
 

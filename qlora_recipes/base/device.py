@@ -22,9 +22,16 @@ _ON_CPU = "To use the CPU all the same, put CUDA_VISIBLE_DEVICES= in front of th
 
 
 def torch_device() -> torch.device:
-    """Return the device of this process outside of training; raises as `check_gpu` does."""
+    """Return the device of this process outside of training, its own GPU behind a launcher; raises as `check_gpu`."""
     check_gpu()
-    return torch.device("cuda" if torch.cuda.is_available() and not cpu_asked() else "cpu")
+    if cpu_asked() or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", _own_gpu())
+
+
+def _own_gpu() -> int:
+    """Return the number of this process's GPU, chosen as accelerate does."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
 
 
 def cpu_asked() -> bool:
@@ -69,7 +76,7 @@ def _why_unusable() -> str:
 
 def _check_architecture() -> None:
     """Refuse a GPU that this build of PyTorch has no kernels for."""
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    index = _own_gpu()
     major, minor = torch.cuda.get_device_capability(index)
     built = torch.cuda.get_arch_list()
     if not built or any(_runs(each, major, minor) for each in built):

@@ -63,11 +63,10 @@ def refuse_unsupported(settings: Settings) -> None:
     """
     if environment.sharding_asked() != "FSDP":
         return
-    lora, precision, version = settings.lora, settings.precision, _config("VERSION", "1")
+    lora, precision = settings.lora, settings.precision
     start, optimizer = lora.get("init_lora_weights", True), str(settings.training.get("optim", ""))
     parts = "needs whole weights of the base, and each process has parts"
     faults = [
-        (version != "2", f"--fsdp_version {version}: expected 2, since FSDP1 cannot divide frozen and trained weights"),
         (_is_on("OFFLOAD_PARAMS"), "--fsdp_offload_params true: expected false, weights stay on the GPUs"),
         (_is_on("ACTIVATION_CHECKPOINTING"), "--fsdp_activation_checkpointing: give --gradient_checkpointing true"),
         (precision.name == "int8", "--precision int8: its weights cannot be divided; expected nf4 or bf16"),
@@ -86,13 +85,9 @@ def refuse_unsupported(settings: Settings) -> None:
         raise UsageError(f"FSDP: {'; '.join(found)}")
 
 
-def _config(name: str, default: str = "") -> str:
-    """Return what `accelerate launch` made of a line of its FSDP config."""
-    return os.environ.get(f"FSDP_{name}", default)
-
-
 def _is_on(name: str) -> bool:
-    return _config(name).lower() in ("true", "1")
+    """Whether `accelerate launch` was told so by a line of its FSDP config."""
+    return os.environ.get(f"FSDP_{name}", "").lower() in ("true", "1")
 
 
 @contextlib.contextmanager

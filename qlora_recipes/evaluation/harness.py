@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections import Counter
@@ -204,8 +203,7 @@ def evaluate_many(
                 for job in jobs:
                     if job.key == key and job.missing:
                         _score(job, base, loading, signals, console)
-                del base  # the next one needs the room
-                gc.collect()  # lm-eval's model refers to itself
+                del base  # or the next one, which frees what nothing holds, would find it in memory
     except Stopped as stopped:
         _print_what_is_left(stopped, jobs, overwrite)
         raise

@@ -6,7 +6,6 @@ original weights are read from their file one matrix at a time. Knows nothing of
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,8 +46,7 @@ def measure(reference: RunFolder, others: Sequence[RunFolder], *, said: Callable
                 said(f"divergence of {folder.path.name}")
                 with restore_run(folder, base, key) as run:
                     records.write_divergence(reference, folder, _compare(run, Path(scratch)))
-            del base, run  # each holds the model, and the next one needs the room
-            gc.collect()
+            del base, run  # each holds the model, and `restore_base` frees what nothing holds
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def fuse_lora_layers(model: nn.Module) -> int:
 
     PEFT keeps dropout, other variants, biases, and int8, whose product belongs to its library; and, at each
     call, several adapters, none, merged ones, and computing in float32. FSDP2 gathers the weights of a block, which are
-    whole here; not for DeepSpeed's ZeRO-3, which gathers a weight when its own module is called, and here it is not.
+    whole here.
     """
     for wrapper in model.modules():
         if isinstance(wrapper, ParamWrapper):

@@ -40,7 +40,7 @@ class Machine:
     processes: int = 1
     """Of the whole run."""
     sharded: bool = False
-    """Whether FSDP or DeepSpeed divides the model among them, which the plan does not cover."""
+    """Whether FSDP divides the model among them, which this plan does not cover (`ranks.py` does)."""
 
 
 def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
@@ -105,6 +105,8 @@ def _cost(checkpoint_every: int, tokens: int) -> float:
 
 def describe(settings: Settings, machine: Machine) -> str:
     """Return in one line what a fitted run computes at a time and its planned memory; empty if there is no plan."""
+    if machine.sharded:
+        return ""
     try:
         work = workload_of(settings, machine.device, machine.processes)
         memory = training_memory(sizes_for(settings), settings.precision, work)

@@ -19,7 +19,7 @@ from qlora_recipes.memory.estimate import CUDA_CONTEXT, GIB, Memory, moments, op
 from qlora_recipes.memory.fitting import USABLE
 from qlora_recipes.memory.sizes import linear_parameters, sizes_for, unquantized_parameters
 from qlora_recipes.memory.step import Step, base_bytes
-from qlora_recipes.memory.workload import Workload
+from qlora_recipes.memory.workload import Workload, workload_of
 from qlora_recipes.precision import PRECISIONS, Precision
 from qlora_recipes.settings import Settings
 
@@ -64,6 +64,16 @@ def _way(sizes: Sizes, wrapper: str, precision: Precision, work: Workload, usabl
             break
         rows = more
     return Way(wrapper, precision, one, loading, rows)
+
+
+def planned(settings: Settings, device: str, processes: int, *, divided: bool) -> Memory:
+    """Return what training takes of one process of a run, among all of which FSDP divides the base where `divided`.
+
+    Raises:
+        ModelError: when the model's dimensions are unknown.
+    """
+    memory_of = sharded_memory if divided else training_memory
+    return memory_of(sizes_for(settings), settings.precision, workload_of(settings, device, processes))
 
 
 def _whole_weight(sizes: Sizes, precision: Precision) -> int:

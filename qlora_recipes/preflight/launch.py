@@ -51,7 +51,7 @@ def distributed_type(run: Run) -> Check:
     return fail_unless(
         holds,
         got.replace("NO", "none") if holds else f"{got}, {asked} was asked for",
-        "Sharding needs GPUs here; leave the FSDP or DeepSpeed config out on a CPU.",
+        "Sharding needs GPUs here; leave the FSDP config out on a CPU.",
     )
 
 

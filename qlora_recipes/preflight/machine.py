@@ -17,8 +17,9 @@ from datasets import Dataset
 
 from qlora_recipes import environment
 from qlora_recipes.base import upstream
+from qlora_recipes.base.sharding import divides
 from qlora_recipes.errors import ModelError
-from qlora_recipes.memory import estimate
+from qlora_recipes.memory import estimate, ranks
 from qlora_recipes.preflight.checks import fail_unless, passed, untested, warn_unless
 from qlora_recipes.run.receipt import Check
 from qlora_recipes.settings import model_location
@@ -105,9 +106,10 @@ def hub(run: Run) -> Check:
 
 def memory_free(run: Run) -> Check:
     """The planned peak fits into what is free before the base is loaded."""
-    device = PartialState().device
+    state = PartialState()
+    device = state.device
     try:
-        planned = estimate.plan(run.settings, device=device.type).training
+        planned = ranks.planned(run.settings, device.type, state.num_processes, divided=divides())
     except ModelError as error:
         return untested(f"no plan: {error}")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -175,13 +175,15 @@ def once_per_node(make: Callable[[], T]) -> T:
             descriptor, file = tempfile.mkstemp(prefix="qlora-recipes-")
             with os.fdopen(descriptor, "wb") as stream:
                 pickle.dump(made, stream)
-    files = _exchange(file, _ROWS_WAIT)
-    if first != _rank():
-        with Path(files[first]).open("rb") as stream:
-            made = cast(T, pickle.load(stream))  # of our own node's first process, in a file of ours alone
-    _exchange(None)  # all have read it
-    if file:
-        Path(file).unlink()
+    try:
+        files = _exchange(file, _ROWS_WAIT)
+        if first != _rank():
+            with Path(files[first]).open("rb") as stream:
+                made = cast(T, pickle.load(stream))  # of our own node's first process, in a file of ours alone
+        _exchange(None)  # all have read it
+    finally:
+        if file:  # rows of the user's, not to be left behind by a run that fails
+            Path(file).unlink()
     return made
 
 

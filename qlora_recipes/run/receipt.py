@@ -204,9 +204,9 @@ class SpreadReceipt:
     nodes: int = 1
     """Machines, or launchers on one machine."""
     wrapper: str = "none"
-    """What joins the processes: none, DDP, FSDP2 or DeepSpeed."""
+    """What joins the processes: none, DDP or FSDP2."""
     sharding: str = "none"
-    """What each process has only a part of: FULL_SHARD (weights, gradients, optimizer) or a stage of ZeRO."""
+    """What each process has only a part of: none, or FULL_SHARD: weights, gradients and optimizer."""
     dtypes: dict[str, str] = field(default_factory=dict)
     """What is computed in what: `autocast`, and what FSDP2 casts: `param_dtype`, `reduce_dtype` or `output_dtype`."""
     peak_bytes: list[int] = field(default_factory=list)

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from qlora_recipes import environment
 from qlora_recipes.base.adapters import ADAPTER, adapted_modules, adapter_sha256, adapter_tensors, tensor_hashes
 from qlora_recipes.base.loading import stored_tensors
-from qlora_recipes.base.sharding import local
+from qlora_recipes.base.sharding import divides, local
 from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
 from qlora_recipes.kernels.dequantize import EXPANDED
-from qlora_recipes.memory import estimate
+from qlora_recipes.memory import ranks
 from qlora_recipes.preflight.preferences import mean_margins
 from qlora_recipes.run.receipt import AdapterReceipt, MemoryReceipt, TrainingReceipt
 from qlora_recipes.stages import Run
@@ -116,6 +116,6 @@ def non_weight_bytes(model: torch.nn.Module) -> int:
 
 def _planned(run: Run, device: str) -> int | None:
     try:
-        return estimate.plan(run.settings, device=device, processes=PartialState().num_processes).training.allocated
+        return ranks.planned(run.settings, device, PartialState().num_processes, divided=divides()).allocated
     except ModelError:
         return None

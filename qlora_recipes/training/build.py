@@ -162,8 +162,7 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
         plugin = trainer.accelerator.state.fsdp_plugin
         plugin.state_dict_config = plugin.optim_state_dict_config = None
         plugin.set_state_dict_type("FULL_STATE_DICT")
-    if not trainer.is_deepspeed_enabled:
-        fuse_lora_layers(run.model)
+    fuse_lora_layers(run.model)
     if repaired:
         run.repairs.append("float32_adapter")
     trainer.remove_callback(PrinterCallback)

@@ -81,7 +81,9 @@ def _cannot_write(settings: Settings, reason: str) -> str:
 def _no_memory(settings: Settings, reason: str) -> str:
     batch, rows = settings.training.get(_BATCH, 8), settings.training.get("max_length")
     advice = "lower --max_length, or choose a --precision of fewer bits"
-    if batch > 1:
+    if batch > 1 and ranks.several():
+        advice = f"halve --{_BATCH} and double --{_ACCUMULATION}; {advice}"
+    elif batch > 1:
         advice = f"give --auto_find_batch_size, which halves it and doubles --{_ACCUMULATION}; {advice}"
     return (
         f"out of memory with {batch} rows of up to {rows} tokens at a time ({reason}). {_planned(settings)}"
@@ -99,9 +101,12 @@ def _planned(settings: Settings) -> str:
 
 
 def halve_batch(settings: Settings) -> Settings | None:
-    """Return settings with half the batch and twice the accumulation; None where not asked for or not possible."""
+    """Return settings with half the batch and twice the accumulation; None where not asked for or not possible.
+
+    Not with several processes: one would begin again while the others wait for it in the middle of a step.
+    """
     batch = settings.training.get(_BATCH, 8)
-    if not settings.training.get("auto_find_batch_size") or batch < 2 or batch % 2:
+    if not settings.training.get("auto_find_batch_size") or batch < 2 or batch % 2 or ranks.several():
         return None
     accumulation = settings.training.get(_ACCUMULATION, 1)
     training = {**settings.training, _BATCH: batch // 2, _ACCUMULATION: accumulation * 2}

@@ -93,11 +93,6 @@ def _divide_batch(training: Mapping[str, Any], run: Mapping[str, Any], folder: R
         if not isinstance(value, int) or value < 1:
             raise RunFolderError(f"{folder.started}, key run.{name}: got {value!r:.60}, expected 1 or more. {_FIX}")
     batch = math.prod(was)
-    if environment.sharding_asked() == "DEEPSPEED":
-        raise UsageError(
-            f"--resume: {folder.path} was started with {run['processes']} processes, and now there are {processes}; "
-            "expected the same, because each has its part of DeepSpeed's optimizer in a file of its own"
-        )
     if batch % (rows * processes):
         per_process = f"--{_ROWS} {math.gcd(rows, batch // processes)}" if batch % processes == 0 else ""
         fix = per_process or f"a number of processes that divides {batch}"

@@ -25,8 +25,6 @@ def describe_spread(trainer: Trainer, peak_bytes: int) -> SpreadReceipt:
         wrapper, sharding = "FSDP2", "FULL_SHARD"
         policy = {name: getattr(divided._mp_policy, name) for name in _DTYPES}
         dtypes |= {name: str(dtype).removeprefix("torch.") for name, dtype in policy.items() if dtype}
-    elif trainer.is_deepspeed_enabled:
-        wrapper, sharding = "DeepSpeed", f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     peak = torch.tensor([peak_bytes], device=trainer.args.device)
     return SpreadReceipt(
         processes=processes,

@@ -66,7 +66,8 @@ def train(
     """
     console = console or Console()
     with machine_faults(settings):
-        _meet(settings, resume=resume, overwrite=overwrite)
+        environment.check_sharding()  # also of a script, which no command has looked at
+        _meet(settings, resume=resume, overwrite=overwrite, skip_checks=list(skip_checks))
         settings = finalize_settings(settings, resume=resume, console=console)
     launch = _Launch(settings, settings, command, overwrite, resume, skip_checks, all_checks, console)
     while True:
@@ -81,7 +82,7 @@ def train(
         launch = replace(launch, settings=smaller, overwrite=False, resume=True, reason=reason)
 
 
-def _meet(settings: Settings, **flags: bool) -> None:
+def _meet(settings: Settings, **flags: Any) -> None:
     """Wait for the other processes of the run, if there are any, and make sure that all were started alike."""
     if not ranks.several():
         return

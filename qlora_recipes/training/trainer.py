@@ -150,7 +150,7 @@ class ExactResume(Trainer):
             loss = self.accelerator.reduce(loss, "sum")
         if not math.isfinite(loss):
             self._refuse(f"the loss of step {self.state.global_step + 1} is {float(loss)}, expected a finite number")
-        norm = None if norm is None else float(norm)  # DeepSpeed may not have one
+        norm = None if norm is None else float(norm)
         self._overflowed = norm is not None and not math.isfinite(norm)
         if self._overflowed and not self.args.fp16:
             self._refuse(f"the gradient norm of step {self.state.global_step + 1} is {norm}, expected a finite number")
@@ -218,6 +218,7 @@ class ExactResume(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.publish(folder / checkpoints.WRITING / name, folder)
+        self.accelerator.wait_for_everyone()  # or the others would not see yet that the best is this one
         scored_best = folder / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = best = str(scored_best) if scored_best.is_dir() else best
         if self.args.should_save:
@@ -355,7 +356,7 @@ class ExactResume(Trainer):
                 f"{best.path} has the best held-out loss and is damaged: {fault}. Restore it from a copy and give "
                 "--resume, or train again with --overwrite"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled:
             super()._load_best_model()
         else:  # upstream freezes the adapter, whose weights would then count as 0
             set_weights(cast(PeftModel, self.model), best.path)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -26,6 +26,9 @@ from qlora_recipes import environment
 from qlora_recipes.commands.flags import Parser, count, file_to_write
 from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field
+
+if TYPE_CHECKING:
+    from qlora_recipes.experiments.gpu.parts import Part
 
 _FLAGS = (
     count("minutes", "no part begins or goes on after this (9)", 9),
@@ -70,14 +73,14 @@ def main(argv: Sequence[str]) -> None:
     scale = FULL if on_gpu else SMALL
     with tempfile.TemporaryDirectory(prefix="on-gpu-") as folder:
         scratch = Path(folder)
-        todo = list(parts(scale, scratch, _write_rows(scale.max_length, scratch)))
+        todo = list(parts(scale, scratch, write_rows(scale.max_length, scratch)))
         groups = list(dict.fromkeys(part.group for part in todo))
         if unknown := set(asked.parts or ()) - set(groups):
             raise UsageError(f"--parts: got {unknown.pop()!r}, expected some of {', '.join(groups)}")
         outcomes: dict[str, Outcome] = {}
-        for part in todo:
-            if asked.parts and part.group not in (*asked.parts, "base"):
-                continue
+        chosen = [part for part in todo if not asked.parts or part.group in asked.parts]
+        needed = {part.needs for part in chosen}
+        for part in (part for part in todo if part in chosen or part.name in needed):
             outcomes[part.name] = found = run_part(part, outcomes, end, scratch)
             console.print(Text(f"{found.state:11} {found.seconds:4.0f} s  {part.name}"))
             if found.state == "failed":
@@ -114,7 +117,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run_part(part: Any, before: dict[str, Outcome], end: float, scratch: Path) -> Outcome:
+def run_part(part: Part, before: dict[str, Outcome], end: float, scratch: Path) -> Outcome:
     """Run a part as far as time goes; its processes end with it."""
     import torch
 
@@ -146,6 +149,9 @@ def run_part(part: Any, before: dict[str, Outcome], end: float, scratch: Path) -
         os.killpg(process.pid, signal.SIGKILL)  # its own group: whatever it has started ends too
         said, _ = process.communicate()
         ended = f"\nended after {limit:.0f} s, the limit"
+    except BaseException:  # Ctrl-C, which does not reach that group
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     outcome.seconds = time.monotonic() - start
     outcome.state, outcome.said = ("failed" if ended else "done"), (said + ended)[-3000:].strip()
     if not ended and part.specification:
@@ -153,7 +159,7 @@ def run_part(part: Any, before: dict[str, Outcome], end: float, scratch: Path) -
     return outcome
 
 
-def _write_rows(longest: int, scratch: Path) -> Path:
+def write_rows(longest: int, scratch: Path) -> Path:
     """Write conversations whose lengths spread as those of Guanaco do."""
     draw, file = random.Random(0), scratch / "rows.jsonl"
     with file.open("w", encoding="utf-8") as lines:

@@ -13,21 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_recipes import standins
+from qlora_recipes import environment, standins
 from qlora_recipes.commands.entry import run_command
+from qlora_recipes.evaluation.held_out import row_losses
 from qlora_recipes.experiments.gpu.parts import FULL, SMALL
 from qlora_recipes.experiments.throughput import arms, bound
 from qlora_recipes.experiments.throughput.arms import SPECS, Specification, base_config, make_base
 from qlora_recipes.kernels import attention as by_conversation
+from qlora_recipes.kernels.lora_linear import fuse_lora_layers
+from qlora_recipes.memory import estimate
 from qlora_recipes.memory.sizes import sizes_of
-from qlora_recipes.training.build import prepare_rows
+from qlora_recipes.training.accounting import non_weight_bytes
+from qlora_recipes.training.build import load_model, prepare_rows
 
 _CONVERSATIONS = (900, 500, 300, 200, 100, 48)
 """Tokens of the conversations that share a row: 2,048, as a packed row of Guanaco has them."""
@@ -96,6 +100,26 @@ def attention(spec: Specification) -> dict[str, Any]:
     }
 
 
+def evaluation(spec: Specification) -> dict[str, Any]:
+    """Score rows as an evaluation does, as many at a time as it takes: tokens/s, and the peak beside the plan."""
+    run = load_model(prepare_rows(arms.settings_of(replace(spec, storage="packed"))))
+    fuse_lora_layers(run.model.eval())  # as a finished run is loaded
+    rows, where = [row.encoded for row in run.data.train], run.model.device.type
+    row_losses(cast(Any, run), rows[:1], 1)  # warms up
+    beside = non_weight_bytes(run.model)
+    environment.reset_peak(where)
+    start = time.perf_counter()
+    row_losses(cast(Any, run), rows, len(rows))  # as many as there is room for
+    seconds = time.perf_counter() - start
+    return {
+        "positions": estimate.EVALUATED_POSITIONS,
+        "rows": len(rows),
+        "tokens_per_second": sum(len(row.input_ids) for row in rows) / seconds,
+        "used_bytes": environment.peak_since_reset(where) - beside,
+        "planned_bytes": estimate.plan(run.settings, device=where).evaluation.allocated,
+    }
+
+
 def _milliseconds(way: Callable[[], torch.Tensor], parts: Sequence[torch.Tensor]) -> float:
     gradient = torch.randn_like(way())
     taken = []
@@ -151,13 +175,13 @@ def profiled(spec: Specification) -> dict[str, Any]:
         "milliseconds": {event.key: getattr(event, own) / 1000 for event in events[:_SHOWN]},
         "total_milliseconds": sum(getattr(event, own) for event in events) / 1000,
         "waits": sum(event.count for event in events if event.key in waits) if on_gpu else None,
-        "reads": sum(event.count for event in events if event.key == "aten::_local_scalar_dense"),
     }
 
 
 _MEASURES: dict[str, Callable[[Specification], dict[str, Any]]] = {
     "base": base,
     "attention": attention,
+    "evaluation": evaluation,
     "profile": profiled,
 }
 

@@ -14,8 +14,9 @@ _HEAD = """\
 
 One command, no network, under ten minutes on one GPU: the tests marked `gpu`, two demos, an evaluation, runs that are
 killed and resumed, and for the shapes of Llama-2-7B and Falcon-7B with random weights: tokens/s of the recipe in nf4,
-bf16 and fp16 and of TRL's documented scripts, memory beside the plan, a profile of one step, attention by conversation
-beside a mask. It goes on after a failure and says what it did not reach. This page is its output.
+bf16 and fp16 and of TRL's documented scripts, memory of training and of an evaluation beside the plan, a profile of one
+step, attention by conversation beside a mask. It goes on after a failure and says what it did not reach. This page is
+its output.
 """
 NO_GPU = """\
 **No GPU has run this yet.** What follows is the same program with small models on a CPU, which shows that the program
@@ -30,15 +31,13 @@ def write(figures: Mapping[str, Any]) -> str:
     where = machine["name"]
     if machine["device"] == "cuda":
         where += f", {machine['bytes'] / _GIB:.0f} GiB, capability {machine['capability']}, CUDA {machine['cuda']}"
-    packages = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    )
+    packages = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES)
     sections = [_HEAD] + [NO_GPU] * (machine["device"] != "cuda")
     sections.append(
         f"Ran on: {where}; {packages}. Models: {scale['num_hidden_layers']} layers, rows of up to "
         f"{scale['max_length']:,} tokens, 8 a step.\n"
     )
-    sections += [_speed(outcomes), _attention(outcomes), _profiles(outcomes), _outcomes(outcomes)]
+    sections += [section(outcomes) for section in (_speed, _evaluation, _attention, _profiles, _outcomes)]
     return "\n".join(section for section in sections if section)
 
 
@@ -86,6 +85,23 @@ def _speed(outcomes: Sequence[Mapping[str, Any]]) -> str:
     return "## Speed and memory\n\n" + _table(head, rows) if rows else ""
 
 
+def _evaluation(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for each in _of(outcomes, "evaluation"):
+        found = each["figures"]
+        rows.append(
+            [
+                each["name"],
+                f"{found['rows']} rows, {found['positions']:,} positions at a time",
+                f"{found['tokens_per_second']:,.0f}",
+                f"{found['used_bytes'] / _GIB:.2f}",
+                f"{found['planned_bytes'] / _GIB:.2f}",
+            ]
+        )
+    head = ("base in NF4 with an adapter", "scored", "real tokens/s", "peak, GiB", "planned, GiB")
+    return "## An evaluation\n\n" + _table(head, rows) if rows else ""
+
+
 def _attention(outcomes: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for each in _of(outcomes, "attention"):
@@ -124,5 +140,7 @@ def _outcomes(outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _last_line(outcome: Mapping[str, Any]) -> str:
-    lines = [line.strip() for line in outcome["said"].splitlines() if line.strip()] or [""]
-    return "" if outcome["figures"] else lines[-1][:120].replace("|", "/")
+    """Return what a part without figures said last; where it failed, what comes before how it ended, too."""
+    lines = [line.strip() for line in outcome["said"].splitlines() if line.strip()]
+    said = "; ".join(line[:160] for line in lines[-2 if outcome["state"] == "failed" else -1 :])
+    return "" if outcome["figures"] else said.replace("|", "/")

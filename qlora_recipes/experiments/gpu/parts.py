@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_recipes.experiments.throughput.arms import ARMS, Specification
+from qlora_recipes.experiments.throughput.arms import ARMS, SCRIPTS, Specification
 
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout: the tests and the recipes are beside the package."""
@@ -60,17 +60,18 @@ def parts(scale: Scale, scratch: Path, rows: Path) -> Iterator[Part]:
     yield Part("evaluate llama2_guanaco", "runs", evaluate, 90, needs="demo llama2_guanaco")
     resume = (python, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "4")
     yield Part("kill and resume", "runs", resume, 120)
-    for family in FULL.hidden_size:
-        base = scratch / f"base-{family}"
-        spec = Specification(family, str(base), str(rows), "nf4", "bfloat16", scale.max_length, scale.steps, 16, "auto")
+    shared = ("nf4", "bfloat16", scale.max_length, scale.steps, 16, "auto")
+    specs = [Specification(family, str(scratch / f"base-{family}"), str(rows), *shared) for family in FULL.hidden_size]
+    for spec in specs:
         yield _measured("base", spec, seconds=90)
-        yield _measured("attention", spec, seconds=45)
         for precision, dtype in (("nf4", "bfloat16"), ("bf16", "bfloat16"), ("fp16", "float16")):
             yield _measured("recipe", replace(spec, precision=precision, dtype=dtype), seconds=75)
+        yield _measured("attention", spec, seconds=45)
+        yield _measured("evaluation", spec, seconds=60)
+    for spec in specs:
         yield _measured("profile", spec, seconds=60)
-        for arm in ARMS:
-            if arm != "recipe":
-                yield _measured(arm, spec, seconds=90)
+        for arm in SCRIPTS:
+            yield _measured(arm, spec, seconds=90)
 
 
 def _measured(what: str, spec: Specification, *, seconds: int) -> Part:
