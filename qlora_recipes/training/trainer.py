@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,38 +31,12 @@ from qlora_recipes.run import checkpoints
 from qlora_recipes.run.files import read_record, write_json
 from qlora_recipes.run.signals import Stopped, StopSignals
 from qlora_recipes.training import non_finite
+from qlora_recipes.training.carried_over import CarriedOver, of_other_processes
 from qlora_recipes.training.token_count import TokenCount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.trainer_utils import TrainOutput
-
-
-@dataclass
-class _Progress:
-    """What upstream does not carry over from one session to the next."""
-
-    count: TokenCount
-    seconds: float
-    """Spent on the steps so far."""
-    loss_since_log: float
-    """Sum over the steps since the last logged one."""
-    loss_logged: float
-    """Sum over the steps up to that one."""
-    last_logged_step: int
-    metrics_since_log: dict[str, list[float]]
-    tokens: int
-    skipped_steps: int = 0
-
-
-def _of_other_processes(saved: Sequence[_Progress], rank: int) -> _Progress:
-    """Return what a rank goes on with when another number of processes saved this: the first one has all counts.
-
-    The loss of a step is the mean over its processes, and what is logged of it is gathered already.
-    """
-    counts = TokenCount(*map(sum, zip(*(astuple(each.count) for each in saved), strict=True)))
-    loss = sum(each.loss_since_log for each in saved) / len(saved)
-    return replace(saved[0], count=counts if rank == 0 else TokenCount(), loss_since_log=loss)
 
 
 class _EvaluationStopped(Exception):
@@ -247,8 +221,8 @@ class ExactResume(Trainer):
 
     # ---- Resuming ----
 
-    def _progress(self) -> _Progress:
-        return _Progress(
+    def _progress(self) -> CarriedOver:
+        return CarriedOver(
             count=self.count.read(),
             seconds=self.seconds,
             loss_since_log=self._tr_loss.item(),
@@ -273,9 +247,9 @@ class ExactResume(Trainer):
         fix = "Remove the checkpoint to resume from the one before it"
         files, rank = checkpoints.Checkpoint(self._continued).progress, self.args.process_index
         if len(files) == self.args.world_size:
-            progress = read_record(files[rank], _Progress, fix=fix)
+            progress = read_record(files[rank], CarriedOver, fix=fix)
         else:
-            progress = _of_other_processes([read_record(file, _Progress, fix=fix) for file in files], rank)
+            progress = of_other_processes([read_record(file, CarriedOver, fix=fix) for file in files], rank)
         self.count = progress.count
         self._began -= progress.seconds  # of earlier sessions, on the steps that were kept
         self._tr_loss += progress.loss_since_log

@@ -58,7 +58,7 @@ def parts(scale: Scale, scratch: Path, rows: Path) -> Iterator[Part]:
         yield Part(f"demo {name}", "runs", train, 90)
     evaluate = (python, "-m", "qlora_recipes.cli", "evaluate", str(scratch / "llama2_guanaco"), "--limit", "64")
     yield Part("evaluate llama2_guanaco", "runs", evaluate, 90, needs="demo llama2_guanaco")
-    resume = (python, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "4")
+    resume = (python, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "2")
     yield Part("kill and resume", "runs", resume, 120)
     shared = ("nf4", "bfloat16", scale.max_length, scale.steps, 16, "auto")
     specs = [Specification(family, str(scratch / f"base-{family}"), str(rows), *shared) for family in FULL.hidden_size]
