@@ -56,7 +56,8 @@ def _are_of_words(codes: numpy.ndarray) -> numpy.ndarray:
         for code in numpy.unique(codes[kinds == 0]).tolist():
             _KINDS[code] = _OF_WORDS if re.match(r"\w", chr(code)) else _OF_NONE
         kinds = _KINDS[codes]
-    return kinds == _OF_WORDS
+    inside: numpy.ndarray = kinds == _OF_WORDS
+    return inside
 
 
 def _digest(lists: Ragged) -> numpy.ndarray:
