@@ -19,7 +19,7 @@ from qlora_recipes.data import encoding, prepare
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Rendered
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.sandbox import limits
-from qlora_recipes.data.words import hash_words, words
+from qlora_recipes.data.words import hash_words
 from qlora_recipes.errors import TemplateError
 from qlora_recipes.formatters import Reason, RowError
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT, ModelSpec
@@ -56,9 +56,17 @@ def test_labels_are_those_of_every_tokens_offset(
     assert found.labels == [token if keep else IGNORED for token, keep in zip(found.input_ids, inside, strict=True)]
 
 
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
 @given(TEXTS)
 def test_words_are_those_of_the_expression(text: str) -> None:
-    assert words(text) == re.findall(r"\w+", text.lower())
+    """And neither case, punctuation nor what kind of space there is makes a difference."""
+    plain = " ".join(words(text))
+    one, same, other = (hash_words([[said]]) for said in (text, plain, f"{plain} more"))
+    assert one.whole == same.whole != other.whole
+    assert one.passages.values.tolist() == same.passages.values.tolist()
 
 
 @settings(deadline=None)

@@ -22,13 +22,13 @@ from typing import Any, cast
 
 import jinja2
 import numpy
-from tokenizers import AddedToken, Encoding
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_recipes.chat_templates import ChatTemplate
 from qlora_recipes.data.outline import Fate, outline, shape_of
-from qlora_recipes.data.plain_text import encodings, first_from, inside_a_text
+from qlora_recipes.data.plain_text import PlainEncoder, Tokens, inside_a_text
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.sandbox import limits
 from qlora_recipes.errors import TemplateError
@@ -126,7 +126,7 @@ class ConversationEncoder:
         controls = [*tokens, *self.special_tokens, *self.unescaped_words]
         self.control_ids = frozenset(cast("list[int]", tokenizer.convert_tokens_to_ids(controls)))
         """The ids that only a template writes."""
-        self._inside = inside_a_text(tokenizer)
+        self._start, self._inside = PlainEncoder(tokenizer), PlainEncoder(inside_a_text(tokenizer))
         flags = {token.content: token for token in added}
         cuts = [_with_swallowed(mark, flags.get(token)) for token, mark in marks.items()]
         self._cut = re.compile(f"({'|'.join(cuts)})")
@@ -339,14 +339,14 @@ class ConversationEncoder:
     def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        first = encodings(self.tokenizer, [parts[0] for parts in pieces if parts[0]])
-        others = encodings(self._inside, [piece for parts in pieces for piece in parts[2::2] if piece])
+        first = self._start.encode([parts[0] for parts in pieces if parts[0]])
+        others = self._inside.encode([piece for parts in pieces for piece in parts[2::2] if piece])
         return [
             self._join(parts, chain(islice(first, bool(parts[0])), others), rendered.spans)
             for parts, rendered in zip(pieces, conversations, strict=True)
         ]
 
-    def _join(self, pieces: Sequence[str], found: Iterator[Encoding], spans: Sequence[tuple[int, int]]) -> Encoded:
+    def _join(self, pieces: Sequence[str], found: Iterator[Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
         """Return one conversation: the next tokens for each piece of text, and an id for each stand-in between them."""
         ids: list[int] = []
         labels: list[int] = []
@@ -364,7 +364,7 @@ class ConversationEncoder:
                 inside = [IGNORED] * len(own)
                 for begin, end in spans:
                     if begin < start + len(piece) and end > start:
-                        part = slice(first_from(tokens, begin - start), first_from(tokens, end - start))
+                        part = slice(tokens.first_from(begin - start), tokens.first_from(end - start))
                         inside[part] = own[part]
                 labels += inside
             start += len(piece)

@@ -21,7 +21,7 @@ FIGURES = numpy.dtype(
     [
         ("dataset", "u1"),  # its place in the recipe's list
         ("question", "u8"),  # hash of the first question; among a million, two collide once in 37 million times
-        ("words", "i8"),  # hash of all words, as this process hashes
+        ("words", "i8"),  # hash of all words, see words.py
         ("length", "i4"),  # tokens
         ("supervised", "i4"),  # tokens in the loss
         ("supervised_lost", "i4"),  # tokens of the answers that truncation removed

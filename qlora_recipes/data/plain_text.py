@@ -5,29 +5,124 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, cast
 
 from tokenizers import Encoding
+from tokenizers.decoders import ByteLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_BYTES = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
+_PROBE = "Two  words, 12\n\n 'é' b"
 
 
-def encodings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[Encoding]:
-    """Yield the tokens of plain texts, in which nothing is a special token."""
-    backend: Any = tokenizer.backend_tokenizer
-    if not backend.encode_special_tokens:
-        backend.encode_special_tokens = True
-    if backend.truncation or backend.padding:
-        backend.no_truncation(), backend.no_padding()
-    return iter(backend.encode_batch(texts, add_special_tokens=False) if texts else ())
+class PlainEncoder:
+    """Encodes plain texts with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> Iterator[Tokens]:
+        """Yield the tokens of each text, in which nothing is a special token; many are spread over the cores."""
+        if not texts:
+            return
+        backend = self._backend()
+        if self._spelling is None:
+            for text, found in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+                yield Tokens(text, found.ids, None, self, found)
+            return
+        # without offsets in two thirds of the time
+        for text, found in zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+            yield Tokens(text, found.ids, self._spelling, self)
+
+    def with_offsets(self, text: str) -> Encoding:
+        """Return the tokens of one text with their offsets."""
+        return cast(Encoding, self._backend().encode(text, add_special_tokens=False))
+
+    def _backend(self) -> Any:
+        backend: Any = self._tokenizer.backend_tokenizer
+        if not backend.encode_special_tokens:
+            backend.encode_special_tokens = True
+        if backend.truncation or backend.padding:
+            backend.no_truncation(), backend.no_padding()
+        return backend
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        """What each token spells; None where that is not where its offset says that it begins.
+
+        A tokenizer may change what it reads, or leave the space before a word out of its offset.
+        """
+        offsets = self.with_offsets(_PROBE)
+        spelling = Spelling(self._backend())
+        tokens = Tokens(_PROBE, offsets.ids, spelling, self, offsets)
+        places = range(len(_PROBE) + 1)
+        proven = tokens.begins and all(tokens.first_from(place) == _first_from(offsets, place) for place in places)
+        return spelling if proven else None
 
 
-def first_from(tokens: Encoding, character: int) -> int:
-    """Return the first of the tokens that begins at a character of their text or after it."""
+class Spelling(dict[int, bytes]):
+    """What each token of a vocabulary spells in UTF-8, found when it is first asked for."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__()
+        self._piece, self._of_bytes = backend.id_to_token, isinstance(backend.decoder, ByteLevel)
+
+    def __missing__(self, token: int) -> bytes:
+        piece = str(self._piece(token))
+        if self._of_bytes and _BYTES.keys() >= set(piece):
+            spelled = b"".join(_BYTES[character] for character in piece)
+        elif len(piece) == 6 and piece.startswith("<0x"):
+            spelled = bytes.fromhex(piece[3:5])
+        else:
+            spelled = piece.replace("▁", " ").encode()
+        self[token] = spelled
+        return spelled
+
+
+class Tokens:
+    """The tokens of a plain text."""
+
+    def __init__(
+        self,
+        text: str,
+        ids: list[int],
+        spelling: Spelling | None,
+        encoder: PlainEncoder,
+        offsets: Encoding | None = None,
+    ) -> None:
+        self.ids = ids
+        self._text, self._spelling, self._encoder, self._offsets = text, spelling, encoder, offsets
+
+    def first_from(self, character: int) -> int:
+        """Return the first of the tokens that begins at a character of the text or after it."""
+        if character <= 0:
+            return 0
+        if self.begins is None:
+            return _first_from(self._offsets or self._encoder.with_offsets(self._text), character)
+        return bisect_left(self.begins, len(self._text[:character].encode()))
+
+    @cached_property
+    def begins(self) -> list[int] | None:
+        """Where each token begins in the text's bytes; None unless all of them together spell the text."""
+        if self._spelling is None:
+            return None
+        parts, text = [self._spelling[token] for token in self.ids], self._text.encode()
+        spelled = b"".join(parts)
+        added = len(spelled) - len(text)  # a space before the first word
+        if added not in (0, 1) or spelled != b" " * added + text:
+            return None
+        return list(accumulate(map(len, parts), initial=-added))
+
+
+def _first_from(offsets: Encoding, character: int) -> int:
     if character <= 0:
         return 0
     return bisect_left(
-        range(len(tokens)), character, key=lambda token: cast("tuple[int, int]", tokens.token_to_chars(token))[0]
+        range(len(offsets)), character, key=lambda token: cast("tuple[int, int]", offsets.token_to_chars(token))[0]
     )
 
 

@@ -5,6 +5,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -36,6 +38,7 @@ from qlora_recipes.run.receipt import DataReceipt, DatasetReceipt, TemplateRecei
 from qlora_recipes.settings import Settings
 
 _BATCH = 2**18  # characters encoded at once; each of their tokens takes 200 bytes meanwhile
+_OBJECTS = 50_000  # made between two searches for garbage; a row makes fifteen
 _AHEAD = 2  # batches that are encoded while others are rendered and written
 TOO_LONG = "no answer within max_length"
 """Why a row is dropped when truncation leaves nothing in the loss."""
@@ -73,9 +76,12 @@ def prepare(
         for spec in settings.datasets
     ]
     max_length = settings.training["max_length"]
-    rows = write_rows(
-        batch for number, tally in enumerate(tallies) for batch in _encoded(tally, number, encoder, max_length, advance)
-    )
+    with _rarely_collected():
+        rows = write_rows(
+            batch
+            for number, tally in enumerate(tallies)
+            for batch in _encoded(tally, number, encoder, max_length, advance)
+        )
     # Workers may fork from here on, without the tokenizers' threads; if this is unset, each prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for tally in tallies:
@@ -97,6 +103,17 @@ def prepare(
         receipt=_data_receipt(settings, digest.hexdigest(), figures, every[held_out], tallies),
         template=_template_receipt(encoder, figures),
     )
+
+
+@contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """Have Python look for garbage seldom, since it visits every token of the rows that are in memory each time."""
+    often, *older = gc.get_threshold()
+    gc.set_threshold(max(often, _OBJECTS) if often else 0, *older)
+    try:
+        yield
+    finally:
+        gc.set_threshold(often, *older)
 
 
 def _held_out(datasets: Sequence[DatasetSpec], every: numpy.ndarray) -> numpy.ndarray:

@@ -150,7 +150,7 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     """Return a JSON document, which is the whole file or one line of it."""
     where = f"{path}, line {line}" if line else str(path)
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except _KeyTwiceError as error:
         raise DataError(f"{where}: {error}") from error
     except json.JSONDecodeError as error:
@@ -176,6 +176,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = " and ".join(reprlib.repr(value) for name, value in pairs if name == key)
         raise _KeyTwiceError(f"the key {key!r} is in one object twice, with {values}; remove one")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads makes one for every text
 
 
 def _csv_rows(path: Path) -> _Placed:

@@ -116,11 +116,13 @@ def fault_of(encoder: ConversationEncoder, messages: Sequence[Message]) -> str:
         return "it drops the text of an answer (as those of vision models do, which read messages made of parts)"
     if not all(_squeezed(answer) in _squeezed("".join(inside)) for answer in answers):
         return "an answer is not in the loss"
-    if outside != parts(encoder.render(_changed(messages, lambda role: role == "assistant")))[1]:
+    others = _changed(messages, lambda role: role == "assistant")
+    other_inside, other_outside = parts(encoder.render(others))
+    if outside != other_outside:
         return "text outside of the loss depends on an answer"
     if inside != parts(encoder.render(_changed(messages, lambda role: role != "assistant")))[0]:
         return "text in the loss depends on more than the answers"
-    if any(_has_words(_plain(after)) for after in _after_answers(encoder, messages)):
+    if any(_has_words(_plain(after)) for after in _after_answers(others, other_inside)):
         return "words after an answer are in the loss"
     if not whole.text.startswith(prompt):  # the check `template_agrees` says so
         return ""
@@ -137,11 +139,9 @@ def fault_of(encoder: ConversationEncoder, messages: Sequence[Message]) -> str:
     return ""
 
 
-def _after_answers(encoder: ConversationEncoder, messages: Sequence[Message]) -> list[str]:
+def _after_answers(messages: Sequence[Message], inside: Sequence[str]) -> list[str]:
     """Return what is in the loss after each answer, up to the end of its part."""
-    changed = _changed(messages, lambda role: role == "assistant")
-    inside = parts(encoder.render(changed))[0]
-    answers = [message["content"] for message in changed if message["role"] == "assistant"]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
     return [part.partition(answer)[2] for part in inside for answer in answers if answer and answer in part]
 
 

@@ -1,13 +1,9 @@
-"""Words of conversations as numbers: which of them say the same, and which share a passage.
-
-The numbers are hashes of this process. Knows nothing of rows.
-"""
+"""Words of conversations as numbers: which of them say the same, and which share a passage. Knows nothing of rows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy
@@ -17,7 +13,8 @@ from qlora_recipes.data.ragged import Ragged
 _SHARED = 8  # consecutive words that two texts almost never share by chance
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers stay odd
 _POWERS = numpy.power(_BASE, numpy.arange(_SHARED, dtype=numpy.uint64))
-_SPACES = str.maketrans({chr(code): " " for code in range(128) if not re.match(r"\w", chr(code))})
+_OF_NONE, _OF_WORDS = 1, 2
+_KINDS = numpy.zeros(0x110000, numpy.uint8)  # of all characters; 0 for those that were in no text yet
 
 
 class WordHashes(NamedTuple):
@@ -33,26 +30,40 @@ class WordHashes(NamedTuple):
     """
 
 
-def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation."""
-    lower = text.lower()
-    return lower.translate(_SPACES).split() if lower.isascii() else re.findall(r"\w+", lower)
-
-
 def hash_words(conversations: Sequence[Sequence[str]]) -> WordHashes:
-    """Return the hashes of conversations, each of which is the texts of its messages."""
-    said = [words(text) for texts in conversations for text in texts]
-    lengths = numpy.fromiter(map(len, said), numpy.int64, len(said))
-    hashes = numpy.array(list(map(hash, chain.from_iterable(said))), numpy.int64)
-    messages = Ragged(hashes.view(numpy.uint64), lengths)
+    r"""Return the hashes of conversations, each of which is the texts of its messages.
+
+    A word is what `\w+` finds in lower case; case and punctuation make no difference.
+    """
+    said = [text.lower() for texts in conversations for text in texts]
+    spelled = "\n".join(["", *said, ""])  # so that no word is at either end
+    codes = numpy.frombuffer(spelled.encode("utf-32-le", "surrogatepass"), "<u4")
+    inside = _are_of_words(codes)
+    edges = numpy.flatnonzero(inside[1:] != inside[:-1]) + 1
+    starts, ends = edges[::2], edges[1::2]
+    after = numpy.cumsum([len(text) + 1 for text in said], dtype=numpy.int64)  # each message
+    lengths = numpy.diff(numpy.searchsorted(starts, after), prepend=0)
+    messages = Ragged(_digest(Ragged(codes[inside], ends - starts)), lengths)
     turns = numpy.fromiter(map(len, conversations), numpy.int64, len(conversations))
     whole = Ragged(_digest(messages), turns)
     return WordHashes(_digest(whole).view(numpy.int64), _passages(messages, whole))
 
 
+def _are_of_words(codes: numpy.ndarray) -> numpy.ndarray:
+    """Return for each character whether it is part of a word."""
+    kinds = _KINDS[codes]
+    if not kinds.all():
+        for code in numpy.unique(codes[kinds == 0]).tolist():
+            _KINDS[code] = _OF_WORDS if re.match(r"\w", chr(code)) else _OF_NONE
+        kinds = _KINDS[codes]
+    inside: numpy.ndarray = kinds == _OF_WORDS
+    return inside
+
+
 def _digest(lists: Ragged) -> numpy.ndarray:
-    """Return one hash for each list of hashes, which depends on their order."""
-    sums = lists.sums(lists.values * numpy.power(_BASE, lists.places().astype(numpy.uint64)))
+    """Return one hash for each list of numbers, which depends on their order."""
+    powers = numpy.cumprod(numpy.full(lists.lengths.max(initial=0), _BASE, numpy.uint64))
+    sums = lists.sums(lists.values * powers[lists.places()])
     sums = (sums + lists.lengths.astype(numpy.uint64)) * _BASE
     mixed: numpy.ndarray = sums ^ (sums >> numpy.uint64(32))  # else words of two messages could change places
     return mixed

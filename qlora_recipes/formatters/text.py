@@ -19,6 +19,8 @@ _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u2800\u3164\uf
 
 def is_visible(text: str) -> bool:
     """Whether a text has a character that shows; spaces of zero width do not, nor do fillers and control characters."""
+    if "!" <= text[:1] <= "~":
+        return True
     return any(unicodedata.category(letter) not in _INVISIBLE and not _BLANK.match(letter) for letter in text)
 
 
