@@ -13,6 +13,7 @@ from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.loading import load_base
 from qlora_recipes.errors import ModelError, UsageError
 from qlora_recipes.kernels.dequantize import expand
+from qlora_recipes.kernels.elementwise import fuse_norms_and_gates
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.memory import estimate
@@ -142,6 +143,7 @@ def peak_of_a_step(
             processing_class=tokenizer,
         )
     fuse_lora_layers(model)
+    fuse_norms_and_gates(model)
     step, peaks = trainer.training_step, []
 
     def profiled(*args):

@@ -27,6 +27,7 @@ from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
+from qlora_recipes.kernels.elementwise import fuse_norms_and_gates
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.memory.estimate import training_memory
 from qlora_recipes.memory.workload import Workload
@@ -141,6 +142,7 @@ def step_bytes(family: str, precision: str, work: Workload, layers: int, monkeyp
     if work.storage == "expanded":
         expand(model, torch.bfloat16)
     fuse_lora_layers(model)
+    fuse_norms_and_gates(model)
     model.train()
     if work.checkpoint_every:
         base.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=work.checkpoint_every)

@@ -151,7 +151,8 @@ class Norm:
     """Bytes that it keeps of each number it reads; four more a token for its statistics."""
 
 
-RMS_NORM = Norm(weights=1, bytes_kept=4)  # computed in float32
+RMS_NORM = Norm(weights=1, bytes_kept=2)  # as `elementwise.py` computes it
+OTHER_RMS_NORM = Norm(weights=1, bytes_kept=4)  # what it reads, in float32
 LAYER_NORM = Norm(weights=2, bytes_kept=2)  # weight and bias
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qlora_recipes.errors import ModelError, UnreadableModelError
 from qlora_recipes.families.falcon import FALCON
-from qlora_recipes.families.family import LAYER_NORM, RMS_NORM, Counted, Sizes, Weight
+from qlora_recipes.families.family import LAYER_NORM, OTHER_RMS_NORM, Counted, Sizes, Weight
 from qlora_recipes.families.llama import LLAMA
 
 if TYPE_CHECKING:
@@ -111,9 +111,10 @@ def sizes_of_model(model: PreTrainedModel) -> Sizes:
     norms = [module for path, module in model.named_modules() if _in_block(path) and _is_norm(module, hidden)]
     family = replace(
         LLAMA if gated else FALCON,
+        mlp_kept=3 if gated else FALCON.mlp_kept,  # an activated gate too
         model_types=(config.model_type,),
         linears=(),
-        norm=LAYER_NORM if norms and type(norms[0]).__name__ == "LayerNorm" else RMS_NORM,
+        norm=LAYER_NORM if norms and type(norms[0]).__name__ == "LayerNorm" else OTHER_RMS_NORM,
         norms=round(len(norms) / layers),
         fused_qkv=any(each.outputs == (heads + 2 * key_value_heads) * head for each in weights),
         attention_repair=None,

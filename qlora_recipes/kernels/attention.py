@@ -309,7 +309,7 @@ def _weights(
     shared = len(key)
     grouped = query.unflatten(0, (shared, -1))
     if known is None:
-        keys = key[:, begin:end].float().transpose(1, 2)
+        keys = key[:, begin:end].float().transpose(1, 2) * scaling
         later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
     for start in range(begin, end, BLOCK):
         stop = min(start + BLOCK, end)
@@ -318,7 +318,7 @@ def _weights(
         if known is not None:
             yield start, stop, rows, next(known)
             continue
-        scores = torch.bmm(rows.float(), keys[..., :seen]).mul_(scaling)
+        scores = torch.bmm(rows.float(), keys[..., :seen])
         scores.view(shared, -1, count, seen)[..., start - begin :].add_(later[:count, :count])
         yield start, stop, rows, torch.softmax(scores, dim=-1).to(query.dtype)
 

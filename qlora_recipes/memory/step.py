@@ -102,6 +102,11 @@ class Step:
         return 2 * self.work.tokens * (self.sizes.hidden_size + held)
 
     @property
+    def layer_again(self) -> int:
+        """Kept by a checkpointed layer that is computed again, whose first norm may keep the boundary as it is."""
+        return self.layer_kept - (2 * self.work.tokens * self.sizes.hidden_size if self._norm_kept == 2 else 0)
+
+    @property
     def layer_kept(self) -> int:
         """Kept by a layer for its backward pass, without checkpointing.
 

@@ -31,6 +31,7 @@ from qlora_recipes.data.prepare import prepare
 from qlora_recipes.errors import CheckError, UsageError
 from qlora_recipes.kernels import attention
 from qlora_recipes.kernels.dequantize import expand
+from qlora_recipes.kernels.elementwise import fuse_norms_and_gates
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.kernels.output_layer import score_supervised_tokens
 from qlora_recipes.memory.sizes import described, sizes_for
@@ -163,6 +164,7 @@ def build_trainer(run: Run, folder: RunFolder) -> ExactResume:
         plugin.state_dict_config = plugin.optim_state_dict_config = None
         plugin.set_state_dict_type("FULL_STATE_DICT")
     fuse_lora_layers(run.model)
+    fuse_norms_and_gates(run.model)
     if repaired:
         run.repairs.append("float32_adapter")
     trainer.remove_callback(PrinterCallback)
