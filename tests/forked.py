@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 
 def in_processes(number: int, act: Callable[[int], object], log: Path, timeout: float = 120) -> None:
     """Call `act` with its rank in that many processes, joined by gloo; raise with what they said when one fails."""
@@ -46,6 +48,7 @@ def _fork(rank: int, number: int, port: int, act: Callable[[int], object], log: 
         os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
         os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate warns that it sets it
+        torch.set_num_threads(1)  # makes the pool anew that the fork broke, before threads race for it
         _forget_accelerate()
         act(rank)
         code = 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed import TCPStore
 
@@ -107,6 +108,7 @@ def _call(target: Callable[[int], object], rank: int, file: Path) -> None:
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  # pytest has put its own
+        torch.set_num_threads(1)  # makes the pool anew that the fork broke, before threads race for it
         AcceleratorState._reset_state(reset_partial_state=True)  # earlier tests ran in one process
         PartialState._reset_state()
         run_command(lambda _: target(rank), [])

@@ -19,7 +19,7 @@ from test_memory import SPECS, configuration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionMaskInterface, AutoModelForCausalLM, masking_utils
+from transformers import AutoModelForCausalLM, masking_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
@@ -130,7 +130,7 @@ def step_bytes(family: str, precision: str, work: Workload, layers: int, monkeyp
         monkeypatch.setattr(attention, "_is_older_gpu", lambda query: True)
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _memory_efficient)
     bounds = torch.arange(work.rows + 1, dtype=torch.int32) * work.length
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, attention.NAME, lambda *_, **__: bounds)
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, attention.NAME, lambda *_, **__: bounds)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME)
     base.requires_grad_(False)

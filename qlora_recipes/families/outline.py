@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_recipes.errors import ModelError, UnreadableModelError
 from qlora_recipes.families.falcon import FALCON
-from qlora_recipes.families.family import LAYER_NORM, OTHER_RMS_NORM, Counted, Sizes, Weight
+from qlora_recipes.families.family import LAYER_NORM, OTHER_RMS_NORM, RMS_NORM, Counted, Norm, Sizes, Weight
 from qlora_recipes.families.llama import LLAMA
 
 if TYPE_CHECKING:
@@ -94,6 +94,40 @@ def _configuration(config: dict[str, Any], location: str, revision: str | None, 
     return made
 
 
+def is_llama_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes as Llama's RMSNorm, to the instruction: Mistral's and Qwen3's do, Gemma's adds one."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    return bool(_code(type(module)) == _code(LlamaRMSNorm))
+
+
+def is_llama_mlp(module: nn.Module) -> bool:
+    """Whether a module is a gated MLP as Llama's, to the instruction, with its activation."""
+    from torch import nn
+    from transformers.activations import SiLUActivation
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    return bool(_code(type(module)) == _code(LlamaMLP) and isinstance(module.act_fn, SiLUActivation | nn.SiLU))
+
+
+def _code(kind: type[nn.Module]) -> Any:
+    """Return what the `forward` of a class does."""
+    code = getattr(kind.forward, "__code__", None)
+    return code and (code.co_code, code.co_names, code.co_consts)
+
+
+def _norm(norms: Sequence[nn.Module]) -> Norm:
+    if norms and type(norms[0]).__name__ == "LayerNorm":
+        return LAYER_NORM
+    return RMS_NORM if norms and is_llama_norm(norms[0]) else OTHER_RMS_NORM
+
+
+def _mlp_kept(model: nn.Module, *, gated: bool) -> int:
+    if not gated:
+        return FALCON.mlp_kept
+    return LLAMA.mlp_kept if any(map(is_llama_mlp, model.modules())) else LLAMA.mlp_kept + 1  # an activated gate too
+
+
 def sizes_of_model(model: PreTrainedModel) -> Sizes:
     """Return the dimensions of a model, counted; its weights are not looked at."""
     config = model.config.get_text_config()
@@ -111,10 +145,10 @@ def sizes_of_model(model: PreTrainedModel) -> Sizes:
     norms = [module for path, module in model.named_modules() if _in_block(path) and _is_norm(module, hidden)]
     family = replace(
         LLAMA if gated else FALCON,
-        mlp_kept=3 if gated else FALCON.mlp_kept,  # an activated gate too
+        mlp_kept=_mlp_kept(model, gated=gated),
         model_types=(config.model_type,),
         linears=(),
-        norm=LAYER_NORM if norms and type(norms[0]).__name__ == "LayerNorm" else OTHER_RMS_NORM,
+        norm=_norm(norms),
         norms=round(len(norms) / layers),
         fused_qkv=any(each.outputs == (heads + 2 * key_value_heads) * head for each in weights),
         attention_repair=None,

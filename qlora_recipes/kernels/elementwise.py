@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from qlora_recipes.families.outline import is_llama_mlp, is_llama_norm
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -69,21 +69,13 @@ def fuse_norms_and_gates(model: nn.Module) -> int:
 
     Mistral's, Qwen's and others' are; Gemma's norm, which adds one to its weight, is not.
     """
-    norm, mlp = _code(LlamaRMSNorm), _code(LlamaMLP)
     found = 0
     for module in model.modules():
-        code = _code(type(module))
-        if code == norm:
+        if is_llama_norm(module):
             module.forward = MethodType(_norm_forward, module)
-        elif code == mlp and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
+        elif is_llama_mlp(module):
             module.forward = MethodType(_mlp_forward, module)
         else:
             continue
         found += 1
     return found
-
-
-def _code(kind: type[nn.Module]) -> Any:
-    """Return what the `forward` of a class does."""
-    code = getattr(kind.forward, "__code__", None)
-    return code and (code.co_code, code.co_names, code.co_consts)
