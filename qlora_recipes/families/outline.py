@@ -95,7 +95,7 @@ def _configuration(config: dict[str, Any], location: str, revision: str | None, 
 
 
 def is_llama_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes as Llama's RMSNorm, to the instruction: Mistral's and Qwen3's do, Gemma's adds one."""
+    """Whether a module normalizes as Llama's RMSNorm, to the instruction: Mistral's does, Gemma's adds one."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     return bool(_code(type(module)) == _code(LlamaRMSNorm))
