@@ -40,7 +40,8 @@ class Choices(TypedDict, total=False):
     dtype: str | None
     """16-bit dtype to load and compute in."""
     storage: str
-    """Whether 4-bit weights stay `packed`, or are also kept dequantized (`expanded`); `auto` depends on memory."""
+    """How weights are kept: as stored (`packed`), 4-bit ones dequantized, too (`expanded`), or on a CPU all of them in
+    16 bits as they are multiplied (`blocked`); `auto` is the fastest that memory allows."""
     demo: bool
     """Stand-in model and bundled rows, through the same code."""
     model: str | None

@@ -35,7 +35,7 @@ from qlora_recipes.run.receipt import StartReceipt
 from qlora_recipes.standins import PREFERENCES, ROWS, STANDINS
 
 RUNS = Path("runs")
-STORAGES = ("packed", "expanded")
+STORAGES = ("packed", "expanded", "blocked")
 AUTO_FIELDS = {
     "batch": {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"},
     "checkpointing": {"gradient_checkpointing", "gradient_checkpointing_kwargs"},
@@ -69,7 +69,8 @@ class Settings:
     """The run folder."""
     demo: bool = False
     storage: str = "auto"
-    """Whether 4-bit weights are dequantized in every pass (`packed`) or once (`expanded`); `auto` depends on memory."""
+    """How weights are kept: as stored (`packed`), 4-bit ones dequantized, too (`expanded`), or on a CPU all of them in
+    16 bits as they are multiplied (`blocked`); `auto` is the fastest that memory allows."""
     auto_fields: frozenset[str] = frozenset()
     """What is not set and fitted to the machine: `batch` (how a step is divided), `checkpointing`."""
     packing_asked: bool = False
@@ -258,9 +259,11 @@ def check_storage(storage: str, precision: Precision) -> None:
     """Raise UsageError, which names the valid ones, for an unknown storage or one that does not suit the precision."""
     if storage not in ("auto", *STORAGES):
         hint = nearest(storage, STORAGES)
-        raise UsageError(f"unknown --storage {storage!r}, expected auto, packed or expanded.{hint}")
+        raise UsageError(f"unknown --storage {storage!r}, expected auto, packed, expanded or blocked.{hint}")
     if storage == "expanded" and precision.quant_type is None:
         raise UsageError(f"--storage expanded is for 4-bit weights; {precision.name} has none to expand. Leave it out")
+    if storage == "blocked" and precision.name == "int8":
+        raise UsageError("--storage blocked is for weights multiplied in 16 bits; int8 multiplies in 8. Leave it out")
 
 
 def _check_remote_code(training: Mapping[str, Any], source: str, revision: str | None) -> None:

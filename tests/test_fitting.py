@@ -77,7 +77,7 @@ def test_the_global_batch_is_kept_and_the_memory_suffices(recipe: type[Recipe], 
             rows, accumulation, every = cut(found)
             assert rows * accumulation == batch
             assert found.auto_fields == frozenset()
-            assert found.storage in ("packed", "expanded")
+            assert found.storage in ("packed", "expanded")  # none is a CPU that multiplies in bfloat16
             kept = {**found.training}
             for name in AUTO_FIELDS["batch"] | AUTO_FIELDS["checkpointing"]:
                 kept.pop(name, None)

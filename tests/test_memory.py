@@ -12,6 +12,7 @@ from qlora_recipes.base import repairs
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.loading import load_base
 from qlora_recipes.errors import ModelError, UsageError
+from qlora_recipes.kernels.blocked import is_available, lay_out
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.elementwise import fuse_norms_and_gates
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
@@ -29,6 +30,7 @@ from qlora_recipes.standins import STANDINS
 SPECS = {"llama2": LLAMA_2_7B_CHAT, "falcon": FALCON_7B}
 NF4, BF16 = PRECISIONS["nf4"], PRECISIONS["bf16"]
 CPU = torch.device("cpu")
+needs_bfloat16 = pytest.mark.skipif(not is_available(), reason="this processor does not multiply in bfloat16")
 STEP = Workload(rows=1, length=2048, rank=64, targets=LLAMA_2_7B_CHAT.linear_layers)
 
 
@@ -120,6 +122,7 @@ def peak_of_a_step(
 
     base, receipt, _ = load_base(str(folder), None, PRECISIONS[precision], "bfloat16", device=CPU)
     expanded = expand(base, torch.bfloat16) if storage == "expanded" else 0
+    expanded += lay_out(base) if storage == "blocked" else 0
     score_supervised_tokens()
     lora = {"r": 8, "lora_alpha": 8, "target_modules": list(SPECS[family].linear_layers)}
     model = attach(base, lora, 0)
@@ -172,6 +175,8 @@ def peak_of_a_step(
         ("llama2", "int8", True, "packed"),
         ("falcon", "nf4", True, "packed"),
         ("falcon", "nf4", False, "expanded"),
+        pytest.param("llama2", "bf16", False, "blocked", marks=needs_bfloat16),
+        pytest.param("falcon", "nf4", True, "blocked", marks=needs_bfloat16),
     ],
 )
 def test_a_step_peaks_where_planned(small, family, precision, checkpoint, storage, tmp_path):

@@ -1,4 +1,4 @@
-"""Packed and expanded 4-bit weights: the same numbers, the same run, told apart by the receipt alone."""
+"""Weights packed, expanded and in blocks: the same numbers, the same run, told apart by the receipt alone."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peft import PeftModel
 from qlora_recipes import Recipe
 from qlora_recipes.base.adapters import attach
 from qlora_recipes.base.loading import base_sha256, load_base
+from qlora_recipes.kernels.blocked import is_available
 from qlora_recipes.kernels.dequantize import dequantized, expand, is_4bit, weight_of
 from qlora_recipes.models import FALCON_7B, LLAMA_2_7B_CHAT
 from qlora_recipes.precision import precision_named
@@ -22,6 +23,7 @@ from qlora_recipes.run.folder import RunFolder
 from qlora_recipes.settings import resolve
 from qlora_recipes.training.train import train
 
+needs_bfloat16 = pytest.mark.skipif(not is_available(), reason="this processor does not multiply in bfloat16")
 Tiny = Callable[[str], Path]
 CPU = torch.device("cpu")
 LINEARS = {"llama2": LLAMA_2_7B_CHAT.linear_layers, "falcon": FALCON_7B.linear_layers}
@@ -117,17 +119,29 @@ def losses(folder: RunFolder) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize(("family", "precision"), [("llama2", "nf4"), ("falcon", "nf4"), ("llama2", "fp4")])
-def test_a_run_ends_the_same_however_its_weights_are_kept(runs: Callable, family: str, precision: str) -> None:
-    packed, expanded = (runs(family, precision, storage) for storage in ("packed", "expanded"))
-    one, other = packed.receipt(), expanded.receipt()
-    assert losses(packed) == losses(expanded)
+@pytest.mark.parametrize(
+    ("family", "precision", "storage"),
+    [
+        ("llama2", "nf4", "expanded"),
+        ("falcon", "nf4", "expanded"),
+        ("llama2", "fp4", "expanded"),
+        pytest.param("llama2", "nf4", "blocked", marks=needs_bfloat16),
+        pytest.param("falcon", "bf16", "blocked", marks=needs_bfloat16),
+    ],
+)
+def test_a_run_ends_the_same_however_its_weights_are_kept(
+    runs: Callable, family: str, precision: str, storage: str
+) -> None:
+    packed, other = (runs(family, precision, each) for each in ("packed", storage))
+    was, found = packed.receipt(), other.receipt()
+    assert losses(packed) == losses(other)
     assert len(losses(packed)) == 3
-    assert one.adapter == other.adapter
-    assert (one.base.storage, other.base.storage) == ("packed", "expanded")
-    assert replace(one.base, storage="expanded") == other.base  # its sha256 among the rest
+    assert was.adapter == found.adapter
+    assert (was.base.storage, found.base.storage) == ("packed", storage)
+    assert replace(was.base, storage=storage) == found.base  # its sha256 among the rest
 
 
-def test_auto_is_expanded_where_there_is_room(runs: Callable) -> None:
-    assert runs("llama2", "nf4", "auto").receipt().base.storage == "expanded"
-    assert runs("llama2", "bf16", "auto").receipt().base.storage == "packed"
+def test_auto_is_the_fastest_where_there_is_room(runs: Callable) -> None:
+    for precision, otherwise in (("nf4", "expanded"), ("bf16", "packed")):
+        expected = "blocked" if is_available() else otherwise
+        assert runs("llama2", precision, "auto").receipt().base.storage == expected

@@ -71,8 +71,8 @@ def refuse_unsupported(settings: Settings) -> None:
         (_is_on("ACTIVATION_CHECKPOINTING"), "--fsdp_activation_checkpointing: give --gradient_checkpointing true"),
         (precision.name == "int8", "--precision int8: its weights cannot be divided; expected nf4 or bf16"),
         (
-            settings.storage == "expanded",
-            "--storage expanded: whole weights are kept beside the parts; expected packed",
+            settings.storage in ("expanded", "blocked"),
+            f"--storage {settings.storage}: whole weights are kept beside the parts; expected packed",
         ),
         (start not in _PLAIN_STARTS, f"--init_lora_weights {start}: {parts}; expected true"),
         (lora.get("use_dora"), f"--use_dora: {parts}; leave it out"),

@@ -27,7 +27,7 @@ class Name(NamedTuple):
 
     file: str
     owner: str
-    """`module` or `module:class`."""
+    """`module`, `module:class`, or PyTorch's operators: `torch.ops.library`."""
     name: str
     reason: str
     until: str
@@ -49,6 +49,9 @@ def names() -> list[Name]:
 def fingerprint(name: Name) -> str:
     """Return a hash of the name's source and of the lines of its owner that mention it, or `absent`."""
     module, _, kind = name.owner.partition(":")
+    if module.startswith("torch.ops."):
+        operator = getattr(getattr(torch.ops, module.rpartition(".")[2]), name.name, None)
+        return ABSENT if operator is None else hashlib.sha256(str(operator.default._schema).encode()).hexdigest()[:8]
     try:
         owner = importlib.import_module(module)
         owner = getattr(owner, kind) if kind else owner

@@ -32,7 +32,7 @@ from qlora_recipes.settings import AUTO_FIELDS, STANDIN, Settings, recipe_name, 
 _OWN_FLAGS = (
     Field("precision", "str", "how the frozen base is stored (default: nf4)", "|".join(PRECISIONS)),
     Field("dtype", "str", "16-bit dtype to load and compute in (default: bfloat16)", "|".join(DTYPES)),
-    Field("storage", "str", "dequantize 4-bit weights each time, or once (default: auto)", "auto|packed|expanded"),
+    Field("storage", "str", "how frozen weights are kept (default: the fastest)", "auto|packed|expanded|blocked"),
     Field("demo", "bool", "stand-in model and bundled rows, through the same code"),
     Field("model", "str", "another source of the base", "ID_OR_FOLDER"),
     Field("dataset", "str", "another source of the rows", "ID_OR_FILE"),

@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
+from qlora_recipes.kernels.blocked import times_transposed, times_weight
 from qlora_recipes.kernels.dequantize import is_4bit, weight_of
 from qlora_recipes.kernels.experts import adapt
 
@@ -33,8 +34,7 @@ class _LoraLinear(torch.autograd.Function):
         """x [tokens, inputs], a [rank, inputs], b [outputs, rank] -> [tokens, outputs]."""
         down, up = a.to(x.dtype), (b * scaling).to(x.dtype)
         reduced = nn.functional.linear(x, down)
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        y = nn.functional.linear(x, weight_of(layer, x.dtype), bias)
+        y = times_weight(x, layer)
         y.addmm_(reduced, up.T)
         ctx.save_for_backward(x, reduced, a, b)
         ctx.layer, ctx.scaling = layer, scaling
@@ -49,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
         d_b = (reduced.T @ d_y).T.to(b.dtype).mul_(ctx.scaling)  # on a CPU in half the time of d_y.T @ reduced
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_y @ weight_of(ctx.layer, x.dtype)
+            d_x = times_transposed(d_y, ctx.layer)
             d_x.addmm_(d_reduced, down)
         return d_x, None, d_a, d_b, None
 

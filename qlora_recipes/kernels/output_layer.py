@@ -15,6 +15,8 @@ import torch
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer import utils
 
+from qlora_recipes.kernels.blocked import blocks_of
+
 TOKENS = 512
 """Tokens in one tile of logits: enough that reading the weights costs less than multiplying by them."""
 CACHED = 32
@@ -33,14 +35,16 @@ class LogProbs(torch.autograd.Function):
         The gradient of a log-probability is (one-hot - probabilities) x weight; its negative is kept in 16 bits, and
         scaled in the backward pass.
         """
-        count, vocab_size = len(hidden), len(weight)
+        count = len(hidden)
         log_probs, entropy = torch.empty(2, count)
         is_top1 = torch.empty(count, dtype=torch.bool)
         gradient = torch.empty_like(hidden, dtype=weight.dtype) if ctx.needs_input_grad[0] else None
-        buffer = weight.new_empty(min(TOKENS, count), vocab_size)
+        blocked = blocks_of(weight)
+        score = blocked.times if blocked else weight.T.__rmatmul__
+        differentiate = blocked.times_transposed if blocked else weight.__rmatmul__
         for start in range(0, count, TOKENS):
             rows = slice(start, min(start + TOKENS, count))
-            logits = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - start])
+            logits = score(hidden[rows].to(weight.dtype))
             if bias is not None:
                 logits += bias
             for first in range(start, rows.stop, CACHED):
@@ -48,7 +52,8 @@ class LogProbs(torch.autograd.Function):
                 tile = logits[first - start : few.stop - start]
                 log_probs[few], entropy[few], is_top1[few] = _score(tile, labels[few])
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[rows])
+                gradient[rows] = differentiate(logits)
+            del logits  # before the next tile's
         if gradient is not None:
             ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype

@@ -52,7 +52,7 @@ class Memory:
     base: int = 0
     """The frozen model as stored, quantization constants included."""
     expanded: int = 0
-    """The 4-bit weights a second time, in 16 bits."""
+    """Weights kept in 16 bits next to the stored ones."""
     adapter: int = 0
     """LoRA weights, float32 in every arm."""
     gradients: int = 0

@@ -17,8 +17,8 @@ from qlora_recipes.memory.workload import Workload, left_out, workload_of
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.settings import Settings
 
-ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a micro-batch beyond which a token takes no less time, or on a CPU hardly less for much more memory. Rows
+ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Tokens of a micro-batch beyond which a token takes no less time, or on a CPU more, for more memory. Rows
 that are not packed count as a quarter of the longest, as conversations do."""
 FIXED_TOKENS = 200
 """Tokens that take as long as dequantizing the base forward and backward, which every micro-batch does: 0.41 ns a
@@ -41,6 +41,8 @@ class Machine:
     """Of the whole run."""
     sharded: bool = False
     """Whether FSDP divides the model among them, which this plan does not cover (`ranks.py` does)."""
+    blocks: bool = False
+    """Whether it is a CPU that multiplies in bfloat16, by weights that were laid out for it (`kernels/blocked.py`)."""
 
 
 def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
@@ -65,11 +67,20 @@ def fit_to_memory(settings: Settings, machine: Machine) -> Settings:
         training["gradient_checkpointing"] = work.checkpoint_every > 0
         if work.checkpoint_every > 1:
             training["gradient_checkpointing_kwargs"] = {"every_n_layers": work.checkpoint_every}
-    if settings.storage == "auto" and settings.precision.quant_type is not None:
-        expanded = replace(work, storage="expanded")
-        if training_memory(sizes, settings.precision, expanded).total <= machine.bytes:
-            settled = replace(settled, storage="expanded")
+    if settings.storage == "auto":
+        ways = (replace(work, storage=storage) for storage in _storages(sizes, settings, machine))
+        fits = (way for way in ways if training_memory(sizes, settings.precision, way).total <= machine.bytes)
+        settled = replace(settled, storage=next((way.storage for way in fits), "packed"))
     return replace(settled, training=training)
+
+
+def _storages(sizes: Sizes, settings: Settings, machine: Machine) -> Iterator[str]:
+    """Yield the ways to keep weights that take more memory than `packed` and less time, the fastest first."""
+    in_bfloat16 = settings.dtype == "bfloat16" and settings.precision.name != "int8"
+    if machine.blocks and in_bfloat16 and sizes.linears == sizes.weights:  # experts are no linear layers
+        yield "blocked"
+    if settings.precision.quant_type is not None:
+        yield "expanded"
 
 
 def _fastest_that_fits(sizes: Sizes, settings: Settings, asked: Workload, machine: Machine) -> Workload | None:
@@ -116,7 +127,7 @@ def describe(settings: Settings, machine: Machine) -> str:
         work.checkpoint_every, f"one layer in {work.checkpoint_every} checkpointed"
     )
     name = settings.precision.name.upper().replace("-SINGLE", "")
-    weights = f"{name} {settings.storage}, " if settings.precision.quant_type else ""
+    weights = f"{name} {settings.storage}, " if settings.precision.quant_type or settings.storage != "packed" else ""
     return (
         f"{work.rows} x {work.accumulation} rows a step, {checkpointing}, {weights}"
         f"{memory.total / GIB:,.2f} GiB planned of {machine.bytes / GIB:,.1f}"

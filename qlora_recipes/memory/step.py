@@ -65,7 +65,10 @@ class Step:
 
     @property
     def expanded(self) -> int:
-        """The 16-bit weights kept next to the packed ones (`dequantize.expand`)."""
+        """The 16-bit weights kept next to the stored ones (`dequantize.expand`, `blocked.lay_out`)."""
+        if self.work.storage == "blocked" and self.precision.name != "int8":
+            of_layers = sum(each.count * each.numel for each in self.sizes.linears)
+            return 2 * 2 * (of_layers + self.sizes.vocab_size * self.sizes.hidden_size)
         kept = self.work.storage == "expanded" and self.precision.quant_type is not None
         return 2 * linear_parameters(self.sizes) if kept else 0
 
@@ -195,7 +198,7 @@ class Step:
     @property
     def _dequantized(self) -> int:
         """The largest linear layer, or all experts of one, in 16 bits (`dequantize_4bit`); int8's copy to be scaled."""
-        if not self.precision.quantized or self.work.storage == "expanded":
+        if not self.precision.quantized or self.work.storage != "packed":
             return 0
         stored = self.sizes.weights if self.precision.quant_type else self.sizes.linears
         weights = max(each.numel for each in stored)

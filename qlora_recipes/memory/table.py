@@ -24,7 +24,7 @@ from qlora_recipes.run.display import figures_table
 from qlora_recipes.settings import Settings
 
 _LABELS = {name: name for name in Memory("").parts} | {
-    "expanded": "base, expanded",
+    "expanded": "base in 16 bits",
     "cache": "keys, values",
     "logits": "logits, loss",
     "context": "CUDA context",

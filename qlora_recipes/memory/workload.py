@@ -32,7 +32,8 @@ class Workload:
     optim: str = "adamw_torch_fused"
     processes: int = 1
     storage: str = "packed"
-    """Whether 4-bit weights are kept a second time in 16 bits: `packed` (no) or `expanded` (yes)."""
+    """How frozen weights are kept: as stored (`packed`), 4-bit ones in 16 bits, too (`expanded`), or all of them twice
+    more in 16 bits (`blocked`)."""
     device: str = "cuda"
     """`cuda` or `cpu`: the libraries compute differently on each."""
     older_gpu: bool = False
@@ -69,7 +70,7 @@ def workload_of(settings: Settings, device: str = "cuda", processes: int = 1) ->
         dropout=lora.get("lora_dropout", 0.0) > 0,
         optim=training.get("optim", "adamw_torch_fused"),
         processes=processes,
-        storage="expanded" if settings.storage == "expanded" else "packed",
+        storage="packed" if settings.storage == "auto" else settings.storage,
         device=device,
         older_gpu=device == "cuda" and settings.dtype == "float16",
     )

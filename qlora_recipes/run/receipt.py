@@ -116,7 +116,8 @@ class BaseReceipt:
     sha256: str
     """Hash over the stored bytes of the base."""
     storage: str = "packed"
-    """Whether 4-bit weights were dequantized for every product (`packed`), or once and kept beside (`expanded`)."""
+    """How weights were kept: as stored, 4-bit ones dequantized for every product (`packed`); those dequantized once and
+    kept, too (`expanded`); or all in 16 bits, laid out for products on a CPU, too (`blocked`)."""
     missing_keys: list[str] = field(default_factory=list)
     """Weights that are not in the checkpoint: they are random."""
     architecture: dict[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from qlora_recipes.base.loading import stored_tensors
 from qlora_recipes.base.sharding import divides, local
 from qlora_recipes.base.starts import takes_a_part
 from qlora_recipes.errors import ModelError
+from qlora_recipes.kernels.blocked import blocked_bytes
 from qlora_recipes.kernels.dequantize import EXPANDED
 from qlora_recipes.memory import ranks
 from qlora_recipes.preflight.preferences import mean_margins
@@ -111,7 +112,8 @@ def non_weight_bytes(model: torch.nn.Module) -> int:
     tensors = [tensor for _, tensor in stored_tensors(model)] + [tensor for tensor in kept if tensor is not None]
     tensors += [weight for weight in model.parameters() if weight.requires_grad]
     device = tensors[0].device.type
-    return environment.resident_bytes(device) - sum(int(local(tensor).nbytes) for tensor in tensors)
+    stored = sum(int(local(tensor).nbytes) for tensor in tensors) + blocked_bytes(model)
+    return environment.resident_bytes(device) - stored
 
 
 def _planned(run: Run, device: str) -> int | None:

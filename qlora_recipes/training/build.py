@@ -30,6 +30,7 @@ from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.prepare import prepare
 from qlora_recipes.errors import CheckError, UsageError
 from qlora_recipes.kernels import attention
+from qlora_recipes.kernels.blocked import lay_out
 from qlora_recipes.kernels.dequantize import expand
 from qlora_recipes.kernels.elementwise import fuse_norms_and_gates
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
@@ -99,9 +100,11 @@ def load_model(run: Run) -> Run:
         trust_remote_code=settings.trust_remote_code,
     )
     receipt.architecture = described(sizes_for(settings))
-    if settings.storage == "expanded":
+    if settings.storage == "blocked":
+        lay_out(base)
+    elif settings.storage == "expanded":
         expand(base, getattr(torch, settings.dtype))
-        receipt.storage = "expanded"
+    receipt.storage = settings.storage
     base_bytes = environment.peak_bytes(device.type)  # without the adapter
     model = attach(base, settings.lora, settings.seed, receipt.revision)
     if settings.start:

@@ -20,7 +20,8 @@ from trl import SFTTrainer
 from qlora_recipes import environment, preflight
 from qlora_recipes.base.adapters import WEIGHTS, adapter_sha256, tensor_hashes
 from qlora_recipes.base.device import check_gpu, is_out_of_memory
-from qlora_recipes.errors import CheckError, RunFolderError
+from qlora_recipes.errors import CheckError, RunFolderError, UsageError
+from qlora_recipes.kernels import blocked
 from qlora_recipes.memory.fitting import USABLE, Machine, describe, fit_to_memory
 from qlora_recipes.preflight import ranks
 from qlora_recipes.report.card import model_card
@@ -113,6 +114,11 @@ def finalize_settings(settings: Settings, *, resume: bool = False, console: Cons
     if resume and folder.started.exists():
         settings = restore_batch(settings, folder)
     here = machine()
+    if settings.storage == "blocked" and not (here.blocks and settings.dtype == "bfloat16"):
+        raise UsageError(
+            f"--storage blocked: got {settings.dtype} on {here.device}, expected bfloat16 on a CPU that multiplies in "
+            "it (avx512_bf16 or AMX). Leave it out"
+        )
     found = fit_to_memory(settings, here)
     if settings.auto_fields and PartialState().is_main_process and (figures := describe(found, here)):
         (console or Console()).print(Text(f"fitted to this machine: {figures}"))
@@ -127,6 +133,7 @@ def machine() -> Machine:
         bytes=int(USABLE * environment.usable_bytes(state.device.type, environment.local_processes())),
         processes=state.num_processes,
         sharded=environment.sharding_asked() is not None,
+        blocks=state.device.type == "cpu" and blocked.is_available(),
     )
 
 

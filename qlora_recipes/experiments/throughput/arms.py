@@ -34,6 +34,7 @@ from qlora_recipes import DatasetSpec, Recipe, environment
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.errors import RecipesError, UsageError
 from qlora_recipes.kernels import attention
+from qlora_recipes.kernels.blocked import blocked_bytes
 from qlora_recipes.kernels.dequantize import EXPANDED, is_4bit
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.fitting import fit_to_memory
@@ -308,12 +309,18 @@ def run(arm: str, spec: Specification) -> dict[str, Any]:
         "tokens_per_micro_batch": total["real"] / total["micro_batches"],
         "padding_share": 1 - total["real"] / total["positions"],
         "quantized_linears": sum(getattr(weight, "quant_state", None) is not None for weight in model.parameters()),
-        "storage": "expanded" if any(hasattr(module, EXPANDED) for module in model.modules()) else "packed",
+        "storage": _storage(model),
         "micro_batch": trainer.args.per_device_train_batch_size,
         "checkpointing": bool(trainer.args.gradient_checkpointing),
         **memory,
         "threads": torch.get_num_threads(),
     }
+
+
+def _storage(model: torch.nn.Module) -> str:
+    if blocked_bytes(model):
+        return "blocked"
+    return "expanded" if any(hasattr(module, EXPANDED) for module in model.modules()) else "packed"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ _FLAGS = (
     Field("tokenizer", "str", "tokenizer of the base (the stand-in's)", "FOLDER", None),
     Field("precision", "str", "of every arm (nf4)", "|".join(PRECISIONS), "nf4"),
     Field("dtype", f"Literal{list(DTYPES)}", "16-bit dtype (bfloat16)", "|".join(DTYPES), "bfloat16"),
-    Field("storage", "str", "of the recipe's 4-bit weights (auto)", "auto|packed|expanded", "auto"),
+    Field("storage", "str", "of the recipe's weights (auto)", "auto|packed|expanded|blocked", "auto"),
     count("max_length", "longest row, in tokens (2048)", 2048, least=8),
     Field("lengths", "list[int]", "rows of exactly N tokens each instead", "N", None),
     Field("pieces", "bool", "also the recipe with each piece of its speed left out", default=False),
@@ -124,7 +124,7 @@ def _specification(asked: SimpleNamespace, folder: Path) -> Specification:
         model=str(base),
         rows=str(asked.rows or standins.ROWS[_FORMATS[asked.family]]),
         dtype=precision.dtype or asked.dtype,
-        storage=asked.storage if precision.quant_type else "auto",
+        storage=asked.storage,
         **shared,
     )
 

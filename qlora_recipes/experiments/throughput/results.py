@@ -49,7 +49,7 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _how(found: Mapping[str, Any]) -> str:
-    kept = f", {found['storage']}" if found["quantized_linears"] else ""
+    kept = f", {found['storage']}" if found["quantized_linears"] or found["storage"] != "packed" else ""
     plan = ""
     if "planned_bytes" in found:
         plan = f"; {found['training_bytes'] / _GIB:.2f} GiB of training, {found['planned_bytes'] / _GIB:.2f} planned"
