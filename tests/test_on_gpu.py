@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import kill_and_resume
 import pytest
+import torch
 
 from qlora_recipes import environment
 from qlora_recipes.experiments.gpu import measure, page
@@ -78,3 +81,10 @@ def test_the_whole_program_goes_to_its_end_without_a_gpu(tmp_path: Path) -> None
     main(["--markdown", str(tmp_path / "gpu.md"), "--json", str(tmp_path / "gpu.json")])
     outcomes = json.loads((tmp_path / "gpu.json").read_text())["outcomes"]
     assert {each["state"] for each in outcomes if "it needs a GPU" not in each["said"]} == {"done"}
+
+
+def test_runs_to_kill_are_no_forks_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing bitsandbytes opens it (cuda_specs.py of 0.50), and CUDA refuses a fork of that process."""
+    assert importlib.reload(kill_and_resume).START == "fork"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert importlib.reload(kill_and_resume).START == "spawn"
