@@ -10,11 +10,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kill_and_resume
 import pytest
 import torch
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM
 
 from qlora_recipes import environment
@@ -159,6 +161,24 @@ def test_what_is_measured_is_written(tmp_path: Path) -> None:
     )
     assert page.NO_GPU in text and "2 heads, 2 of keys" in text and "64 rows, 4,096 positions at a time" in text
     assert "| tests | failed | 0 | no kernel image; ended with 1 |" in text
+
+
+def test_a_profile_counts_no_kernel_twice() -> None:
+    """PyTorch lists a kernel's time with the operator that launched it, and with the kernel."""
+    on_cpu, on_gpu = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        SimpleNamespace(key=key, device_type=device, self_device_time_total=1000 * ms, count=count)
+        for key, device, ms, count in [
+            ("sm90_gemm", on_gpu, 3, 7),
+            ("aten::add", on_cpu, 1, 9),
+            ("aten::mm", on_cpu, 3, 7),
+            ("cudaStreamSynchronize", on_cpu, 0, 2),
+            ("cudaDeviceSynchronize", on_cpu, 0, 1),
+        ]
+    ]
+    found = measure.by_operator(events, on_gpu=True)
+    assert list(found["milliseconds"].items())[:2] == [("aten::mm", 3.0), ("aten::add", 1.0)]
+    assert (found["total_milliseconds"], found["waits"]) == (4.0, 2)
 
 
 @pytest.mark.slow

@@ -163,21 +163,29 @@ class _ThirdStep(TrainerCallback):
 
 def profiled(spec: Specification) -> dict[str, Any]:
     """Profile a step of the recipe: what takes longest, and how often the processor waits for the GPU."""
-    on_gpu, clock = torch.cuda.is_available(), _ThirdStep()
+    clock = _ThirdStep()
     with tempfile.TemporaryDirectory() as folder:
         spec = replace(spec, steps=3)
         trainer = arms.trainer_of("recipe", spec, prepare_rows(arms.settings_of(spec)), folder)
         trainer.add_callback(clock)
         trainer.train()
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(clock.profile.key_averages(), key=lambda event: -getattr(event, own))
-    waits = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
     return {
         "seconds": clock.seconds,
         "micro_batches": trainer.args.gradient_accumulation_steps,
-        "milliseconds": {event.key: getattr(event, own) / 1000 for event in events[:_SHOWN]},
-        "total_milliseconds": sum(getattr(event, own) for event in events) / 1000,
-        "waits": sum(event.count for event in events if event.key in waits) if on_gpu else None,
+        **by_operator(clock.profile.key_averages(), on_gpu=torch.cuda.is_available()),
+    }
+
+
+def by_operator(averages: Sequence[Any], *, on_gpu: bool) -> dict[str, Any]:
+    """Return what operators of PyTorch took, of the GPU where there is one; it lists their kernels a second time."""
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    called = [event for event in averages if event.device_type.name == "CPU"]
+    longest = sorted(called, key=lambda event: -getattr(event, own))[:_SHOWN]
+    waits = {"cudaStreamSynchronize", "cudaEventSynchronize"}  # the device is waited for here, around the step
+    return {
+        "milliseconds": {event.key: getattr(event, own) / 1000 for event in longest},
+        "total_milliseconds": sum(getattr(event, own) for event in called) / 1000,
+        "waits": sum(event.count for event in called if event.key in waits) if on_gpu else None,
     }
 
 
