@@ -53,6 +53,8 @@ PLACES = ("anywhere", "steps", "save", "evaluation")
 
 START = "spawn" if cuda.is_available() else "fork"
 """bitsandbytes opens the GPU when it is imported, and a fork of such a process cannot use it."""
+DETERMINISTIC = dict(full_determinism=True) if START == "spawn" else {}
+"""On a GPU the backward pass of attention adds in any order, unless it is told not to."""
 _LEFT_ALONE = 15
 """Seconds that the other processes get to notice by themselves that one is gone."""
 _EVENTS = {"_save_checkpoint": "save", "evaluate": "evaluation", "training_step": "step"}
@@ -109,7 +111,7 @@ def recipe(folder: Path) -> type[Recipe]:
         lora = dict(r=4, lora_dropout=0.1)
         training = dict(
             max_steps=12, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3, logging_steps=2,
+            save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3, logging_steps=2, **DETERMINISTIC,
         )  # fmt: skip
 
     return Killed

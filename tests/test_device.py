@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from preflight_runs import read
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -25,7 +26,7 @@ from qlora_recipes.base.device import check_gpu, torch_device
 from qlora_recipes.errors import SetupError
 from qlora_recipes.preflight.probes import preserving_state
 from qlora_recipes.settings import resolve
-from qlora_recipes.training import configuration
+from qlora_recipes.training import build, configuration
 from qlora_recipes.training import train as train_module
 from qlora_recipes.training.trainer import RunTrainer
 
@@ -159,6 +160,20 @@ def test_one_process_trains_on_one_gpu_of_several(
     args = configuration.make_sft_config(settings, str(tmp_path), padding_free=False)
     assert SFTConfig(output_dir=str(tmp_path), bf16=False).n_gpu == 4
     assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
+
+
+def test_a_deterministic_run_says_so_before_its_first_product(
+    recipe_for: Callable[..., type[Recipe]], tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer says so after the probe of `build_trainer`, and PyTorch then refuses every product on a GPU."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    asked: list[str | None] = []
+    monkeypatch.setattr(build, "load_base", lambda *_, **__: asked.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    for training in ({}, {"full_determinism": True}):
+        with pytest.raises(TypeError):  # nothing was loaded
+            build.load_model(read(recipe_for(), tiny("llama2"), training=training))
+    assert asked == [None, ":4096:8"]
 
 
 def test_probes_name_the_gpus_whose_random_numbers_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
