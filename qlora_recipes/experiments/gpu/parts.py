@@ -6,6 +6,7 @@ TRL's scripts are in processes without this package's repairs.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,8 +61,9 @@ def parts(scale: Scale, scratch: Path, rows: Path, dtype: str = "bfloat16") -> I
     """Yield every part; `dtype` is the 16-bit dtype that the machine computes in."""
     python = sys.executable
     files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_optimizers.py")]
-    tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", *files)  # a new warning is no failure there
-    yield Part("tests", "tests", 150, tests, needs_gpu=True)
+    # Not as strict as elsewhere: a library's warning, or another pytest, is no failure of a GPU.
+    lenient = ("-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider")
+    yield Part("tests", "tests", 150, (python, "-m", "pytest", "-q", "-m", "gpu", *lenient, *files), needs_gpu=True)
     yield _demo("llama2_guanaco", scratch)
 
     shared = ("nf4", dtype, scale.max_length, scale.steps, 16, "auto")
