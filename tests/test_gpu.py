@@ -72,16 +72,18 @@ def test_flash_attention_by_conversation_is_attention_under_a_mask(heads: tuple[
 
 
 def test_no_kernel_waits_for_the_gpu(run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds = attention._bounds
+    def unheard(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return function(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("warn")
 
-    def unheard(*arguments: Any) -> torch.Tensor | None:  # which is called outside of the layers, and may wait
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return bounds(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("warn")
+        return call
 
-    monkeypatch.setattr(attention, "_bounds", unheard)
+    for name in ("_bounds", "_lengths"):  # which are asked for once for all layers, by a probe; not by a step
+        monkeypatch.setattr(attention, name, unheard(getattr(attention, name)))
     monkeypatch.setattr(attention, "SHORT", 32)  # rows of few tokens keep a mask
     with warnings.catch_warnings(record=True) as caught:  # the mode itself warns that it is a prototype
         warnings.simplefilter("always")
