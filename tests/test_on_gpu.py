@@ -23,7 +23,7 @@ from qlora_recipes import environment
 from qlora_recipes.experiments.gpu import measure, page, running
 from qlora_recipes.experiments.gpu.bases import drawn_weights
 from qlora_recipes.experiments.gpu.command import main, write_rows
-from qlora_recipes.experiments.gpu.parts import FULL, SMALL, Part, parts
+from qlora_recipes.experiments.gpu.parts import FULL, ROOT, SMALL, Part, parts
 from qlora_recipes.experiments.gpu.running import Outcome, Runner
 from qlora_recipes.experiments.throughput.arms import Specification
 
@@ -127,6 +127,14 @@ def test_a_base_of_a_7b_model_takes_no_disk(tmp_path: Path, monkeypatch: pytest.
     for spec, whole in zip(specs, (6_738_415_616, 6_921_720_704), strict=True):
         assert spec is not None and measure.base(spec) == {"bytes": 2 * whole}
         assert (Path(spec.model) / "model.safetensors").stat().st_blocks * 512 < 2**20
+
+
+def test_make_gpu_works_on_a_fresh_clone() -> None:
+    """Git keeps no empty folder, and a flag's file has to be in one that exists."""
+    recipe = re.search(r"^gpu:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    made, files = re.findall(r"mkdir -p (\S+)", recipe[1]), re.findall(r"--(?:json|markdown) (\S+)", recipe[1])
+    assert {str(Path(file).parent) for file in files} == {"runs", "docs"} and made == ["runs"]
 
 
 def test_every_measurement_has_its_base(tmp_path: Path) -> None:

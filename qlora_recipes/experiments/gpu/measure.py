@@ -82,7 +82,8 @@ def attention(spec: Specification) -> dict[str, Any]:
     torch.manual_seed(0)
     heads = (sizes.num_attention_heads, sizes.num_key_value_heads, sizes.num_key_value_heads)
     query, key, value = parts = [
-        torch.randn(1, n, tokens, size, device=where, dtype=torch.bfloat16, requires_grad=True) for n in heads
+        torch.randn(1, n, tokens, size, device=where, dtype=getattr(torch, spec.dtype), requires_grad=True)
+        for n in heads
     ]
     module = torch.nn.Module()
     module.num_key_value_groups = heads[0] // heads[1]  # type: ignore[assignment]  # as Transformers' own modules have it
