@@ -92,6 +92,7 @@ ladder: $(STAMP)
 
 # Goes on after a failure; without a GPU it takes small models through the same programs.
 gpu: $(STAMP)
+	mkdir -p runs
 	$(BIN)/python eval/on_gpu.py --json runs/gpu.json --markdown docs/gpu.md
 
 # A link that leads nowhere fails the build. The variable silences advice about the builder's successor.

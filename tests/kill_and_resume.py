@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import multiprocessing
 import os
 import random
 import select
@@ -22,12 +23,14 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from conftest import FAMILIES, make_tiny  # first: it keeps the hub and the GPU away
 from forked_ranks import launch_variables, launcher_store
 from rich.console import Console
+from torch import cuda
 
 from qlora_recipes import DatasetSpec, Recipe
 from qlora_recipes.base.adapters import WEIGHTS
@@ -48,6 +51,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PLACES = ("anywhere", "steps", "save", "evaluation")
 """Where a kill is aimed at: uniformly over the whole run, over its steps, or within a save or an evaluation."""
 
+START = "spawn" if cuda.is_available() else "fork"
+"""bitsandbytes opens the GPU when it is imported, and a fork of such a process cannot use it."""
+DETERMINISTIC = dict(full_determinism=True) if START == "spawn" else {}
+"""On a GPU the backward pass of attention adds in any order, unless it is told not to."""
 _LEFT_ALONE = 15
 """Seconds that the other processes get to notice by themselves that one is gone."""
 _EVENTS = {"_save_checkpoint": "save", "evaluate": "evaluation", "training_step": "step"}
@@ -104,7 +111,7 @@ def recipe(folder: Path) -> type[Recipe]:
         lora = dict(r=4, lora_dropout=0.1)
         training = dict(
             max_steps=12, max_length=128, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3, logging_steps=2,
+            save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3, logging_steps=2, **DETERMINISTIC,
         )  # fmt: skip
 
     return Killed
@@ -113,45 +120,50 @@ def recipe(folder: Path) -> type[Recipe]:
 def run(
     folder: Path, variant: str, output: Path, launch: Launch, aim: Aim | None = None, *, resume: bool = False
 ) -> Session:
-    """Train in forked processes, and kill one when it is where `aim` says."""
-    ear, mouth = os.pipe()
+    """Train in processes of their own, and kill one when it is where `aim` says."""
+    ways = multiprocessing.get_context(START)
+    ear, mouth = ways.Pipe(duplex=False)
     store = launcher_store()
     children = []
     for rank in range(launch.processes):
-        child = os.fork()
-        if child == 0:
-            os.close(ear)
-            if launch.processes > 1:
-                os.environ.update(launch_variables(rank, launch.processes, store, launch.processes))
-            if rank != launch.victim:
-                os.close(mouth)
-            _child(folder, variant, output, mouth if rank == launch.victim else None, resume, launch.sharded)
+        variables = launch_variables(rank, launch.processes, store, launch.processes) if launch.processes > 1 else {}
+        of_child = (mouth, rank == launch.victim, variables)
+        child = ways.Process(target=_child, args=(folder, variant, output, *of_child, resume, launch.sharded))
+        child.start()
         children.append(child)
-    os.close(mouth)
-    try:
-        session = _watch(children.pop(launch.victim), ear, aim)
-    finally:
-        os.close(ear)
+    mouth.close()
+    with ear:
+        session = _watch(children.pop(launch.victim), ear.fileno(), aim)
     session.others = [_end(child) for child in children]
     session.code = session.code or max(session.others, key=abs, default=0)
     return session
 
 
-def _end(child: int) -> int:
+def _end(child: multiprocessing.Process) -> int:
     """Return the exit code of a process when it has ended; after a while it is killed, as a launcher does."""
-    until = time.monotonic() + _LEFT_ALONE
-    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
-        time.sleep(0.02)
-    if not ended[0]:
-        os.kill(child, signal.SIGKILL)
-        ended = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(ended[1])
+    child.join(_LEFT_ALONE)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode
 
 
-def _child(folder: Path, variant: str, output: Path, mouth: int | None, resume: bool, sharded: bool) -> None:
-    """Train and end the process, whatever happens; every event goes into the pipe."""
+def _child(
+    folder: Path,
+    variant: str,
+    output: Path,
+    mouth: Connection,
+    watched: bool,
+    variables: dict[str, str],
+    resume: bool,
+    sharded: bool,
+) -> None:
+    """Train and end the process, whatever happens; every event goes into the pipe where it is watched."""
     code = 1
     try:
+        os.environ.update(variables)
+        if not watched:
+            mouth.close()
         if sharded:
             from sharded_runs import FSDP, label
 
@@ -160,8 +172,8 @@ def _child(folder: Path, variant: str, output: Path, mouth: int | None, resume: 
         log = (folder / "log.txt").open("a")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        for method, event in _EVENTS.items() if mouth is not None else ():
-            setattr(RunTrainer, method, _told(getattr(RunTrainer, method), event, mouth))
+        for method, event in _EVENTS.items() if watched else ():
+            setattr(RunTrainer, method, _told(getattr(RunTrainer, method), event, mouth.fileno()))
         choices = VARIANTS[variant]
         killed = recipe(folder)
         settings = resolve(
@@ -210,14 +222,14 @@ def aim_at(place: str, reference: Session, chance: random.Random) -> Aim:
     return Aim(place, which + 1, chance.uniform(0, end - starts[which]))
 
 
-def _watch(child: int, ear: int, aim: Aim | None) -> Session:
+def _watch(child: multiprocessing.Process, ear: int, aim: Aim | None) -> Session:
     session, began = Session(), time.monotonic()
     due = began + aim.delay if aim and aim.event is None else None
     unread = b""
     while True:
         ready, _, _ = select.select([ear], [], [], max(0, due - time.monotonic()) if due else None)
         if not ready:
-            os.kill(child, signal.SIGKILL)
+            child.kill()
             due, session.killed = None, True
             continue
         piece = os.read(ear, 65536)
@@ -232,8 +244,8 @@ def _watch(child: int, ear: int, aim: Aim | None) -> Session:
                 and line.decode() == aim.event
             ):
                 due = time.monotonic() + aim.delay
-    _, status = os.waitpid(child, 0)
-    session.seconds, session.code = time.monotonic() - began, os.waitstatus_to_exitcode(status)
+    child.join()
+    session.seconds, session.code = time.monotonic() - began, child.exitcode
     session.killed = session.code == -signal.SIGKILL
     return session
 

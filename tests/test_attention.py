@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -397,6 +398,19 @@ def test_a_gpu_without_flash_attention_gets_as_many_key_heads_as_query_heads(
     assert found.shape == (1, 50, 71, 64)
     lengths = [50] if bounds is None else [30, 20]
     assert asked == [((1, 71, length, 64), None, True) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("size", "capability", "taken"),
+    [(256, (8, 6), True), (512, (9, 0), False), (20, (9, 0), False), (64, (7, 5), False)],
+)
+def test_flash_attention_gets_heads_that_its_kernel_has(
+    size: int, capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses more than 256, which the layers of Gemma 4 that see everything have."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 8, 600, size), device="cuda:0")
+    assert (attention._has_flash(query), attention._is_older_gpu(query)) == (taken, not taken)
 
 
 def test_repeated_key_heads_give_the_same_attention() -> None:

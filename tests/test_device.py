@@ -8,19 +8,25 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from preflight_runs import read
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 from qlora_recipes import Recipe
 from qlora_recipes.base import device
 from qlora_recipes.base.adapters import adapter_tensors
 from qlora_recipes.base.device import check_gpu, torch_device
 from qlora_recipes.errors import SetupError
+from qlora_recipes.preflight.probes import preserving_state
 from qlora_recipes.settings import resolve
+from qlora_recipes.training import build, configuration
 from qlora_recipes.training import train as train_module
 from qlora_recipes.training.trainer import RunTrainer
 
@@ -142,6 +148,49 @@ def test_training_and_evaluation_refuse_before_anything_is_loaded(
         train_module.train(resolve(recipe_for(), demo=True))
     with pytest.raises(SetupError, match=r"driver 550\.54\.15"):
         torch_device()
+
+
+def test_one_process_trains_on_one_gpu_of_several(
+    recipe_for: Callable[..., type[Recipe]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers counts all that it sees, and TRL refuses more than one, once the base is loaded."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(configuration, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
+    settings = replace(resolve(recipe_for(), demo=True), dtype="float32")  # 16 bits need a GPU that is there
+    args = configuration.make_sft_config(settings, str(tmp_path), padding_free=False)
+    assert SFTConfig(output_dir=str(tmp_path), bf16=False).n_gpu == 4
+    assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
+
+
+def test_a_deterministic_run_says_so_before_its_first_product(
+    recipe_for: Callable[..., type[Recipe]], tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer says so after the probe of `build_trainer`, and PyTorch then refuses every product on a GPU."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    asked: list[str | None] = []
+    monkeypatch.setattr(build, "load_base", lambda *_, **__: asked.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    for training in ({}, {"full_determinism": True}):
+        with pytest.raises(TypeError):  # nothing was loaded
+            build.load_model(read(recipe_for(), tiny("llama2"), training=training))
+    assert asked == [None, ":4096:8"]
+
+
+def test_probes_name_the_gpus_whose_random_numbers_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch warns of several that it finds by itself, and here warnings are errors."""
+    states = {0: torch.zeros(1), 1: torch.ones(1)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.get)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((device, state)))
+    restored: list[tuple[int, torch.Tensor]] = []
+    with preserving_state(None):
+        pass
+    assert restored == list(states.items())
+
+
+@pytest.mark.parametrize("text", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_a_library_without_memory_is_out_of_memory(text: str) -> None:
+    assert device.is_out_of_memory(RuntimeError(text))
 
 
 def test_expandable_segments_are_asked_for_before_torch_is_imported() -> None:

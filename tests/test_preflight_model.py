@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -372,3 +373,14 @@ def test_fsdp_that_became_something_else_is_refused(run: Run, monkeypatch: pytes
 def test_an_idle_gpu_is_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
     assert verdict_of(launch.device, run).verdict == "warn"
+
+
+@pytest.mark.parametrize(("processes", "verdict"), [("1", "warn"), ("4", "pass")])
+def test_gpus_without_a_process_are_warned_of(processes: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    for name, value in dict(is_available=True, device_count=4, get_device_name="NVIDIA L4").items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    gpu = torch.device("cuda:0")
+    fake = Mock(**{"trainer.args.device": gpu, "model.parameters": lambda: iter([Mock(device=gpu)])})
+    check = launch.device(fake)
+    assert (check.verdict, "3 more" in check.figure) == (verdict, verdict == "warn")

@@ -15,7 +15,7 @@ import torch
 from qlora_recipes.errors import SetupError
 
 _NODES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
-_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 """Major version of CUDA to that of the oldest NVIDIA driver that runs it (CUDA's release notes, minor versions)."""
 _ON_CPU = "To use the CPU all the same, put CUDA_VISIBLE_DEVICES= in front of the command"

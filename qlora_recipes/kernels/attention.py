@@ -221,8 +221,8 @@ def _written_out(
 
 
 def _has_flash(query: torch.Tensor) -> bool:
-    """Whether PyTorch's FlashAttention takes it: 16 bits, heads of a multiple of 8, an NVIDIA GPU, Ampere or later."""
-    suits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0
+    """Whether PyTorch's FlashAttention takes it: 16 bits, heads of 8 to 256 by 8, an NVIDIA GPU, Ampere or later."""
+    suits = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] in range(8, 257, 8)  # Gemma 4 has 512
     return suits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 

@@ -56,12 +56,16 @@ def distributed_type(run: Run) -> Check:
 
 
 def device(run: Run) -> Check:
-    """A GPU that is idle while a CPU trains is rarely meant."""
+    """A GPU that is idle while a CPU or another GPU trains is rarely meant."""
     got = run.trainer.args.device
     base = next(run.model.parameters()).device
     if base.type != got.type:
         return fail_unless(False, f"base on {base}, trainer on {got}", "Launch one process for each GPU.")
     name = torch.cuda.get_device_name(got) if got.type == "cuda" else f"{got.type}, threads: {torch.get_num_threads()}"
+    idle = torch.cuda.device_count() - environment.local_processes()
+    if got.type == "cuda" and idle > 0:
+        advice = "To train on all, launch with recipes/launch/ddp.yaml; CUDA_VISIBLE_DEVICES hides the others."
+        return warn_unless(False, f"{name}, and {idle} more without a process of this run", advice)
     return warn_unless(
         got.type == "cuda" or not torch.cuda.is_available(), name, "A GPU is there: leave --use_cpu and --cpu out."
     )

@@ -32,7 +32,7 @@ def preserving_state(model: nn.Module | None) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()} if model is not None else {}
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():  # every device's generators
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # named, or several make PyTorch warn
             yield
     finally:
         random.setstate(python_state)

@@ -5,6 +5,7 @@ Knows nothing of checks.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -90,6 +91,8 @@ def load_model(run: Run) -> Run:
         RecipesError: when the base cannot be loaded, or is not stored as the precision says.
     """
     settings, device = run.settings, PartialState().device
+    if settings.training.get("full_determinism"):  # PyTorch looks at it before a GPU's first product, and never again
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     base, receipt, made = load_base(
         settings.model,
         settings.revision,

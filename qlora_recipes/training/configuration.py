@@ -102,7 +102,7 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
     # Every weight has a gradient; for a model of PEFT's, upstream would look for those without at each step.
     training.setdefault("ddp_find_unused_parameters", False)
     kind = DPOConfig if settings.of_preferences else SFTConfig
-    return kind(
+    made = kind(
         **training,
         output_dir=folder,
         bf16=settings.dtype == "bfloat16",
@@ -112,6 +112,8 @@ def make_sft_config(settings: Settings, folder: str, *, padding_free: bool) -> S
         logging_nan_inf_filter=False,  # or a NaN is logged as a loss of 0.0
         restore_callback_states_from_checkpoint=True,  # early stopping's patience continues where it was
     )
+    made._n_gpu = min(made.n_gpu, 1)  # or a process that sees several would divide each batch among them
+    return made
 
 
 def evaluates_held_out(settings: Settings) -> bool:

@@ -1,12 +1,15 @@
-"""One measurement in a process of its own.
+"""Measurements, one after the other, as they are asked for on standard input: a JSON object a line.
 
-python -m qlora_recipes.experiments.gpu.measure WHAT SPECIFICATION.json RESULT.json
+    {"what": "recipe", "specification": {...}, "result": "result.json"}
+
+python -m qlora_recipes.experiments.gpu.measure
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,20 +24,24 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_recipes import environment, standins
+from qlora_recipes.base.device import release_memory
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.evaluation.held_out import row_losses
+from qlora_recipes.experiments.gpu.bases import drawn_weights, write_base
 from qlora_recipes.experiments.gpu.parts import FULL, SMALL
 from qlora_recipes.experiments.throughput import arms, bound
-from qlora_recipes.experiments.throughput.arms import SPECS, Specification, base_config, make_base
+from qlora_recipes.experiments.throughput.arms import SPECS, Specification, base_config
 from qlora_recipes.kernels import attention as by_conversation
 from qlora_recipes.kernels.lora_linear import fuse_lora_layers
 from qlora_recipes.memory import estimate
 from qlora_recipes.memory.sizes import sizes_of
+from qlora_recipes.run.files import write_json
 from qlora_recipes.training.accounting import non_weight_bytes
 from qlora_recipes.training.build import load_model, prepare_rows
 
 _CONVERSATIONS = (900, 500, 300, 200, 100, 48)
 """Tokens of the conversations that share a row: 2,048, as a packed row of Guanaco has them."""
+_PEAKS = ("peak_bytes", "training_bytes", "used_bytes")
 _SHOWN = 12
 _TURNS = 7
 
@@ -44,17 +51,13 @@ def device() -> torch.device:
 
 
 def base(spec: Specification) -> dict[str, Any]:
-    """Write the base with random weights, made where that is quick."""
+    """Write the base, whose weights are drawn when it is loaded."""
     scale = FULL if torch.cuda.is_available() else SMALL
     family = spec.family
     vocabulary = scale.vocab_size[family] or SPECS[family].sizes.vocab_size  # type: ignore[union-attr]  # both have sizes
     config = base_config(family, scale.hidden_size[family], scale.num_hidden_layers, vocabulary)
     tokenizer = AutoTokenizer.from_pretrained(standins.STANDINS[family].folder, **SPECS[family].tokenizer)
-    start = time.perf_counter()
-    with device():
-        make_base(config, tokenizer, Path(spec.model))
-    written = sum(file.stat().st_size for file in Path(spec.model).iterdir())
-    return {"bytes": written, "seconds": time.perf_counter() - start}
+    return {"bytes": write_base(config, tokenizer, Path(spec.model))}
 
 
 def arm(name: str, spec: Specification) -> dict[str, Any]:
@@ -79,7 +82,8 @@ def attention(spec: Specification) -> dict[str, Any]:
     torch.manual_seed(0)
     heads = (sizes.num_attention_heads, sizes.num_key_value_heads, sizes.num_key_value_heads)
     query, key, value = parts = [
-        torch.randn(1, n, tokens, size, device=where, dtype=torch.bfloat16, requires_grad=True) for n in heads
+        torch.randn(1, n, tokens, size, device=where, dtype=getattr(torch, spec.dtype), requires_grad=True)
+        for n in heads
     ]
     module = torch.nn.Module()
     module.num_key_value_groups = heads[0] // heads[1]  # type: ignore[assignment]  # as Transformers' own modules have it
@@ -160,21 +164,29 @@ class _ThirdStep(TrainerCallback):
 
 def profiled(spec: Specification) -> dict[str, Any]:
     """Profile a step of the recipe: what takes longest, and how often the processor waits for the GPU."""
-    on_gpu, clock = torch.cuda.is_available(), _ThirdStep()
+    clock = _ThirdStep()
     with tempfile.TemporaryDirectory() as folder:
         spec = replace(spec, steps=3)
         trainer = arms.trainer_of("recipe", spec, prepare_rows(arms.settings_of(spec)), folder)
         trainer.add_callback(clock)
         trainer.train()
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(clock.profile.key_averages(), key=lambda event: -getattr(event, own))
-    waits = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
     return {
         "seconds": clock.seconds,
         "micro_batches": trainer.args.gradient_accumulation_steps,
-        "milliseconds": {event.key: getattr(event, own) / 1000 for event in events[:_SHOWN]},
-        "total_milliseconds": sum(getattr(event, own) for event in events) / 1000,
-        "waits": sum(event.count for event in events if event.key in waits) if on_gpu else None,
+        **by_operator(clock.profile.key_averages(), on_gpu=torch.cuda.is_available()),
+    }
+
+
+def by_operator(averages: Sequence[Any], *, on_gpu: bool) -> dict[str, Any]:
+    """Return what operators of PyTorch took, of the GPU where there is one; it lists their kernels a second time."""
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    called = [event for event in averages if event.device_type.name == "CPU"]
+    longest = sorted(called, key=lambda event: -getattr(event, own))[:_SHOWN]
+    waits = {"cudaStreamSynchronize", "cudaEventSynchronize"}  # the device is waited for here, around the step
+    return {
+        "milliseconds": {event.key: getattr(event, own) / 1000 for event in longest},
+        "total_milliseconds": sum(getattr(event, own) for event in called) / 1000,
+        "waits": sum(event.count for event in called if event.key in waits) if on_gpu else None,
     }
 
 
@@ -186,11 +198,16 @@ _MEASURES: dict[str, Callable[[Specification], dict[str, Any]]] = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-    what, given, result = argv
-    spec = Specification(**json.loads(Path(given).read_text(encoding="utf-8")))
-    figures = _MEASURES[what](spec) if what in _MEASURES else arm(what, spec)
-    Path(result).write_text(json.dumps(figures), encoding="utf-8")
+def main(_: Sequence[str]) -> None:
+    for line in sys.stdin:
+        asked = json.loads(line)
+        what, spec, result = asked["what"], Specification(**asked["specification"]), Path(asked["result"])
+        with drawn_weights():
+            figures = _MEASURES[what](spec) if what in _MEASURES else arm(what, spec)
+        release_memory()
+        if not torch.cuda.is_available():  # whose memory is that of the whole process
+            figures = {key: value for key, value in figures.items() if key not in _PEAKS}
+        write_json(result, figures)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ _HEAD = """\
     make gpu        # or: python eval/on_gpu.py --json gpu.json --markdown docs/gpu.md
 
 One command, no network, under ten minutes on one GPU: the tests marked `gpu`, two demos, an evaluation, runs that are
-killed and resumed, and for the shapes of Llama-2-7B and Falcon-7B with random weights: tokens/s of the recipe in nf4,
-bf16 and fp16 and of TRL's documented scripts, memory of training and of an evaluation beside the plan, a profile of one
-step, attention by conversation beside a mask. It goes on after a failure and says what it did not reach. This page is
+killed and resumed, and for the shapes of Llama-2-7B and Falcon-7B, with random weights that are drawn as they are
+loaded: tokens/s of the recipe in nf4, bf16 and fp16 and of TRL's documented scripts, memory of training and of an
+evaluation beside the plan, a profile of one step, attention by conversation beside a mask. What is worth most comes
+first; it goes on after a failure, writes down what it has after each part, and says what it did not reach. This page is
 its output.
 """
 NO_GPU = """\
 **No GPU has run this yet.** What follows is the same program with small models on a CPU, which shows that the program
-works and nothing of a GPU: take no speed from it.
+works and nothing of a GPU: take no speed from it. Peaks are left out, since a process here measures several things.
 """
 
 
@@ -55,15 +56,14 @@ def _speed(outcomes: Sequence[Mapping[str, Any]]) -> str:
     for each in _of(outcomes, "speed"):
         found = each["figures"]
         limit = found.get("bound")
-        planned = found.get("planned_bytes")
         rows.append(
             [
                 each["name"],
                 f"{found['tokens_per_second']:,.0f}",
                 f"{found['tokens_per_second'] / limit['tokens_per_second']:.0%}" if limit else "",
-                f"{found['peak_bytes'] / _GIB:.2f}",
-                f"{found['training_bytes'] / _GIB:.2f}" if planned else "",
-                f"{planned / _GIB:.2f}" if planned else "",
+                _gib(found.get("peak_bytes")),
+                _gib(found.get("training_bytes")),
+                _gib(found.get("planned_bytes")),
                 f"{found['micro_batch']}",
                 f"{found['padding_share']:.0%}",
                 "yes" if found["checkpointing"] else "no",
@@ -94,8 +94,8 @@ def _evaluation(outcomes: Sequence[Mapping[str, Any]]) -> str:
                 each["name"],
                 f"{found['rows']} rows, {found['positions']:,} positions at a time",
                 f"{found['tokens_per_second']:,.0f}",
-                f"{found['used_bytes'] / _GIB:.2f}",
-                f"{found['planned_bytes'] / _GIB:.2f}",
+                _gib(found.get("used_bytes")),
+                _gib(found["planned_bytes"]),
             ]
         )
     head = ("base in NF4 with an adapter", "scored", "real tokens/s", "peak, GiB", "planned, GiB")
@@ -137,6 +137,10 @@ def _profiles(outcomes: Sequence[Mapping[str, Any]]) -> str:
 def _outcomes(outcomes: Sequence[Mapping[str, Any]]) -> str:
     rows = [[each["name"], each["state"], f"{each['seconds']:.0f}", _last_line(each)] for each in outcomes]
     return "## What ran\n\n" + _table(("part", "state", "seconds", "what it said last"), rows)
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / _GIB:.2f}"
 
 
 def _last_line(outcome: Mapping[str, Any]) -> str:

@@ -1,13 +1,18 @@
-"""What is run on a GPU, in order of what it is worth, each part a process of its own. Runs nothing itself."""
+"""What is run on a GPU, in order of what it is worth. Runs nothing itself.
+
+Imports take a process longer than most measurements take, so these share processes; one that fails ends its own alone.
+TRL's scripts are in processes without this package's repairs.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_recipes.experiments.throughput.arms import ARMS, SCRIPTS, Specification
+from qlora_recipes.experiments.throughput.arms import ARMS, Specification
 
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout: the tests and the recipes are beside the package."""
@@ -27,7 +32,7 @@ class Scale:
 
 FULL = Scale({"llama2": 4096, "falcon": 4544}, 32, {"llama2": None, "falcon": None}, 1024, 4)
 """The 7B models' own shapes."""
-SMALL = Scale({"llama2": 256, "falcon": 256}, 2, {"llama2": 4096, "falcon": 4096}, 256, 2)
+SMALL = Scale({"llama2": 256, "falcon": 256}, 2, {"llama2": 4096, "falcon": 4096}, 256, 3)
 """What a CPU takes through the same programs."""
 
 
@@ -38,45 +43,71 @@ class Part:
     name: str
     group: str
     """The table of the page that its figures go to."""
-    command: tuple[str, ...]
     seconds: int
-    """Longer than this it is ended."""
+    """Longer than this it is ended: about three times what an H200 should take."""
+    command: tuple[str, ...] = ()
+    """Empty for a measurement, which has a specification."""
     needs: str = ""
     """A part without which this one has nothing to run on."""
     needs_gpu: bool = False
+    what: str = ""
+    """What is measured."""
     specification: Specification | None = None
-    """Of a measurement, which reads it from a file and writes its figures into another."""
+    session: str = ""
+    """Parts of one session that follow each other share a process."""
 
 
-def parts(scale: Scale, scratch: Path, rows: Path) -> Iterator[Part]:
-    """Yield every part."""
+def parts(scale: Scale, scratch: Path, rows: Path, dtype: str = "bfloat16") -> Iterator[Part]:
+    """Yield every part; `dtype` is the 16-bit dtype that the machine computes in."""
     python = sys.executable
-    yield Part("tests", "tests", (python, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")), 150, needs_gpu=True)
-    for name in ("llama2_guanaco", "falcon_guanaco"):
-        recipe, folder = str(ROOT / "recipes" / f"{name}.py"), str(scratch / name)
-        train = (python, recipe, "--demo", "--max_steps", "20", "--output_dir", folder)
-        yield Part(f"demo {name}", "runs", train, 90)
+    files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_optimizers.py")]
+    # Not as strict as elsewhere: a library's warning, or another pytest, is no failure of a GPU.
+    lenient = ("-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider")
+    yield Part("tests", "tests", 150, (python, "-m", "pytest", "-q", "-m", "gpu", *lenient, *files), needs_gpu=True)
+    yield _demo("llama2_guanaco", scratch)
+
+    shared = ("nf4", dtype, scale.max_length, scale.steps, 16, "auto")
+    llama, falcon = (
+        Specification(family, str(scratch / f"base-{family}"), str(rows), *shared) for family in ("llama2", "falcon")
+    )
+    for spec in (llama, falcon):
+        yield _measured("base", spec, "recipe", 60)
+        yield _measured("recipe", spec, "recipe", 60)
+    yield _measured("profile", llama, "recipe", 45)
+    for spec in (llama, falcon):
+        yield _measured("trl_by_hand", spec, "scripts", 60)
+        yield _measured("trl_notebook", spec, "scripts", 45)
+    for spec in (llama, falcon):
+        yield _measured("attention", spec, "others", 45)
+        yield _measured("evaluation", spec, "others", 45)
+        yield _measured("recipe", replace(spec, precision="bf16", dtype="bfloat16"), "others", 60)
+        yield _measured("recipe", replace(spec, precision="fp16", dtype="float16"), "others", 60)
+    yield _measured("profile", falcon, "others", 45)
+
+    resume = (python, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "2", "--variants", "nf4, packed")
+    yield Part("kill and resume", "runs", 120, resume)
     evaluate = (python, "-m", "qlora_recipes.cli", "evaluate", str(scratch / "llama2_guanaco"), "--limit", "64")
-    yield Part("evaluate llama2_guanaco", "runs", evaluate, 90, needs="demo llama2_guanaco")
-    resume = (python, str(ROOT / "tests" / "kill_and_resume.py"), "--kills", "2")
-    yield Part("kill and resume", "runs", resume, 120)
-    shared = ("nf4", "bfloat16", scale.max_length, scale.steps, 16, "auto")
-    specs = [Specification(family, str(scratch / f"base-{family}"), str(rows), *shared) for family in FULL.hidden_size]
-    for spec in specs:
-        yield _measured("base", spec, seconds=90)
-        for precision, dtype in (("nf4", "bfloat16"), ("bf16", "bfloat16"), ("fp16", "float16")):
-            yield _measured("recipe", replace(spec, precision=precision, dtype=dtype), seconds=75)
-        yield _measured("attention", spec, seconds=45)
-        yield _measured("evaluation", spec, seconds=60)
-    for spec in specs:
-        yield _measured("profile", spec, seconds=60)
-        for arm in SCRIPTS:
-            yield _measured(arm, spec, seconds=90)
+    yield Part("evaluate llama2_guanaco", "runs", 60, evaluate, needs="demo llama2_guanaco")
+    yield _demo("falcon_guanaco", scratch)
+    for spec in (llama, falcon):
+        yield _measured("trl_defaults", replace(spec, steps=scale.steps - 1), "scripts", 90)
 
 
-def _measured(what: str, spec: Specification, *, seconds: int) -> Part:
+def _demo(name: str, scratch: Path) -> Part:
+    recipe, folder = str(ROOT / "recipes" / f"{name}.py"), str(scratch / name)
+    command = (sys.executable, recipe, "--demo", "--max_steps", "20", "--output_dir", folder)
+    return Part(f"demo {name}", "runs", 75, command)
+
+
+def _measured(what: str, spec: Specification, session: str, seconds: int) -> Part:
     arm, family = what in ARMS, spec.family
-    name = f"{what} {family} {spec.precision}" if arm else f"{what} {family}"
-    command = (sys.executable, "-m", "qlora_recipes.experiments.gpu.measure", what)
-    needs = "" if what == "base" else f"base {family}"
-    return Part(name, "speed" if arm else what, command, seconds, needs, spec.dtype == "float16", spec)
+    return Part(
+        f"{what} {family} {spec.precision}" if arm else f"{what} {family}",
+        "speed" if arm else what,
+        seconds,
+        needs="" if what == "base" else f"base {family}",
+        needs_gpu=spec.dtype == "float16",
+        what=what,
+        specification=spec,
+        session=session,
+    )
