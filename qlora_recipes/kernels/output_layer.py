@@ -17,7 +17,7 @@ from trl.trainer import utils
 
 from qlora_recipes.kernels.blocked import blocks_of
 
-TOKENS = 512
+TOKENS = 256
 """Tokens in one tile of logits: enough that reading the weights costs less than multiplying by them."""
 CACHED = 32
 """Tokens whose float32 probabilities are computed at a time; with a vocabulary of 32,000 they fit a core's cache."""

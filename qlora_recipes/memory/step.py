@@ -19,7 +19,7 @@ HEAD_TOKENS, HEAD_VOCAB = 4096, 32768
 """Tile of TRL's output layer: `TOKEN_CHUNK_SIZE` in `trl/kernels/chunked_logprob.py`, and
 `_CHUNKED_LOGPROB_CHUNK_SIZE` in `trl/trainer/utils.py`. The buffer is that wide for smaller vocabularies too."""
 
-TILE_TOKENS, TILE_CACHED = 512, 32
+TILE_TOKENS, TILE_CACHED = 256, 32
 """`TOKENS` and `CACHED` in `output_layer.py`, the tiles of the output layer on a CPU. A test keeps them equal."""
 
 SHORT, KEPT, BLOCK = 512, 1024, 128
@@ -212,7 +212,7 @@ class Step:
 
         On a GPU TRL's `ChunkedLogProbFunction` (`trl/kernels/chunked_logprob.py`): tiles of 4,096 tokens x 32,768
         entries of the vocabulary in one 16-bit buffer that Triton folds in place, and a gradient of the hidden states
-        in float32. On a CPU `output_layer.py`: tiles of 512 tokens x the vocabulary in 16 bits, three parts of them in
+        in float32. On a CPU `output_layer.py`: tiles of 256 tokens x the vocabulary in 16 bits, three parts of them in
         float32, and the gradient of the hidden states in 16 bits.
         """
         states = self.work.tokens * self.sizes.hidden_size
