@@ -53,9 +53,7 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         *,
         room: int = Generation.max_new_tokens,
     ) -> None:
-        encode = super().tok_encode
-        # Of a question with choices the prompt is encoded with every choice.
-        self._encoded = functools.lru_cache(maxsize=8)(lambda bos, string, *args, **kw: encode(string, *args, **kw))
+        self._encoded: dict[object, list[int]] = {}
         # Computed in 16 bits, 5 % of the choices tie exactly.
         super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
         self._encoder = run.encoder
@@ -80,8 +78,13 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return int(super().max_length)
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Encode as HFLM does, and keep the last ones."""
-        return list(self._encoded(self.add_bos_token, string, *args, **kwargs))
+        """Encode as HFLM does, but the prompt of a question with choices not with each of them again."""
+        key = (string, self.add_bos_token, args, *kwargs.items())
+        if key not in self._encoded:
+            if len(self._encoded) == 8:
+                self._encoded.clear()
+            self._encoded[key] = super().tok_encode(string, *args, **kwargs)
+        return list(self._encoded[key])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render as HFLM does, and compare the tokens with those of training."""
