@@ -166,6 +166,20 @@ def test_bitsandbytes_still_has_the_compiler_loaded_when_it_is_imported() -> Non
     assert "torch.compile(fn" in inspect.getsource(ops._try_torch_compile)
 
 
+QUICK = """
+import gc, sys
+from qlora_recipes.commands.quick_imports import quick_imports
+with quick_imports():
+    import qlora_recipes.training.train
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, *({"torch._inductor.compile_fx", "scipy"} & sys.modules.keys()))
+"""
+
+
+def test_what_no_training_needs_is_not_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
 FREED = """
 import ctypes, psutil
 from qlora_recipes import environment
