@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.metadata
 import logging
 import os
@@ -14,11 +13,10 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 from packaging.requirements import Requirement
@@ -215,6 +213,8 @@ def _control_groups() -> Iterator[Path]:
 
 def gpus() -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls each GPU of this machine that PyTorch can use."""
+    if (_version("torch") or "").endswith("+cpu"):  # a build that can use none; asking takes seconds
+        return []
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]  # itself it would hold the memory
     count = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -310,33 +310,6 @@ def hub_answers() -> bool:
         return True  # it answers
     except OSError:
         return False
-
-
-def quick_libraries() -> None:
-    """Import the slow libraries in less time, with the same result.
-
-    Two of them ask for the list of all installed packages, and bitsandbytes has `torch.compile` load the compiler for a
-    few functions that are rarely called (bitsandbytes 0.50, `backends/default/ops.py`): it is loaded when one is.
-    """
-    vars(importlib.metadata)["packages_distributions"] = functools.cache(importlib.metadata.packages_distributions)
-    import torch
-
-    with mock.patch.object(torch, "compile", _compiled_when_called):
-        import bitsandbytes  # noqa: F401
-
-
-def _compiled_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Stand in for `torch.compile`, as a decorator with or without options."""
-    if function is None:
-        return functools.partial(_compiled_when_called, **options)
-
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        import torch
-
-        return torch.compile(function, **options)
-
-    return lambda *arguments, **others: compiled()(*arguments, **others)
 
 
 def quiet_libraries() -> None:

@@ -14,6 +14,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("QLORA_RECIPES_TEST_GPU", ""
 from collections.abc import Callable
 from pathlib import Path
 
+from qlora_recipes.commands.quick_imports import quick_imports
+
+with quick_imports():  # what they make is then not looked through each time that memory is released
+    import qlora_recipes.evaluation.lm_eval_model
+    import qlora_recipes.training.train  # noqa: F401
+
 import pytest
 import torch
 from small_models import small  # noqa: F401  # a fixture

@@ -67,11 +67,11 @@ def train_one(folder: Path, name: str) -> None:
     label(choices.get("as_on_gpus", True))
     settings = settings_of(folder, name, choices["precision"], choices.get("accumulation", 1))
     console = Console(quiet=True)
+    slow = [] if name == "fsdp-nf4" else ["answers_end", "gradient_after_evaluation", "packing_leak"]
     try:
         if stop_at := choices.get("stop_at"):
             with _stopped_in(stop_at), contextlib.suppress(Stopped):
-                train(settings, console=console)
-        slow = [] if name == "fsdp-nf4" else ["answers_end", "gradient_after_evaluation", "packing_leak"]
+                train(settings, console=console, skip_checks=slow)
         train(settings, console=console, resume=bool(stop_at), skip_checks=slow)
     except CheckError as error:
         (folder / f"{name}.txt").write_text(str(error))

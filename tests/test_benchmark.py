@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,14 @@ from typing import Any
 
 import pytest
 from fake_runs import answers, flipped, make_run, receipt, write_results
+from rich.console import Console
 
 from qlora_recipes import load_recipe
 from qlora_recipes.commands import compare
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.comparison.preregistration import departures
 from qlora_recipes.errors import CheckError, RecipesError, RunFolderError, UsageError
+from qlora_recipes.evaluation import harness, kl
 from qlora_recipes.evaluation.records import Divergence, TaskResult, finished_tasks, read_divergence, write_divergence
 from qlora_recipes.experiments.benchmark import command, plan, scoring, training
 from qlora_recipes.experiments.benchmark.jobs import Job, SideBySide, stop
@@ -197,8 +200,8 @@ def laboratory(monkeypatch: pytest.MonkeyPatch) -> Laboratory:
     fake = Laboratory()
     monkeypatch.setattr(plan, "_now", lambda: f"2026-01-{len(fake.done) + 1:02}T10:00:00+00:00")
     monkeypatch.setattr(SideBySide, "run", lambda _, jobs, console: fake.run(jobs))
-    monkeypatch.setattr(scoring, "evaluate_many", fake.evaluate)
-    monkeypatch.setattr(scoring, "measure", fake.measure)
+    monkeypatch.setattr(harness, "evaluate_many", fake.evaluate)
+    monkeypatch.setattr(kl, "measure", fake.measure)
     return fake
 
 
@@ -210,8 +213,8 @@ def test_everything_is_done_once(tmp_path: Path, laboratory: Laboratory, capsys:
     command.run(plan_of(tmp_path / "b"))
     assert laboratory.done == [
         *("train bf16 0", "train nf4 0", "train bf16 1", "train nf4 1"),
-        *("score bf16-seed0 evaluation", "score bf16-seed1 evaluation", "score bf16-seed0 base"),
-        *("score nf4-seed0 evaluation", "score nf4-seed1 evaluation", "score nf4-seed0 base"),
+        *("score bf16-seed0 base", "score bf16-seed0 evaluation", "score bf16-seed1 evaluation"),
+        *("score nf4-seed0 base", "score nf4-seed0 evaluation", "score nf4-seed1 evaluation"),
         *("score bf16-seed0 on-nf4", "score bf16-seed1 on-nf4"),
         *("divergence bf16-seed1", "divergence nf4-seed0"),
     ]
@@ -220,6 +223,18 @@ def test_everything_is_done_once(tmp_path: Path, laboratory: Laboratory, capsys:
     before = report_of(tmp_path / "b")
     command.run(plan_of(tmp_path / "b"))
     assert len(laboratory.done) == 14 and report_of(tmp_path / "b") == before
+
+
+def test_processes_that_score_side_by_side_share_everything(tmp_path: Path, laboratory: Laboratory) -> None:
+    found = plan_of(tmp_path / "b")
+    training.train_missing(found, Console(quiet=True))
+    shares = [[shlex.split(line) for line in job.words[2:]] for job in scoring.shared_jobs(found, 2)]
+    assert [len(share) for share in shares] == [5, 4]
+    dealt = [words for share in shares for words in share]
+    apart = [shlex.split(line) for job in scoring.missing_jobs(found, ["standin_choice"]) for line in job.words[2:]]
+    assert sorted(dealt) == sorted(apart)
+    assert [words[0] for words in dealt].count("divergence") == 1
+    assert {words[1] for words in dealt if words[0] == "evaluate"} == {str(arm.folder.path) for arm in found.arms}
 
 
 def test_interrupted_anywhere_it_gives_the_same_report(tmp_path: Path, laboratory: Laboratory) -> None:

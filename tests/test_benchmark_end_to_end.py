@@ -13,10 +13,9 @@ from kill_and_resume import outcome
 from rich.console import Console
 
 from qlora_recipes import load_recipe
-from qlora_recipes.cli import main as cli
 from qlora_recipes.commands.recipe_cli import parse, settings_from
 from qlora_recipes.comparison.findings import Report
-from qlora_recipes.experiments.benchmark import command
+from qlora_recipes.experiments.benchmark import command, share
 from qlora_recipes.experiments.benchmark.jobs import Job, SideBySide
 from qlora_recipes.experiments.benchmark.plan import Plan, plan_benchmark
 from qlora_recipes.report.page import read_report
@@ -56,7 +55,7 @@ def run_here(job: Job) -> None:
         recipe = load_recipe(RECIPE)
         train(settings_from(recipe, parse(recipe, job.words[4:])), skip_checks=SLOW, console=Console(quiet=True))
     else:
-        cli(list(job.words[2:]))
+        share.main(job.words[2:])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_controls_are_scored(benchmark: tuple[Path, Report]) -> None:
 class ScoringHere:
     """Side by side, but for the scoring, whose commands this process runs, and only where `scored` has no result."""
 
-    several = scores = True
+    several, apart, workers = True, False, 2
 
     def __init__(self, scored: Path) -> None:
         self.scored = scored
@@ -142,7 +141,7 @@ def test_side_by_side_the_bytes_are_the_same(benchmark: tuple[Path, Report], bes
 def test_with_every_scoring_in_a_process_too(
     benchmark: tuple[Path, Report], tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SideBySide, "scores", True)
+    monkeypatch.setattr(SideBySide, "apart", True)
     command.run(plan_in(tmp_path / "b", tiny("llama2")), engine=SideBySide(2))
     same(benchmark[0], tmp_path / "b")
 

@@ -572,6 +572,18 @@ def test_lm_eval_still_reads_relative_data_from_the_working_directory(
     assert manager.load(["mine"])["tasks"]
 
 
+def test_lm_eval_still_compiles_a_template_for_every_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When this fails, `_compile_templates_once` can go."""
+    from lm_eval.utils import apply_template, env
+
+    load_tasks(["standin_choice"])
+    assert env.from_string("{{ a }}") is env.from_string("{{ a }}")
+    assert [apply_template("{{ a }}", {"a": word}) for word in "xy"] == ["x", "y"]
+    monkeypatch.delattr(env, "from_string")
+    assert env.from_string("{{ a }}") is not env.from_string("{{ a }}")
+    assert "env.from_string(template)" in inspect.getsource(apply_template)
+
+
 def test_names_read_from_lm_evals_files_are_those_of_its_index() -> None:
     import lm_eval.tasks
 

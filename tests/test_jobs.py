@@ -128,6 +128,7 @@ def test_gpus_are_named_as_cuda_names_them(
         return subprocess.CompletedProcess(words, 0, f"{count}\n")
 
     monkeypatch.setattr(subprocess, "run", counted)
+    monkeypatch.setattr(environment, "_version", lambda _: "2.13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qlora_recipes import environment
+from qlora_recipes.commands import quick_imports
 
 Groups = Callable[..., None]
 
@@ -151,8 +152,8 @@ def test_what_a_launcher_set_is_not_the_users(variables: dict[str, str], flags: 
 def test_what_bitsandbytes_compiles_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[dict[str, object]] = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
-    plain = environment._compiled_when_called(lambda x: x + 1)
-    with_options = environment._compiled_when_called(dynamic=False)(lambda x: x + 1)
+    plain = quick_imports._compiled_when_called(lambda x: x + 1)
+    with_options = quick_imports._compiled_when_called(dynamic=False)(lambda x: x + 1)
     assert not compiled
     assert [plain(1), plain(1), with_options(1)] == [2, 2, 2]
     assert compiled == [{}, {"dynamic": False}]
@@ -163,6 +164,20 @@ def test_bitsandbytes_still_has_the_compiler_loaded_when_it_is_imported() -> Non
     from bitsandbytes.backends.default import ops
 
     assert "torch.compile(fn" in inspect.getsource(ops._try_torch_compile)
+
+
+QUICK = """
+import gc, sys
+from qlora_recipes.commands.quick_imports import quick_imports
+with quick_imports():
+    import qlora_recipes.training.train
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, *({"torch._inductor.compile_fx", "scipy"} & sys.modules.keys()))
+"""
+
+
+def test_what_no_training_needs_is_not_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 FREED = """

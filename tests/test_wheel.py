@@ -33,7 +33,7 @@ WRITTEN = {
 # Command of the README -> what runs in its place, where it needs a checkout, a 7B model, a network or minutes.
 INSTEAD = {
     "pip install -c constraints.txt .": "",  # done by the fixture, from a wheel
-    "qlora-recipes demo": f"qlora-recipes demo {TRIAL.removeprefix('--demo ')}",
+    "qlora-recipes demo": f"qlora-recipes demo --jobs 1 {TRIAL.removeprefix('--demo ')}",
     "qlora-recipes benchmark llama2_guanaco --demo --precisions bf16 int8 nf4 nf4-single fp4": (
         "qlora-recipes benchmark --help"
     ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_recipes.api import evaluate
 from qlora_recipes.commands.flags import GENERATION, OTHER_TEMPLATE, RUNS, TRUST_REMOTE_CODE, Parser, count
-from qlora_recipes.environment import quick_libraries
+from qlora_recipes.commands.quick_imports import quick_imports
 from qlora_recipes.fields import Field
 from qlora_recipes.precision import PRECISIONS
 from qlora_recipes.run.signals import StopSignals
@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = Parser("qlora-recipes evaluate", _ABOUT, {"flags": _FLAGS}, words=RUNS).parse(argv)
     with StopSignals():  # outside of the scoring too a signal ends it with its own exit code
-        quick_libraries()
-        from qlora_recipes.evaluation.harness import Options  # torch, which --help can do without
+        with quick_imports():
+            from qlora_recipes.evaluation.harness import Options  # torch, which --help can do without
 
         same = ["limit", "batch_size", "chat_template", "precision", "other_template", "trust_remote_code"]
         same += [flag.name for flag in GENERATION]

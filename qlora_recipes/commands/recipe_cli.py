@@ -19,7 +19,7 @@ from qlora_recipes.api import Choices, train
 from qlora_recipes.commands.config_file import read_config
 from qlora_recipes.commands.entry import run_command
 from qlora_recipes.commands.flags import Parser
-from qlora_recipes.environment import quick_libraries
+from qlora_recipes.commands.quick_imports import quick_imports
 from qlora_recipes.errors import UsageError
 from qlora_recipes.fields import Field, fields_of
 from qlora_recipes.masking import masked, names_secret
@@ -84,7 +84,8 @@ def run(recipe: type[Recipe], flags: Mapping[str, Any], command: Sequence[str]) 
         if settings.model.startswith(STANDIN):
             print(f"{settings.model} knows only its own invented world: a demo shows that a recipe works, not how well")
         say(f"{settings.name}, {settings.precision.name}: starting PyTorch, Transformers and TRL", Console())
-    quick_libraries()
+    with quick_imports():
+        from qlora_recipes.training.progress import print_summary
     skip_checks, all_checks = flags.get("skip_checks", ()), flags.get("checks") == "all"
     if flags.get("plan"):
         from qlora_recipes.memory.table import print_plan
@@ -94,8 +95,6 @@ def run(recipe: type[Recipe], flags: Mapping[str, Any], command: Sequence[str]) 
         print_plan(settings)
         prepare_run(settings, skip_checks=skip_checks, all_checks=all_checks)
         return
-    from qlora_recipes.training.progress import print_summary
-
     run = train(
         recipe,
         command=without_secrets(command),

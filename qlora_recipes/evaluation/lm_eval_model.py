@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,6 +53,7 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         *,
         room: int = Generation.max_new_tokens,
     ) -> None:
+        self._encoded: dict[object, list[int]] = {}
         # Computed in 16 bits, 5 % of the choices tie exactly.
         super().__init__(pretrained=run.model, tokenizer=run.tokenizer, batch_size=batch_size, softmax_dtype="float32")
         self._encoder = run.encoder
@@ -69,6 +71,20 @@ class RunLanguageModel(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     def eot_token_id(self) -> int:
         """Where generation stops: at the token that ends a turn, which need not be the tokenizer's EOS."""
         return self._encoder.end_id
+
+    @functools.cached_property
+    def max_length(self) -> int:
+        """The longest row, which HFLM looks up in the configuration several times for each request."""
+        return int(super().max_length)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Encode as HFLM does, but the prompt of a question with choices not with each of them again."""
+        key = (string, self.add_bos_token, args, *kwargs.items())
+        if key not in self._encoded:
+            if len(self._encoded) == 8:
+                self._encoded.clear()
+            self._encoded[key] = super().tok_encode(string, *args, **kwargs)
+        return list(self._encoded[key])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render as HFLM does, and compare the tokens with those of training."""

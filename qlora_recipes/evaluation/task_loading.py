@@ -5,6 +5,7 @@ A name is one of our tasks, a folder or YAML file, `openllm`, or any task or gro
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections import deque
@@ -272,6 +273,7 @@ def _from_lm_eval(name: str, manager: TaskManager) -> list[EvalTask]:
 
 
 def _eval_task(name: str, parts: list[ConfigurableTask], *, chat_template: bool, metric: str | None = None) -> EvalTask:
+    _compile_templates_once()
     config = parts[0].config
     if config.num_fewshot is None:
         for part in parts:
@@ -282,6 +284,18 @@ def _eval_task(name: str, parts: list[ConfigurableTask], *, chat_template: bool,
     metric = metric or (listed or list(parts[0].aggregation()))[0]
     right_or_wrong = config.process_results is None and metric.split(",")[0] in ("acc", "acc_norm", "exact_match")
     return EvalTask(name, tuple(parts), metric, "accuracy" if right_or_wrong else "score", chat_template)
+
+
+def _compile_templates_once() -> None:
+    """Keep the templates that lm-eval compiles.
+
+    Upstream: `lm_eval.utils.apply_template` (lm-eval 0.4.13) compiles a template for every document that it renders,
+    several times each. Can go when `test_lm_eval_still_compiles_a_template_for_every_document` fails.
+    """
+    from lm_eval.utils import env
+
+    if not hasattr(env.from_string, "cache_info"):
+        vars(env)["from_string"] = functools.lru_cache(env.from_string)
 
 
 def _check_metrics(config: Mapping[str, Any], where: str) -> None:

@@ -9,7 +9,7 @@ is escaped by the template engine, and invisible characters are shown as symbols
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from itertools import zip_longest
@@ -23,7 +23,7 @@ from qlora_recipes.comparison.findings import ChangedAnswer, Report
 from qlora_recipes.comparison.sentences import interval, signed
 from qlora_recipes.errors import RunFolderError
 from qlora_recipes.report.escape import markdown, visible
-from qlora_recipes.report.plots import PICTURES, pictures
+from qlora_recipes.report.plots import PICTURES, Picture, pictures
 from qlora_recipes.report.tables import TABLES, as_csv, as_latex, tables
 from qlora_recipes.run.files import read_record, write_text
 
@@ -47,10 +47,12 @@ def write_report(report: Report, folder: Path) -> Path:
         RunFolderError: when something other than a report is in the folder.
     """
     check_report_folder(folder)
-    files = {Path("figures", f"{name}.svg"): picture.svg for name, picture in pictures(report).items()}
+    drawn = pictures(report)
+    files = {Path("figures", f"{name}.svg"): picture.svg for name, picture in drawn.items()}
     for name, table in tables(report).items():
         files |= {Path("tables", f"{name}.csv"): as_csv(table), Path("tables", f"{name}.tex"): as_latex(table)}
-    files |= {Path(MARKDOWN): render_markdown(report), Path(HTML): render_html(report), Path(JSON): render_json(report)}
+    page = render_html(report, drawn)
+    files |= {Path(MARKDOWN): render_markdown(report), Path(HTML): page, Path(JSON): render_json(report)}
     for file, text in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_text(folder / file, text)
@@ -87,12 +89,12 @@ def render_json(report: Report) -> str:
     return json.dumps(asdict(report), indent=1, allow_nan=False) + "\n"  # ASCII: a lone surrogate has no UTF-8
 
 
-def render_html(report: Report) -> str:
-    """Return one self-contained page."""
+def render_html(report: Report, drawn: Mapping[str, Picture] | None = None) -> str:
+    """Return one self-contained page, with the report's pictures where they are drawn already."""
     environment = _environment(autoescape=True, finalize=visible)
     css = Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8"))
     page = environment.get_template("report.html.jinja")
-    return page.render(report=report, css=css, pictures=pictures(report), tables=tables(report), shown=SHOWN)
+    return page.render(report=report, css=css, pictures=drawn or pictures(report), tables=tables(report), shown=SHOWN)
 
 
 def render_markdown(report: Report) -> str:

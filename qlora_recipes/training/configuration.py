@@ -196,9 +196,10 @@ def _refuse_what_fails_later(settings: Settings, args: SFTConfig | DPOConfig) ->
         raise UsageError("--use_dora: PEFT cannot read int8 weights once they have computed; expected 4 or 16 bits")
     if args.eval_on_start and not evaluates_held_out(settings):
         raise UsageError("--eval_on_start: nothing is evaluated; give --eval_strategy steps --eval_steps N too")
-    if args.torch_compile_backend not in (None, *torch.compiler.list_backends(exclude_tags=())):
+    backend = args.torch_compile_backend
+    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):  # which loads them all
         known = ", ".join(torch.compiler.list_backends())
-        raise UsageError(f"--torch_compile_backend: got {args.torch_compile_backend!r}, expected one of {known}")
+        raise UsageError(f"--torch_compile_backend: got {backend!r}, expected one of {known}")
     for name in ("torch_compile", "activation_offloading"):
         if getattr(args, name) and PartialState().device.type == "cpu":
             raise UsageError(f"--{name} needs a GPU, and there is none here; leave it out")

@@ -15,6 +15,7 @@ from qlora_recipes.commands.compare import MARGIN_FLAG, called, say, track
 from qlora_recipes.commands.flags import count
 from qlora_recipes.commands.recipe_cli import parse_with_recipe
 from qlora_recipes.evaluation.task_loading import load_tasks
+from qlora_recipes.experiments.benchmark import scoring
 from qlora_recipes.experiments.benchmark.jobs import Engine, SideBySide
 from qlora_recipes.experiments.benchmark.plan import Plan, describe, plan_benchmark, preregister
 from qlora_recipes.experiments.benchmark.power import power_of
@@ -94,18 +95,18 @@ def run(
     told = (describe(plan, names), power_of(asked, plan), said)
     console.print("\n".join(filter(None, told)), highlight=False, markup=False, soft_wrap=True)
     train_missing(plan, console, launch=launch, engine=engine)
-    from qlora_recipes.experiments.benchmark import scoring  # torch: not while others train
-
-    if engine.scores:
-        engine.run(scoring.scoring_jobs(plan, names, controls=controls), console)
-        engine.run(scoring.divergence_jobs(plan), console)
-        console = Console(quiet=True)  # what is left is to read what they wrote
-    tasks = scoring.score_missing(plan, console, controls=controls)
-    scoring.measure_divergence(plan, console)
+    if engine.several and not engine.apart:
+        engine.run(scoring.shared_jobs(plan, engine.workers, controls=controls), console)
+    else:
+        if engine.several:
+            engine.run(scoring.missing_jobs(plan, names, controls=controls), console)
+            console = Console(quiet=True)  # what is left is to read what they wrote
+        scoring.score_missing(plan, console, controls=controls)
+        scoring.measure_divergence(plan, console)
     report = compare_folders(
         [arm.folder.path for arm in plan.arms],
         plan.margin,
-        tasks=tasks,
+        tasks=names,
         baseline=plan.baseline,
         earlier_margins=fixed.margins[:-1],
         command=called(),

@@ -92,8 +92,12 @@ class Engine(Protocol):
         """Whether jobs run side by side."""
 
     @property
-    def scores(self) -> bool:
-        """Whether scorings are jobs too."""
+    def workers(self) -> int:
+        """How many jobs run at a time."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether every scoring has a process of its own; else they are dealt out to as many as there are workers."""
 
     def run(self, jobs: Sequence[Job], console: Console) -> None:
         """Run jobs, each to its end, and raise one error for all that failed."""
@@ -113,8 +117,8 @@ class SideBySide:
         return self.workers > 1
 
     @property
-    def scores(self) -> bool:
-        """Without GPUs one process scores all: for each to load its base again takes longer than scoring on a core."""
+    def apart(self) -> bool:
+        """Without GPUs they have not: to import the libraries for each takes as long as scoring on a core."""
         return self.several and bool(self.gpus)
 
     @cached_property

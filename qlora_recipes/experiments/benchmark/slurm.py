@@ -59,7 +59,7 @@ class Slurm:
     folder: Path
     """What submitit writes."""
 
-    several = scores = True
+    several = apart = True
 
     def run(self, jobs: Sequence[Job], console: Console) -> None:
         """Submit jobs and wait for all of them; one that fails leaves the others alone.
