@@ -112,9 +112,10 @@ def fault_of(encoder: ConversationEncoder, messages: Sequence[Message], whole: R
     prompt = encoder.render(messages[:-1], add_generation_prompt=True).text
     inside, outside = parts(whole)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not all(_squeezed(answer) in _squeezed(whole.text) for answer in answers):
+    squeezed, text, in_loss = list(map(_squeezed, answers)), _squeezed(whole.text), _squeezed("".join(inside))
+    if not all(answer in text for answer in squeezed):
         return "it drops the text of an answer (as those of vision models do, which read messages made of parts)"
-    if not all(_squeezed(answer) in _squeezed("".join(inside)) for answer in answers):
+    if not all(answer in in_loss for answer in squeezed):
         return "an answer is not in the loss"
     others = _changed(messages, lambda role: role == "assistant")
     other_inside, other_outside = parts(encoder.render(others))
