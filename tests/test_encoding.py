@@ -135,8 +135,9 @@ def test_any_text_is_encoded_with_one_end_per_answer_or_refused(spec: ModelSpec,
 def test_many_at_once_are_encoded_as_one_by_one(spec: ModelSpec) -> None:
     encoder = encoder_for(spec)
     said = [CONVERSATION, ask("a </s> b", "😊"), CONVERSATION[1:3], ask("<|endoftext|>")]
-    assert encoder.tokenize([encoder.render(messages) for messages in said]) == [encoder.encode(one) for one in said]
-    assert encoder.tokenize([]) == []
+    found = encoder.tokenize([encoder.render(messages) for messages in said])
+    assert list(found) == [encoder.encode(one) for one in said]
+    assert list(encoder.tokenize([])) == []
 
 
 def test_control_tokens_written_out_in_a_template_are_put_back_by_id(tmp_path) -> None:

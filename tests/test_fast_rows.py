@@ -15,8 +15,10 @@ from small_tokenizers import small_tokenizer
 
 from qlora_recipes import ChatTemplate
 from qlora_recipes.base.tokenizer import load_tokenizer
+from qlora_recipes.chat_templates import FALCON_CHAT, LLAMA_2_CHAT, PLAIN_CHAT
 from qlora_recipes.data import encoding, prepare
 from qlora_recipes.data.encoding import IGNORED, ConversationEncoder, Rendered
+from qlora_recipes.data.outline import shape_of
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.sandbox import limits
 from qlora_recipes.data.words import hash_words
@@ -54,6 +56,22 @@ def test_labels_are_those_of_every_tokens_offset(
     starts = [start for start, _ in wanted["offset_mapping"]]
     inside = [begin <= start < begin + size for start in starts]
     assert found.labels == [token if keep else IGNORED for token, keep in zip(found.input_ids, inside, strict=True)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(TEXTS.filter(str.strip), min_size=4, max_size=7), with_system=st.booleans(), kept=st.booleans())
+@pytest.mark.parametrize("template", [LLAMA_2_CHAT, FALCON_CHAT, PLAIN_CHAT], ids=lambda template: template.name)
+def test_our_templates_write_every_text_as_it_is(
+    encoders: dict[str, ConversationEncoder], template: ChatTemplate, texts: list[str], with_system: bool, kept: bool
+) -> None:
+    """So that what is around the texts of one conversation is around those of every other with the same roles."""
+    encoder = ConversationEncoder(encoders["falcon" if template == FALCON_CHAT else "llama2"].tokenizer, template)
+    roles = ["system"] * with_system + ["user", "assistant"] * 3
+    said: Any = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    said = [{**message, "train": kept} if message["role"] == "assistant" else message for message in said]
+    said[-1].pop("train", None)
+    assert encoder._tried(shape_of(said, None)).pattern
+    assert encoder.render_each([(said, None)]) == [encoder.render(said)]
 
 
 def words(text: str) -> list[str]:

@@ -187,7 +187,7 @@ def test_words_after_an_answer_are_not_left_in_the_loss() -> None:
         "{% endgeneration %}{% else %}{{ m.content + ' assistant: ' }}{% endif %}{% endfor %}"
     )
     encoder = ConversationEncoder(tokenizer_for(source), ChatTemplate(source, "mine.jinja"))
-    assert fault_of(encoder, ONE) == "words after an answer are in the loss"
+    assert fault_of(encoder, ONE, encoder.render(ONE)) == "words after an answer are in the loss"
 
 
 def test_marks_that_hold_more_than_the_answer_are_replaced() -> None:

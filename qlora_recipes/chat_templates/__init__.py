@@ -72,3 +72,5 @@ LLAMA_2_CHAT = ChatTemplate.from_file(HERE / "llama2.jinja", r"\[/?INST\]|<</?SY
 FALCON_CHAT = ChatTemplate.from_file(HERE / "falcon.jinja", r"(?m)^[ \t]*(?:System|User|Assistant):", "package")
 PLAIN_CHAT = ChatTemplate.from_file(HERE / "plain.jinja", r"### (?:System|User|Assistant):", "plain")
 """For a tokenizer that has no template, as those of base models."""
+KEEP_TEXTS = frozenset(template.source for template in (LLAMA_2_CHAT, FALCON_CHAT, PLAIN_CHAT))
+"""Sources that write every text as it is, but for the space around it: what else they write depends on roles alone."""

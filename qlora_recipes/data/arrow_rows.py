@@ -23,7 +23,8 @@ import numpy
 import pyarrow
 from datasets import Dataset
 
-from qlora_recipes.data.encoding import IGNORED, Encoded
+from qlora_recipes.data.conversations import Row
+from qlora_recipes.data.encoded import IGNORED, Encoded, EncodedBatch
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.words import WordHashes, hash_words
 from qlora_recipes.errors import RecipesError, SetupError
@@ -91,23 +92,29 @@ def _pair(row: Mapping[str, Any]) -> dict[str, list[int]]:
     return {"prompt_ids": ids[:start], "chosen_ids": ids[start:end], "rejected_ids": row["rejected_ids"]}
 
 
-class Batch(list[Conversation]):
-    """Conversations that are measured and written together, in arrays."""
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are measured and written together."""
 
-    @cached_property
-    def ids(self) -> Ragged:
-        """Their tokens."""
-        return Ragged.of([row.encoded.input_ids for row in self])
+    rows: Sequence[Row | Conversation]
+    encoded: EncodedBatch
+    """Truncated to max_length."""
+    supervised_lost: numpy.ndarray
+    truncated: numpy.ndarray
+    rejected_ids: Sequence[list[int] | None]
 
-    @cached_property
-    def labels(self) -> Ragged:
-        """Their labels."""
-        return Ragged.of([row.encoded.labels for row in self])
+    @classmethod
+    def of(cls, rows: Sequence[Conversation]) -> Batch:
+        """Return conversations as a batch."""
+        ids, labels = (Ragged.of([getattr(row.encoded, name) for row in rows]) for name in ("input_ids", "labels"))
+        lost, truncated = ([getattr(row, name) for row in rows] for name in ("supervised_lost", "truncated"))
+        rejected = [row.rejected_ids for row in rows]
+        return cls(rows, EncodedBatch(ids, labels), numpy.array(lost), numpy.array(truncated), rejected)
 
     @cached_property
     def hashes(self) -> WordHashes:
         """What their words are."""
-        return hash_words([[" ".join(words_of(message)) for message in row.messages] for row in self])
+        return hash_words([[" ".join(words_of(message)) for message in row.messages] for row in self.rows])
 
 
 class Rows(Sequence[Conversation]):
@@ -167,7 +174,7 @@ def passages(rows: Sequence[Conversation]) -> Iterator[Ragged]:
     if isinstance(rows, Rows):
         yield from rows.passages()
     else:
-        yield Batch(rows).hashes.passages
+        yield Batch.of(rows).hashes.passages
 
 
 class _RowFile:
@@ -204,15 +211,15 @@ def _conversation(
 def _record(batch: Batch) -> pyarrow.RecordBatch:
     """Return a batch by the names of the schema: the other half of `_conversation`."""
     columns = {
-        "place": [row.place for row in batch],
-        "messages": [_as_json(row.messages) for row in batch],
-        "tools": [None if row.tools is None else _as_json(row.tools) for row in batch],
-        "input_ids": batch.ids.to_arrow(),
-        "labels": batch.labels.to_arrow(),
-        "rejected": [row.rejected for row in batch],
-        "rejected_ids": [row.rejected_ids for row in batch],
-        "supervised_lost": [row.supervised_lost for row in batch],
-        "truncated": [row.truncated for row in batch],
+        "place": [row.place for row in batch.rows],
+        "messages": [_as_json(row.messages) for row in batch.rows],
+        "tools": [None if row.tools is None else _as_json(row.tools) for row in batch.rows],
+        "input_ids": batch.encoded.ids.to_arrow(),
+        "labels": batch.encoded.labels.to_arrow(),
+        "rejected": [row.rejected for row in batch.rows],
+        "rejected_ids": batch.rejected_ids,
+        "supervised_lost": batch.supervised_lost,
+        "truncated": batch.truncated,
         "passages": batch.hashes.passages.to_arrow(),
     }
     arrays = [pyarrow.array(columns[field.name], field.type) for field in _SCHEMA]
@@ -240,7 +247,7 @@ def _remove_abandoned() -> None:
                 os.close(lock)
 
 
-def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
+def write_rows(batches: Iterable[Batch | Sequence[Conversation]]) -> Rows:
     """Write conversations, a batch at a time, and return them all; an error leaves no file behind.
 
     Raises:
@@ -251,7 +258,7 @@ def write_rows(batches: Iterable[Sequence[Conversation]]) -> Rows:
         try:
             with pyarrow.OSFile(file.path, "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as stream:
                 for batch in batches:
-                    stream.write_batch(_record(batch if isinstance(batch, Batch) else Batch(batch)))
+                    stream.write_batch(_record(batch if isinstance(batch, Batch) else Batch.of(batch)))
             return Rows(file, Dataset.from_file(file.path))
         except BaseException:
             file.remove()

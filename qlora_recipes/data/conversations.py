@@ -14,6 +14,7 @@ from qlora_recipes.data.columns import ColumnUse, WatchedRow
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
 from qlora_recipes.formatters import (
+    FORMATTERS,
     TEXT,
     Formatter,
     Message,
@@ -29,6 +30,8 @@ from qlora_recipes.formatters import (
 )
 from qlora_recipes.formatters.preferences import pair
 from qlora_recipes.recipe import DatasetSpec
+
+_OURS = frozenset(FORMATTERS.values())
 
 
 class Row(NamedTuple):
@@ -124,6 +127,8 @@ def _format(
     name = getattr(formatter, "__name__", "format_row")
     try:
         found: Any = formatter(row)
+        if not pairs and formatter in _OURS:  # which have checked what they give
+            return (found, None, None) if isinstance(found, list) else (found["messages"], found["tools"], None)
         if not pairs:
             return *check_conversation(found, source=name), None
         if not isinstance(found, Mapping) or not {"messages", "rejected"} <= found.keys():

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, groupby, islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jinja2
 import numpy
@@ -26,8 +26,11 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_recipes.chat_templates import ChatTemplate
-from qlora_recipes.data.outline import Fate, outline, shape_of
+from qlora_recipes.chat_templates import KEEP_TEXTS, ChatTemplate
+from qlora_recipes.data.encoded import IGNORED as IGNORED
+from qlora_recipes.data.encoded import Encoded as Encoded
+from qlora_recipes.data.encoded import EncodedBatch
+from qlora_recipes.data.outline import Fate, Pattern, outline, shape_of
 from qlora_recipes.data.plain_text import PlainEncoder, Tokens, inside_a_text
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.data.sandbox import limits
@@ -46,7 +49,6 @@ from qlora_recipes.formatters import (
 
 _RENDER_BYTES = 2**29
 _RENDER_SECONDS = 10.0  # for one conversation, which normally takes less than a millisecond
-IGNORED = -100  # the label that PyTorch's cross-entropy ignores
 _TRUSTED = ("recipe", "package", "plain", "trl")
 _SHAPES = 4096  # of conversations, for each of which the template is tried once
 _CALL = {"type": "function", "function": {"name": "words", "arguments": {"words": "words"}}}
@@ -63,26 +65,6 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One conversation as the model sees it."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """The id where the token is in the loss, -100 elsewhere; as long as `input_ids`."""
-
-    @property
-    def supervised(self) -> int:
-        """Number of tokens in the loss."""
-        return len(self.labels) - self.labels.count(IGNORED)
-
-    def cut(self, max_length: int) -> Encoded:
-        """Return the first `max_length` tokens."""
-        if len(self.input_ids) <= max_length:
-            return self
-        return Encoded(self.input_ids[:max_length], self.labels[:max_length])
-
-
-@dataclass(frozen=True)
 class Rendered:
     """One conversation as the template writes it, with a stand-in character for each control token."""
 
@@ -94,6 +76,14 @@ class Rendered:
     def in_loss(self) -> str:
         """The parts that are in the loss."""
         return "".join(self.text[begin:end] for begin, end in self.spans)
+
+
+class _Tried(NamedTuple):
+    """What a template does with conversations of one shape."""
+
+    controls: Counter[int]
+    fate: Fate
+    pattern: Pattern | None
 
 
 class ConversationEncoder:
@@ -136,6 +126,8 @@ class ConversationEncoder:
         """Whether the template has a developer; where it has none, that is the system."""
         self.is_trusted = template.origin in _TRUSTED
         """Whether the template is the recipe's, this package's or TRL's: each was tried when it was chosen."""
+        self.keeps_texts = template.source in KEEP_TEXTS
+        """Whether the template is known to write every text as it is."""
         self._tried = lru_cache(maxsize=_SHAPES)(self._try_shape)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> Encoded:
@@ -224,7 +216,7 @@ class ConversationEncoder:
 
     def structure(self, messages: Sequence[Message], tools: Tools | None = None) -> Counter[int]:
         """Return the control tokens of a conversation of this shape, which do not depend on its text."""
-        return self._tried(shape_of(messages, tools))[0]
+        return self._tried(shape_of(messages, tools)).controls
 
     def fate(self, messages: Sequence[Message], tools: Tools | None = None) -> Fate:
         """Return what the template leaves out of a conversation of this shape, such as `the result of message 3`.
@@ -232,13 +224,14 @@ class ConversationEncoder:
         It is found by rendering other words in the same places. `forgotten` counts the reasoning of turns before the
         last, which thinking templates leave out on purpose.
         """
-        return self._tried(shape_of(messages, tools))[1]
+        return self._tried(shape_of(messages, tools)).fate
 
-    def _try_shape(self, shape: str) -> tuple[Counter[int], Fate]:
+    def _try_shape(self, shape: str) -> _Tried:
         found = outline(shape)
         rendered = self.render(found.messages, found.tools)
         controls = self.control_tokens(self.tokenize([rendered])[0].input_ids)
-        return controls, Fate.of(found, rendered.text, rendered.in_loss)
+        pattern = Pattern.of(found, rendered.text, rendered.spans) if self.keeps_texts else None
+        return _Tried(controls, Fate.of(found, rendered.text, rendered.in_loss), pattern)
 
     def for_template(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages as the template knows them: where it has no developer, that is the system."""
@@ -297,7 +290,11 @@ class ConversationEncoder:
 
     def _attempt(self, messages: Sequence[Message], tools: Tools | None) -> Rendered | RowError:
         try:
-            return self.render(messages, tools)
+            if not self.keeps_texts or messages[0]["role"] == TEXT:
+                return self.render(messages, tools)
+            self._refuse_forged(messages, tools)
+            pattern = self._tried(shape_of(messages, tools)).pattern
+            return Rendered(*pattern.filled(messages)) if pattern else self.render(messages, tools)
         except RowError as error:
             return error
 
@@ -336,39 +333,40 @@ class ConversationEncoder:
         """Return a word of the template in a text, which would become its token; a plain text has no other markers."""
         return next((token for token in self.unescaped_words if token in text), None)
 
-    def tokenize(self, conversations: Sequence[Rendered]) -> list[Encoded]:
+    def tokenize(self, conversations: Sequence[Rendered]) -> EncodedBatch:
         """Return the ids and labels of rendered conversations; a large batch is spread over the cores."""
         pieces = [self._cut.split(rendered.text) for rendered in conversations]
-        first = self._start.encode([parts[0] for parts in pieces if parts[0]])
-        others = self._inside.encode([piece for parts in pieces for piece in parts[2::2] if piece])
-        return [
-            self._join(parts, chain(islice(first, bool(parts[0])), others), rendered.spans)
-            for parts, rendered in zip(pieces, conversations, strict=True)
-        ]
+        first = iter(self._start.encode([parts[0] for parts in pieces if parts[0]]))
+        others = iter(self._inside.encode([piece for parts in pieces for piece in parts[2::2] if piece]))
+        found: list[Sequence[int]] = []
+        inside, ends, size = [], [], 0
+        for parts, rendered in zip(pieces, conversations, strict=True):
+            for ids, in_loss in self._joined(parts, first, others, rendered.spans):
+                found.append(ids)
+                inside += [slice(size + begin, size + end) for begin, end in in_loss]
+                size += len(ids)
+            ends.append(size)
+        values = numpy.fromiter(chain.from_iterable(found), numpy.int32, size)
+        labels, lengths = numpy.full_like(values, IGNORED), numpy.diff(numpy.array(ends, numpy.int64), prepend=0)
+        for part in inside:
+            labels[part] = values[part]
+        return EncodedBatch(Ragged(values, lengths), Ragged(labels, lengths))
 
-    def _join(self, pieces: Sequence[str], found: Iterator[Tokens], spans: Sequence[tuple[int, int]]) -> Encoded:
-        """Return one conversation: the next tokens for each piece of text, and an id for each stand-in between them."""
-        ids: list[int] = []
-        labels: list[int] = []
+    def _joined(
+        self, pieces: Sequence[str], first: Iterator[Tokens], others: Iterator[Tokens], spans: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[Sequence[int], list[tuple[int, int]]]]:
+        """Yield the ids of each piece of text and of each stand-in between them, and which of them are in the loss."""
         start = 0
         for i, piece in enumerate(pieces):
             if i % 2:
                 mark = piece.strip()
-                place, token = start + piece.index(mark), self._ids[mark]
-                ids.append(token)
-                labels.append(token if any(begin <= place < end for begin, end in spans) else IGNORED)
+                place = start + piece.index(mark)
+                yield (self._ids[mark],), [(0, 1) for begin, end in spans if begin <= place < end]
             elif piece:
-                tokens = next(found)
-                own = tokens.ids
-                ids += own
-                inside = [IGNORED] * len(own)
-                for begin, end in spans:
-                    if begin < start + len(piece) and end > start:
-                        part = slice(tokens.first_from(begin - start), tokens.first_from(end - start))
-                        inside[part] = own[part]
-                labels += inside
+                tokens, after = next(others if i else first), start + len(piece)
+                edges = [(begin - start, end - start) for begin, end in spans if begin < after and end > start]
+                yield tokens.ids, [(tokens.first_from(begin), tokens.first_from(end)) for begin, end in edges]
             start += len(piece)
-        return Encoded(ids, labels)
 
 
 def _with_swallowed(mark: str, token: AddedToken | None) -> str:

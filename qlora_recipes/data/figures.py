@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy
 
 from qlora_recipes.data.arrow_rows import Batch, Conversation
-from qlora_recipes.data.encoding import IGNORED, ConversationEncoder
+from qlora_recipes.data.encoding import ConversationEncoder
 from qlora_recipes.data.ragged import Ragged
 from qlora_recipes.formatters import TEXT, answer_of, is_trained, words_of
 
@@ -56,23 +56,23 @@ class RowMeter:
         special = [re.escape(token) for token in encoder.special_tokens]
         self._special = re.compile("|".join(special) or "(?!)")
 
-    def measure(self, rows: Sequence[Conversation], dataset: int = 0) -> numpy.ndarray:
+    def measure(self, rows: Batch | Sequence[Conversation], dataset: int = 0) -> numpy.ndarray:
         """Return the FIGURES of rows of one dataset, one record for each."""
-        batch = rows if isinstance(rows, Batch) else Batch(rows)
-        found = numpy.zeros(len(batch), FIGURES)
-        if not batch:
+        batch = rows if isinstance(rows, Batch) else Batch.of(rows)
+        found = numpy.zeros(len(batch.rows), FIGURES)
+        if not batch.rows:
             return found
         found["dataset"] = dataset
         found["words"] = batch.hashes.whole
-        found["supervised_lost"] = [row.supervised_lost for row in batch]
-        found["truncated"] = [row.truncated for row in batch]
+        found["supervised_lost"] = batch.supervised_lost
+        found["truncated"] = batch.truncated
         self._measure_texts(batch, found)
         self._measure_ids(batch, found)
         self._measure_labels(batch, found)
         return found
 
     def _measure_texts(self, batch: Batch, found: numpy.ndarray) -> None:
-        for row, record in zip(batch, found, strict=True):
+        for row, record in zip(batch.rows, found, strict=True):
             texts = [text for message in row.messages for text in words_of(message)]
             question = next((message["content"] for message in row.messages if message["role"] == "user"), texts[0])
             answers = [answer_of(message) for message in row.messages if is_trained(message)]
@@ -83,7 +83,7 @@ class RowMeter:
             record["one_word_answers"] = sum(len(answer.split(maxsplit=1)) == 1 for answer in answers)
 
     def _measure_ids(self, batch: Batch, found: numpy.ndarray) -> None:
-        ids = batch.ids
+        ids = batch.encoded.ids
         is_bos = ids.values == self._bos
         found["length"] = ids.lengths
         found["largest_id"] = numpy.maximum.reduceat(ids.values, ids.starts)
@@ -96,19 +96,19 @@ class RowMeter:
         found["doubled_bos"] = ids.sums(follows) > 0
         is_control = numpy.isin(ids.values, list(self._encoder.control_ids))
         controls = Ragged(ids.values[is_control], ids.sums(is_control))
-        for i, (row, start, end) in enumerate(zip(batch, controls.starts, controls.ends, strict=True)):
+        for i, (row, start, end) in enumerate(zip(batch.rows, controls.starts, controls.ends, strict=True)):
             own, needed = Counter(controls.values[start:end].tolist()), self._encoder.structure(row.messages, row.tools)
-            found["controls_fit"][i] = own <= needed if row.truncated else own == needed
+            found["controls_fit"][i] = own <= needed if batch.truncated[i] else dict.__eq__(own, needed)
 
     def _measure_labels(self, batch: Batch, found: numpy.ndarray) -> None:
-        labels, is_text = batch.labels, _are_texts(batch)
+        labels, is_text = batch.encoded.labels, _are_texts(batch)
         closed, last = self._encoder.closes(labels), labels.values[labels.ends - 1] == self._eos
-        found["supervised"] = labels.sums(labels.values != IGNORED)
-        ends, at_the_end = closed.sums(closed.values), numpy.zeros(len(batch), dtype=bool)
+        found["supervised"] = batch.encoded.supervised
+        ends, at_the_end = closed.sums(closed.values), numpy.zeros(len(found), dtype=bool)
         at_the_end[closed.lengths > 0] = closed.values[closed.ends[closed.lengths > 0] - 1]
         found["ends"] = numpy.where(is_text, last, ends)
         found["last_is_end"] = numpy.where(is_text, last, at_the_end)
 
 
 def _are_texts(batch: Batch) -> numpy.ndarray:
-    return numpy.array([row.messages[0]["role"] == TEXT for row in batch])
+    return numpy.array([row.messages[0]["role"] == TEXT for row in batch.rows])

@@ -7,10 +7,11 @@ Knows nothing of tokenizers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import accumulate, chain, count, zip_longest
 from typing import Any
 
 from qlora_recipes.formatters import TEXT, Message, Tools, inner_thought, is_trained
@@ -60,6 +61,40 @@ class Fate:
             misplaced=tuple(sorted({words[word] for word in misplaced})),
             forgotten=len(outline.thoughts & missing),
         )
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a template writes around the texts of conversations of one shape, if it writes each of them as it is."""
+
+    pieces: Sequence[str]
+    """What is before, between and after the texts."""
+    spans: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    """Where each part that is in the loss begins and ends: a piece, and a place in it."""
+
+    @classmethod
+    def of(cls, outline: Outline, text: str, spans: Sequence[tuple[int, int]]) -> Pattern | None:
+        """Return the pattern of a rendered outline; None where a message is more than one text, or is not written."""
+        texts = [message["content"] for message in outline.messages]
+        if texts != list(outline.words) or re.findall("q[0-9]+z", text) != texts:
+            return None
+        pieces = re.split("q[0-9]+z", text)
+        starts = list(_starts(pieces, texts))
+        at = {start + i: (k, i) for k, start in enumerate(starts) for i in range(len(pieces[k]) + 1)}
+        return cls(pieces, [(at[begin], at[end]) for begin, end in spans])
+
+    def filled(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a conversation of this shape, and the parts of it that are in the loss."""
+        texts = [message["content"].strip() for message in messages]
+        starts = list(_starts(self.pieces, texts))
+        text = "".join(chain.from_iterable(zip_longest(self.pieces, texts, fillvalue="")))
+        return text, [(starts[i] + begin, starts[k] + end) for (i, begin), (k, end) in self.spans]
+
+
+def _starts(pieces: Sequence[str], texts: Sequence[str]) -> Iterator[int]:
+    """Return where each piece begins, when a text follows each but the last."""
+    lengths = (len(piece) + len(text) for piece, text in zip(pieces, texts, strict=False))
+    return accumulate(lengths, initial=0)
 
 
 def shape_of(messages: Sequence[Message], tools: Tools | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
@@ -25,18 +25,17 @@ class PlainEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, texts: Sequence[str]) -> Iterator[Tokens]:
-        """Yield the tokens of each text, in which nothing is a special token; many are spread over the cores."""
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the tokens of each text, in which nothing is a special token; many are spread over the cores."""
         if not texts:
-            return
+            return []
         backend = self._backend()
         if self._spelling is None:
-            for text, found in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
-                yield Tokens(text, found.ids, None, self, found)
-            return
+            encoded = backend.encode_batch(texts, add_special_tokens=False)
+            return [Tokens(text, found.ids, None, self, found) for text, found in zip(texts, encoded, strict=True)]
         # without offsets in two thirds of the time
-        for text, found in zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-            yield Tokens(text, found.ids, self._spelling, self)
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [Tokens(text, found.ids, self._spelling, self) for text, found in zip(texts, encoded, strict=True)]
 
     def with_offsets(self, text: str) -> Encoding:
         """Return the tokens of one text with their offsets."""
@@ -59,9 +58,8 @@ class PlainEncoder:
         offsets = self.with_offsets(_PROBE)
         spelling = Spelling(self._backend())
         tokens = Tokens(_PROBE, offsets.ids, spelling, self, offsets)
-        places = range(len(_PROBE) + 1)
-        proven = tokens.begins and all(tokens.first_from(place) == _first_from(offsets, place) for place in places)
-        return spelling if proven else None
+        same = (tokens.spelled_until(i) == _first_from(offsets, i) for i in range(1, len(_PROBE)))
+        return spelling if all(same) else None
 
 
 class Spelling(dict[int, bytes]):
@@ -101,21 +99,28 @@ class Tokens:
         """Return the first of the tokens that begins at a character of the text or after it."""
         if character <= 0:
             return 0
-        if self.begins is None:
-            return _first_from(self._offsets or self._encoder.with_offsets(self._text), character)
-        return bisect_left(self.begins, len(self._text[:character].encode()))
+        if character >= len(self._text):
+            return len(self.ids)
+        if (found := self.spelled_until(character)) is not None:
+            return found
+        return _first_from(self._offsets or self._encoder.with_offsets(self._text), character)
 
-    @cached_property
-    def begins(self) -> list[int] | None:
-        """Where each token begins in the text's bytes; None unless all of them together spell the text."""
+    def spelled_until(self, character: int) -> int | None:
+        """Return how many tokens spell the text up to a character; None unless they do so byte by byte."""
         if self._spelling is None:
             return None
-        parts, text = [self._spelling[token] for token in self.ids], self._text.encode()
-        spelled = b"".join(parts)
-        added = len(spelled) - len(text)  # a space before the first word
-        if added not in (0, 1) or spelled != b" " * added + text:
+        until, size, parts = len(self._text[:character].encode()), 0, []
+        for token in self.ids:
+            if size > until:
+                break
+            parts.append(self._spelling[token])
+            size += len(parts[-1])
+        spelled, text = b"".join(parts), self._text[:size].encode()
+        # some put a space before the first word; before spaces it cannot be told from them
+        added = [space for space in (b"", b" ") if spelled == (space + text)[:size]]
+        if len(added) != 1:
             return None
-        return list(accumulate(map(len, parts), initial=-added))
+        return bisect_left(list(accumulate(map(len, parts), initial=-len(added[0]))), until)
 
 
 def _first_from(offsets: Encoding, character: int) -> int:

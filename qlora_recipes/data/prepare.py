@@ -22,7 +22,8 @@ import numpy
 
 from qlora_recipes.data.arrow_rows import Batch, Conversation, answer_ids, answer_span, write_rows
 from qlora_recipes.data.conversations import Row, Tally, format_row, formatted
-from qlora_recipes.data.encoding import ConversationEncoder, Encoded, Rendered
+from qlora_recipes.data.encoded import Encoded, EncodedBatch
+from qlora_recipes.data.encoding import ConversationEncoder, Rendered
 from qlora_recipes.data.figures import RowMeter
 from qlora_recipes.data.reading import read_rows
 from qlora_recipes.errors import DataError
@@ -156,7 +157,8 @@ def _whole(
     if isinstance(rendered, RowError):
         return rendered
     left_out = list(encoder.fate(messages, tools).left_out)
-    if any(message["content"] not in rendered.text for message in messages if is_trained(message)):
+    trained = () if encoder.keeps_texts else filter(is_trained, messages)
+    if any(message["content"] not in rendered.text for message in trained):
         left_out.append("words of the answer")  # such as what follows </think> in an answer that quotes it
     if left_out:
         what = f"{', '.join(left_out[:4])}{' and more' if len(left_out) > 4 else ''}"
@@ -169,41 +171,52 @@ def _encoded(
 ) -> Iterator[Batch]:
     """Yield usable rows in batches, and append the figures of each batch to the tally."""
     meter = RowMeter(encoder)
-    for batch, encoded in _tokenized(_batches(formatted(tally, encoder.knows_reasoning)), tally, encoder):
-        usable = Batch()
-        for row in batch:
-            whole, other = next(encoded), next(encoded) if row.rejected is not None else None
+    for rows, encoded in _tokenized(_batches(formatted(tally, encoder.knows_reasoning)), tally, encoder):
+        for row in rows:
             tally.columns.add(row.source)
-            if other and _prompt_of(whole) != _prompt_of(other):
-                tally.dropped[Reason.NOT_A_PAIR] += 1
-                continue
-            cut, other = whole.cut(max_length), other.cut(max_length) if other else None
-            if cut.supervised and (other is None or other.supervised):
-                answers = (row.rejected, answer_ids(other)) if other else ()
-                lost = 0 if cut is whole else whole.supervised - cut.supervised
-                usable.append(Conversation(row.place, row.messages, cut, lost, cut is not whole, row.tools, *answers))
-            else:
-                tally.dropped[TOO_LONG] += 1
-        _count_contents(tally.contents, usable, encoder)
+        usable = _usable(rows, encoded, max_length, tally.dropped)
+        _count_contents(tally.contents, usable.rows, encoder)
         tally.figures.append(meter.measure(usable, number))
-        advance(len(batch))
+        advance(len(rows))
         yield usable
+
+
+def _usable(rows: Sequence[Row], encoded: EncodedBatch, max_length: int, dropped: Counter[str]) -> Batch:
+    """Return the rows that have an answer within `max_length`, or two to one prompt; count the others."""
+    whole, others, same = encoded, None, [True] * len(rows)
+    if len(encoded) > len(rows):  # each is followed by the one with the other answer
+        whole, others = encoded[::2], encoded[1::2]
+        same = [_prompt_of(one) == _prompt_of(other) for one, other in zip(whole, others, strict=True)]
+        others = others.cut(max_length)
+    cut = whole.cut(max_length)
+    chosen = numpy.array(same, dtype=bool) & (cut.supervised > 0)
+    if others is not None:
+        chosen &= others.supervised > 0
+    reasons = (TOO_LONG if alike else Reason.NOT_A_PAIR for alike in same)
+    dropped.update(reason for reason, fits in zip(reasons, chosen, strict=True) if not fits)
+    return Batch(
+        [row for row, fits in zip(rows, chosen, strict=True) if fits],
+        cut.where(chosen),
+        (whole.supervised - cut.supervised)[chosen],
+        (whole.ids.lengths > cut.ids.lengths)[chosen],
+        [None if others is None else answer_ids(others[int(i)]) for i in numpy.flatnonzero(chosen)],
+    )
 
 
 def _tokenized(
     batches: Iterator[list[Row | str]], tally: Tally, encoder: ConversationEncoder
-) -> Iterator[tuple[list[Row], Iterator[Encoded]]]:
+) -> Iterator[tuple[list[Row], EncodedBatch]]:
     """Yield the rows of each batch that can be used, with the tokens of all their conversations; count the others.
 
     The tokenizer works in threads while the next rows are rendered; not so for a template that is not trusted, whose
     memory limit is one of the whole process.
     """
-    waiting: deque[tuple[list[Row], list[str], Future[list[Encoded]]]] = deque()
+    waiting: deque[tuple[list[Row], list[str], Future[EncodedBatch]]] = deque()
 
-    def finished() -> tuple[list[Row], Iterator[Encoded]]:
+    def finished() -> tuple[list[Row], EncodedBatch]:
         usable, dropped, tokens = waiting.popleft()
         tally.dropped.update(dropped)
-        return usable, iter(tokens.result())
+        return usable, tokens.result()
 
     with ThreadPoolExecutor(_AHEAD) as pool:
         for batch in batches:
@@ -219,7 +232,7 @@ def _prompt_of(row: Encoded) -> list[int]:
     return row.input_ids[: answer_span(row.labels)[0]]
 
 
-def _count_contents(contents: Counter[str], rows: Sequence[Conversation], encoder: ConversationEncoder) -> None:
+def _count_contents(contents: Counter[str], rows: Sequence[Row | Conversation], encoder: ConversationEncoder) -> None:
     """Count what rows hold: their messages by role, and what few rows have."""
     contents.update([message["role"] for row in rows for message in row.messages])
     for row in rows:

@@ -103,18 +103,19 @@ def mark(template: ChatTemplate) -> ChatTemplate:
 # ---- The proof ----
 
 
-def fault_of(encoder: ConversationEncoder, messages: Sequence[Message]) -> str:
-    """Return what is wrong with the marks of a conversation that ends with an answer, found by changing its texts.
+def fault_of(encoder: ConversationEncoder, messages: Sequence[Message], whole: Rendered) -> str:
+    """Return what is wrong with the marks of a rendered conversation that ends with an answer, by changing its texts.
 
     Every answer must be in the loss, and change nothing else; no other message may change what is in the loss; and the
     loss begins where the prompt ends. An empty string: nothing is wrong.
     """
-    whole, prompt = encoder.render(messages), encoder.render(messages[:-1], add_generation_prompt=True).text
+    prompt = encoder.render(messages[:-1], add_generation_prompt=True).text
     inside, outside = parts(whole)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not all(_squeezed(answer) in _squeezed(whole.text) for answer in answers):
+    squeezed, text, in_loss = list(map(_squeezed, answers)), _squeezed(whole.text), _squeezed("".join(inside))
+    if not all(answer in text for answer in squeezed):
         return "it drops the text of an answer (as those of vision models do, which read messages made of parts)"
-    if not all(_squeezed(answer) in _squeezed("".join(inside)) for answer in answers):
+    if not all(answer in in_loss for answer in squeezed):
         return "an answer is not in the loss"
     others = _changed(messages, lambda role: role == "assistant")
     other_inside, other_outside = parts(encoder.render(others))
@@ -177,7 +178,8 @@ def _fault_of_sentinels(tokenizer: PreTrainedTokenizerBase, template: ChatTempla
     encoder = ConversationEncoder(tokenizer, template)
     for roles in (_ROLES[1:3], _ROLES[1:], _ROLES):
         try:
-            reason = fault_of(encoder, _sentinels(roles))
+            said = _sentinels(roles)
+            reason = fault_of(encoder, said, encoder.render(said))
         except RowError as error:  # rows that are more than a question and an answer are then dropped, and counted
             reason = error.detail if len(roles) == 2 else ""
         if reason:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy
+
 from qlora_recipes.data.arrow_rows import Conversation
 from qlora_recipes.data.encoding import IGNORED
 from qlora_recipes.data.prepare import TOO_LONG
@@ -50,25 +52,29 @@ def _fault(run: Run, row: Conversation) -> str:
     encoder, controls = run.encoder, run.encoder.control_tokens(row.encoded.input_ids)
     if row.messages[0]["role"] == TEXT:  # the first token has nothing before it
         return "" if row.encoded.labels[1:] == row.encoded.input_ids[1:] else "a part of the text is not in the loss"
-    words = re.sub("[\ufdd0-\ufdef]", "", encoder.render(row.messages, row.tools).in_loss)
+    whole = encoder.render(row.messages, row.tools)
+    words = re.sub("[\ufdd0-\ufdef]", "", whole.in_loss)
     for control in encoder.unescaped_words:
         words = words.replace(control, "")
-    # encoded and decoded again, since some tokenizers normalize what they encode
-    expected = _as_text(run, run.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     got = _as_text(run, [label for label in row.encoded.labels if label != IGNORED and label not in controls])
-    # truncation may fall inside a character
-    same = expected.startswith(got.rstrip("\ufffd")) if row.truncated else got == expected
-    if not same:
+    # else encoded and decoded again, since some tokenizers normalize what they encode
+    if not _agrees(row, got, "".join(words.split())) and not _agrees(
+        row, got, _as_text(run, run.tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    ):
         return "the tokens in the loss are not what the template marks"
     if misplaced := encoder.fate(row.messages, row.tools).misplaced:
         return f"{misplaced[0]} is on the wrong side of a mark"
     plain = row.tools is None and all(len(message) == 2 for message in row.messages)
-    return fault_of(encoder, row.messages) if plain else ""
+    return fault_of(encoder, row.messages, whole) if plain else ""
+
+
+def _agrees(row: Conversation, got: str, expected: str) -> bool:
+    return expected.startswith(got.rstrip("\ufffd")) if row.truncated else got == expected  # cut inside a character
 
 
 def _as_text(run: Run, ids: list[int]) -> str:
     """Decode ids, without any white space."""
-    return "".join(cast(str, run.tokenizer.decode(ids)).split())
+    return "".join(cast(str, run.tokenizer.decode(numpy.array(ids, int))).split())  # of a list it checks each
 
 
 def end_of_turn(run: Run) -> Check:

@@ -120,13 +120,16 @@ def contamination(run: Run) -> Check:
     every = (part for batch in passages(run.data.held_out) for part in batch.split())
     held_out = [numpy.unique(part) for i, part in enumerate(every) if i in chosen]
     expected = numpy.unique(numpy.concatenate([*held_out, numpy.empty(0, numpy.int64)]))
-    seen, likely = numpy.zeros(len(expected), dtype=bool), numpy.zeros(_LAST_BITS + 1, dtype=bool)
-    likely[expected & _LAST_BITS] = True  # rules out most passages at once
+    seen, unseen = numpy.zeros(len(expected), dtype=bool), numpy.zeros(_LAST_BITS + 1, numpy.uint8)
+    numpy.add.at(unseen, expected & _LAST_BITS, 1)  # rules out most passages at once
     for batch in passages(run.data.train):
-        found = batch.values[likely[batch.values & _LAST_BITS]]
+        found = numpy.sort(batch.values[unseen[batch.values & _LAST_BITS] > 0])  # in order, it is looked up sooner
         places = numpy.searchsorted(expected, found)
         places[places == len(expected)] = 0
-        seen[places[expected[places] == found]] = True
+        new = numpy.unique(places[expected[places] == found])
+        new = new[~seen[new]]
+        seen[new] = True
+        numpy.subtract.at(unseen, expected[new] & _LAST_BITS, 1)
     known = sum(seen[numpy.searchsorted(expected, part)].mean() > 0.5 for part in held_out)
     return warn_unless(
         known <= 0.05 * len(held_out),
