@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from forked_ranks import Ranks, start_ranks
 
 from qlora_recipes import Recipe
@@ -186,7 +185,6 @@ def at_step(step: int, rank: int, act: Callable[[], object]) -> Callable[[int], 
     return before
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.11"), reason="its torch.load knows no device cpu:0")
 def test_a_rank_that_is_killed_is_named_and_the_run_resumes_to_the_same_adapter(
     trained: Callable[..., Ranks], tmp_path: Path
 ) -> None:
