@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import PartialState
 from forked import in_processes
 from kill_and_resume import outcome
@@ -31,6 +32,9 @@ from qlora_recipes.training.token_count import TokenCount
 from qlora_recipes.training.train import train
 from qlora_recipes.training.trainer import RunTrainer
 
+pytestmark = pytest.mark.skipif(
+    transformers.__version__.startswith("5.17"), reason="resumes ranks on cpu:0, which torch.load does not know"
+)
 ROWS, BATCH = 16, 4
 STEPS = dict(
     max_steps=8, num_train_epochs=2, packing=False, per_device_train_batch_size=2, gradient_accumulation_steps=2,

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
@@ -98,9 +97,7 @@ def _meet(settings: Settings, **flags: Any) -> None:
         **flags,
     }
     ranks.meet(facts, timeout)
-    state = PartialState(timeout=timedelta(seconds=timeout))  # the first one made decides for all
-    if state.device.type == "cpu":
-        state.device = torch.device("cpu")  # Transformers 5.17 resumes on cpu:0, which torch.load does not know
+    PartialState(timeout=timedelta(seconds=timeout))  # the first one made decides for all
     ranks.prove_shared(settings.output_dir)
 
 
