@@ -9,6 +9,7 @@ exist, so two 16-bit products are enough. Knows nothing of recipes or runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class LogProbs(torch.autograd.Function):
         is_top1 = torch.empty(count, dtype=torch.bool)
         gradient = torch.empty_like(hidden, dtype=weight.dtype) if ctx.needs_input_grad[0] else None
         blocked = blocks_of(weight)
-        score = blocked.times if blocked else weight.T.__rmatmul__
-        differentiate = blocked.times_transposed if blocked else weight.__rmatmul__
+        score = blocked.times if blocked else partial(torch.matmul, other=weight.T)
+        differentiate = blocked.times_transposed if blocked else partial(torch.matmul, other=weight)
         for start in range(0, count, TOKENS):
             rows = slice(start, min(start + TOKENS, count))
             logits = score(hidden[rows].to(weight.dtype))
